@@ -1,0 +1,26 @@
+"""Pictures for training and evaluation: where they lie, how they are cropped, in which order they come."""
+
+from __future__ import annotations
+
+from .dataset import (
+    PhotoDataset,
+    SeededSampler,
+    StreamDataset,
+    iterate_eval,
+    make_dataset,
+    make_loader,
+)
+from .sources import Sample, Source, find_samples, is_remote
+
+__all__ = [
+    "PhotoDataset",
+    "Sample",
+    "SeededSampler",
+    "Source",
+    "StreamDataset",
+    "find_samples",
+    "is_remote",
+    "iterate_eval",
+    "make_dataset",
+    "make_loader",
+]

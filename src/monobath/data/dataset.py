@@ -1,0 +1,611 @@
+"""Datasets, the resumable sampler, and loaders.
+
+Training order and crops are functions of (seed, global sample count): the sampler yields `(epoch, index)`
+pairs, and the crop of a pair depends on (seed, epoch, index) alone. So batches are the same for any number of
+workers, two processes with batch B see what one process with batch 2B sees, and a run resumed at sample k
+goes on with exactly the crops that it would have seen.
+
+A picture that cannot be used (unreadable, tiny, above `max_pixels`) is never fatal: it is logged once by
+name, counted in `skipped`, and, in training, replaced by the next usable one.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import os
+import random
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count, islice
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+
+from ..errors import UserError
+from ..images import MAX_PIXELS, ImageTooLarge, open_image
+from .sources import (
+    SampleReader,
+    Source,
+    find_samples,
+    is_remote,
+    parse_label,
+    picture_extension,
+    remote_urls,
+)
+from .transforms import center_crop, check_crop, mix_seed, random_crop, sample_generator, shrink
+
+logger = logging.getLogger(__name__)
+
+REASONS = ("", "unreadable", "too large", "tiny")
+"""Why a picture is skipped; the position in this tuple is the code that worker processes share."""
+
+Item = dict[str, Any]
+
+
+class _Unusable(Exception):
+    """A picture that is to be skipped."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class _Pictures:
+    """What map-style and streamed datasets share: settings, decoding, cropping."""
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        scale: tuple[int, int] | None,
+        augment: bool,
+        flip: bool,
+        seed: int,
+        max_pixels: int,
+        min_side: int,
+        labels: bool,
+    ) -> None:
+        if scale is not None and not augment:
+            raise UserError(f"scale={tuple(scale)} has no effect with augment=False: leave one of them out")
+        self.size = size
+        self.scale = check_crop(size, scale)
+        self.augment = augment
+        self.flip = flip
+        self.seed = seed
+        self.max_pixels = max_pixels
+        self.min_side = min_side
+        self.labels = labels
+
+    def _decode(self, data: bytes, name: str) -> Image.Image:
+        try:
+            image = open_image(io.BytesIO(data), max_pixels=self.max_pixels, name=name)
+        except ImageTooLarge as error:
+            raise _Unusable(2, str(error)) from None
+        except UserError as error:
+            raise _Unusable(1, str(error)) from None
+        if min(image.size) < self.min_side:
+            raise _Unusable(3, f"{name} is {image.width}x{image.height}, below min_side={self.min_side}")
+        return image
+
+    def _crop(self, image: Image.Image, epoch: int, index: int) -> Tensor:
+        """uint8 `(3, size, size)`."""
+        if not self.augment:
+            return center_crop(image, size=self.size)
+        generator = sample_generator(seed=self.seed, epoch=epoch, index=index)
+        return random_crop(image, size=self.size, scale=self.scale, flip=self.flip, generator=generator)
+
+
+class PhotoDataset(_Pictures, Dataset[Item | None]):
+    """Pictures of local folders and tar shards, at random access.
+
+    `dataset[epoch, index]`, or `dataset[index]` for epoch 0, is a dict with `image` (uint8 `(3, size, size)`,
+    for `images.to_float` on the device), `index` (int, of the picture in `samples`) and, if `labels`,
+    `label` (int).
+
+    With `augment=False` the item is METHOD.md §10's evaluation view, has a `name` too, and is None where the
+    picture cannot be used: go through `iterate_eval`, which leaves those out.
+
+    Args:
+        source: folders, shards, patterns, or a list of them: see `sources.Source`.
+        size: side of the square crops, in pixels.
+        scale: the short side is first resized to a random integer in [lo, hi], lo >= size.
+            None: to `size` exactly.
+        augment: random scale, crop and flip; False: the centre crop.
+        flip: mirror half of the crops.
+        seed: of scale, crop and flip.
+        max_pixels: larger pictures are skipped.
+        min_side: pictures with a shorter side than this many pixels are skipped; other small ones are
+            upsampled.
+        cache: keep every decoded picture in memory, as uint8. Its short side is then first reduced to
+            `scale[1]` (bicubic, antialias) if it is longer, so that a random crop of a large picture is
+            resampled twice and a little softer than without; the evaluation view stays the same within
+            rounding. Call `preload` before worker processes start, or each of them fills a cache of its own.
+        labels: read class labels: see `sources.find_samples`.
+
+    Raises:
+        UserError: as `sources.find_samples`, or settings that contradict each other.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        size: int,
+        scale: tuple[int, int] | None = None,
+        augment: bool = True,
+        flip: bool = True,
+        seed: int = 0,
+        max_pixels: int = MAX_PIXELS,
+        min_side: int = 16,
+        cache: bool = False,
+        labels: bool = False,
+    ) -> None:
+        super().__init__(
+            size=size,
+            scale=scale,
+            augment=augment,
+            flip=flip,
+            seed=seed,
+            max_pixels=max_pixels,
+            min_side=min_side,
+            labels=labels,
+        )
+        self.source = source
+        self.samples = find_samples(source, labels=labels)
+        self.cache = cache
+        self._pictures: list[np.ndarray | None] = [None] * len(self.samples) if cache else []
+        self._reader = SampleReader()
+        # One byte a picture, in memory shared with worker processes: a position in REASONS.
+        self._codes = torch.zeros(len(self.samples), dtype=torch.uint8).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Item | None:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is outside 0…{len(self) - 1}")
+        if not self.augment:
+            picture = self._picture(index)
+            return None if picture is None else self._item(picture, epoch, index, index)
+        for used in (*range(index, len(self)), *range(index)):
+            picture = self._picture(used)
+            if picture is not None:
+                return self._item(picture, epoch, index, used)
+        raise self._all_unusable()
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Pictures found unusable so far, by any process: location → reason (one of `REASONS`)."""
+        found = torch.nonzero(self._codes).flatten().tolist()
+        return {self.samples[index].location: REASONS[int(self._codes[index])] for index in found}
+
+    @property
+    def skipped_count(self) -> int:
+        """Number of pictures found unusable so far, by any process."""
+        return int(torch.count_nonzero(self._codes))
+
+    def preload(self, *, threads: int | None = None) -> None:
+        """Decode everything into the cache now, with a pool of threads (default: one per core).
+
+        Raises:
+            UserError: the dataset was made with `cache=False`, or no picture is usable.
+        """
+        if not self.cache:
+            raise UserError("preload() needs cache=True")
+        with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+            for _ in pool.map(self._fill, range(len(self))):
+                pass
+        if self.skipped_count == len(self):
+            raise self._all_unusable()
+        memory = sum(picture.nbytes for picture in self._pictures if picture is not None)
+        logger.info("cached %d pictures, %.0f MiB", len(self) - self.skipped_count, memory / 2**20)
+
+    def _item(self, picture: Image.Image, epoch: int, index: int, used: int) -> Item:
+        item: Item = {"image": self._crop(picture, epoch, index), "index": used}
+        if self.labels:
+            item["label"] = self.samples[used].label
+        if not self.augment:
+            item["name"] = self.samples[used].name
+        return item
+
+    def _picture(self, index: int) -> Image.Image | None:
+        """The decoded picture, or None if it is unusable."""
+        if self._codes.numpy()[index]:
+            return None
+        if self.cache:
+            pixels = self._fill(index)
+            return None if pixels is None else Image.fromarray(pixels)
+        return self._load(index)
+
+    def _fill(self, index: int) -> np.ndarray | None:
+        if self._pictures[index] is None and (picture := self._load(index)) is not None:
+            self._pictures[index] = np.asarray(shrink(picture, short=self.scale[1]))
+        return self._pictures[index]
+
+    def _load(self, index: int) -> Image.Image | None:
+        sample = self.samples[index]
+        try:
+            try:
+                data = self._reader.read(sample)
+            except OSError as error:
+                raise _Unusable(1, f"{sample.location} cannot be read ({error})") from None
+            return self._decode(data, sample.location)
+        except _Unusable as error:
+            if not self._codes.numpy()[index]:
+                self._codes[index] = error.code
+                logger.warning("picture skipped (%s): %s", REASONS[error.code], error)
+            return None
+
+    def _all_unusable(self) -> UserError:
+        first, reason = next(iter(self.skipped.items()))
+        return UserError(
+            f"none of the {len(self):,} pictures of {self.source} can be used "
+            f"(min_side={self.min_side}, max_pixels={self.max_pixels:,}); the first one, {first}, is {reason}"
+        )
+
+
+class StreamDataset(_Pictures, IterableDataset[Item]):
+    """Pictures streamed from remote tar shards (`https://`, `s3://`, `gs://`, `hf://`, `pipe:`, `file:`).
+
+    Items as `PhotoDataset`'s, with `index` = CRC-32 of the sample's key. With `augment` it never ends: shards
+    are shuffled each epoch and samples through a buffer, both seeded; a sample's crop depends on
+    (seed, start, epoch, key) alone. With `augment=False` it is one pass in shard order.
+
+    Shards are dealt out to processes and workers; where there are fewer shards than readers, each reader
+    goes through all of them and keeps its share. Unlike `PhotoDataset`, the order depends on the number of
+    workers, and a resumed run goes on with fresh shuffles rather than at the same sample.
+
+    Args:
+        source: shard URLs, with braces or as a list.
+        buffer: number of samples, undecoded, in the shuffle buffer of each worker.
+        size, scale, augment, flip, seed, max_pixels, min_side, labels: as in `PhotoDataset`.
+
+    Raises:
+        UserError: bad settings; while iterating: a whole pass had no usable picture.
+    """
+
+    _SLOTS = 2**20
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        size: int,
+        scale: tuple[int, int] | None = None,
+        augment: bool = True,
+        flip: bool = True,
+        seed: int = 0,
+        max_pixels: int = MAX_PIXELS,
+        min_side: int = 16,
+        labels: bool = False,
+        buffer: int = 1000,
+    ) -> None:
+        super().__init__(
+            size=size,
+            scale=scale,
+            augment=augment,
+            flip=flip,
+            seed=seed,
+            max_pixels=max_pixels,
+            min_side=min_side,
+            labels=labels,
+        )
+        self.source = source
+        self.urls = remote_urls(source)
+        self.buffer = buffer
+        self.skipped: dict[str, str] = {}
+        """Pictures and shards found unusable by this process: name → reason (workers log theirs)."""
+        # A hash set of names in memory shared with worker processes, so that they are counted once.
+        self._codes = torch.zeros(self._SLOTS, dtype=torch.uint8).share_memory_()
+        self._rank, self._world_size, self._start = 0, 1, 0
+
+    def placed(self, *, rank: int, world_size: int, start_sample: int = 0) -> StreamDataset:
+        """This dataset as process `rank` of `world_size` sees it; `start_sample` gives fresh shuffles."""
+        other = copy.copy(self)
+        other._rank, other._world_size, other._start = rank, world_size, start_sample
+        return other
+
+    @property
+    def skipped_count(self) -> int:
+        """Number of pictures and shards found unusable so far, by any worker of this process."""
+        return int(torch.count_nonzero(self._codes))
+
+    def __iter__(self) -> Iterator[Item]:
+        for epoch in count() if self.augment else (0,):
+            found = False
+            for item in self._epoch(epoch):
+                found = True
+                yield item
+            if not found and self.augment:
+                raise UserError(
+                    f"no usable picture found in {self.source}: expected tar shards with .jpg, .png, .webp … "
+                    f"members that can be fetched, at least one for each process and worker "
+                    f"({self.skipped_count} skipped, see the log)"
+                )
+
+    def _epoch(self, epoch: int) -> Iterator[Item]:
+        try:
+            import webdataset as wds
+        except ImportError:
+            raise UserError("streaming shards needs webdataset: pip install 'monobath[train]'") from None
+        worker = get_worker_info()
+        workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
+        parts, part = self._world_size * workers, self._rank * workers + number
+        order = random.Random(mix_seed(2, self.seed, self._start, epoch))
+        urls = list(self.urls)
+        if self.augment:
+            order.shuffle(urls)
+        whole = len(urls) >= parts  # shards enough for everyone; else everyone thins out all of them
+        shards: Iterable[dict[str, str]] = ({"url": url} for url in (urls[part::parts] if whole else urls))
+        samples: Iterator[dict[str, Any]] = iter(
+            wds.tariterators.tarfile_samples(shards, handler=self._shard_failed)
+        )
+        if not whole:
+            samples = islice(samples, part, None, parts)
+        if self.augment:
+            samples = iter(wds.filters._shuffle(samples, self.buffer, self.buffer // 4, rng=order))
+        for sample in samples:
+            item = self._item(sample, epoch)
+            if item is not None:
+                yield item
+
+    def _item(self, sample: dict[str, Any], epoch: int) -> Item | None:
+        key = sample["__key__"].removeprefix("./")
+        extension = picture_extension(name for name in sample if not name.startswith("__"))
+        if extension is None or key.rpartition("/")[2].startswith((".", "__")):
+            return None
+        name = f"{sample['__url__']}:{key}.{extension}"
+        try:
+            picture = self._decode(sample[extension], name)
+        except _Unusable as error:
+            self._skip(name, error.code, str(error))
+            return None
+        index = zlib.crc32(key.encode())
+        item: Item = {"image": self._crop(picture, mix_seed(self._start, epoch), index), "index": index}
+        if self.labels:
+            if "cls" not in sample:
+                raise UserError(f"{name} has no label: each sample needs a .cls member that holds an integer")
+            item["label"] = parse_label(sample["cls"], name)
+        if not self.augment:
+            item["name"] = f"{key}.{extension}"
+        return item
+
+    def _skip(self, name: str, code: int, message: str) -> None:
+        slot = zlib.crc32(name.encode()) % self._SLOTS
+        if not self._codes.numpy()[slot]:
+            self._codes[slot] = code
+            logger.warning("skipped (%s): %s", REASONS[code], message)
+        self.skipped[name] = REASONS[code]
+
+    def _shard_failed(self, error: Exception) -> bool:
+        url = next((str(arg) for arg in reversed(error.args) if str(arg) in self.urls), "a shard")
+        self._skip(url, 1, f"{url} ({error.args[0] if error.args else type(error).__name__})")
+        return True
+
+
+def make_dataset(
+    source: Source,
+    *,
+    size: int,
+    scale: tuple[int, int] | None = None,
+    augment: bool = True,
+    flip: bool = True,
+    seed: int = 0,
+    max_pixels: int = MAX_PIXELS,
+    min_side: int = 16,
+    cache: bool = False,
+    labels: bool = False,
+) -> PhotoDataset | StreamDataset:
+    """`StreamDataset` for shard URLs, `PhotoDataset` for local paths; arguments and errors as theirs."""
+    if is_remote(source):
+        if cache:
+            raise UserError(f"cache=True cannot be used with streamed shards ({source}): leave it out")
+        return StreamDataset(
+            source,
+            size=size,
+            scale=scale,
+            augment=augment,
+            flip=flip,
+            seed=seed,
+            max_pixels=max_pixels,
+            min_side=min_side,
+            labels=labels,
+        )
+    return PhotoDataset(
+        source,
+        size=size,
+        scale=scale,
+        augment=augment,
+        flip=flip,
+        seed=seed,
+        max_pixels=max_pixels,
+        min_side=min_side,
+        cache=cache,
+        labels=labels,
+    )
+
+
+class SeededSampler(Sampler[list[tuple[int, int]]]):
+    """Endless batches of `(epoch, index)`: epoch after epoch, each a seeded permutation, none cut short.
+
+    Sample number k of the run, counted over all processes, is entry k mod length of permutation k // length.
+    A global batch is `batch_size * world_size` consecutive samples; process `rank` takes its own slice of
+    it, so that the processes together see what one process with the whole batch would see. Iterating starts
+    at `start_sample` each time, at no cost.
+
+    Args:
+        length: number of samples in an epoch.
+        batch_size: samples a batch and process.
+        seed: of the permutations.
+        start_sample: samples that all processes together have already seen.
+        rank, world_size: this process, and how many there are.
+
+    Raises:
+        UserError: length or batch_size below 1, start_sample below 0, or rank outside 0…world_size-1.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        start_sample: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if length < 1 or batch_size < 1 or start_sample < 0 or not 0 <= rank < world_size:
+            raise UserError(
+                f"length={length} and batch_size={batch_size} must be at least 1, "
+                f"start_sample={start_sample} at least 0, and rank={rank} at least 0 and below "
+                f"world_size={world_size}"
+            )
+        self.length = length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.start_sample = start_sample
+        self.rank = rank
+        self.world_size = world_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        current, order = -1, torch.empty(0, dtype=torch.int64)
+        first = self.start_sample + self.rank * self.batch_size
+        for start in count(first, self.batch_size * self.world_size):
+            batch = []
+            for position in range(start, start + self.batch_size):
+                epoch, place = divmod(position, self.length)
+                if epoch != current:
+                    generator = torch.Generator().manual_seed(mix_seed(1, self.seed, epoch))
+                    current, order = epoch, torch.randperm(self.length, generator=generator)
+                batch.append((epoch, int(order[place])))
+            yield batch
+
+
+def make_loader(
+    dataset: PhotoDataset | StreamDataset,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    seed: int | None = None,
+    start_sample: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    pin_memory: bool = False,
+    prefetch_factor: int | None = None,
+) -> DataLoader[Any]:
+    """Endless loader of training batches.
+
+    Yields dicts of `image` (uint8 `(B, 3, size, size)`), `index` (int64 `(B,)`) and, if the dataset has
+    labels, `label` (int64 `(B,)`).
+    For a `PhotoDataset` the batches are those of `SeededSampler`, whatever the number of workers, and a cache
+    is filled before workers start. It is sharded by `rank` already: do not pass it to `accelerate.prepare`.
+    The global random state is neither read nor changed.
+
+    Args:
+        dataset: with `augment=True`.
+        batch_size: samples a batch and process.
+        num_workers: decoding processes; 0 decodes in this one.
+        seed: of the order; default: the dataset's.
+        start_sample: samples that all processes together have already seen (steps × batch_size × world_size).
+        rank, world_size: this process, and how many there are.
+        pin_memory: page-locked batches, for fast copies to a GPU.
+        prefetch_factor: batches that each worker keeps ready; default: torch's.
+
+    Raises:
+        UserError: an evaluation dataset, or bad numbers.
+    """
+    if not dataset.augment:
+        raise UserError("make_loader is for training: use iterate_eval with an augment=False dataset")
+    common: dict[str, Any] = {
+        "num_workers": num_workers,
+        "pin_memory": pin_memory,
+        "persistent_workers": num_workers > 0,
+        "prefetch_factor": prefetch_factor if num_workers else None,
+        "generator": torch.Generator().manual_seed(mix_seed(3, dataset.seed)),
+        "worker_init_fn": _init_worker,
+    }
+    if isinstance(dataset, StreamDataset):
+        if start_sample:
+            logger.info("streamed shards cannot resume at a sample: going on with fresh shuffles")
+        dataset = dataset.placed(rank=rank, world_size=world_size, start_sample=start_sample)
+        return DataLoader(dataset, batch_size=batch_size, drop_last=True, **common)
+    if dataset.cache and num_workers:
+        dataset.preload()
+        if sys.platform == "linux":  # forked workers share the cache, spawned ones would copy it
+            common["multiprocessing_context"] = "fork"
+    sampler = SeededSampler(
+        len(dataset),
+        batch_size=batch_size,
+        seed=dataset.seed if seed is None else seed,
+        start_sample=start_sample,
+        rank=rank,
+        world_size=world_size,
+    )
+    return DataLoader(dataset, batch_sampler=sampler, **common)
+
+
+def iterate_eval(
+    dataset: PhotoDataset | StreamDataset,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    limit: int | None = None,
+) -> Iterator[Item]:
+    """Go once through an `augment=False` dataset, in order, leaving unusable pictures out.
+
+    Yields dicts of `image` (uint8 `(B, 3, size, size)`), `index` (int64 `(B,)`), `name` (list of B strings)
+    and, if the dataset has labels, `label` (int64 `(B,)`). Every batch but the last has `batch_size` samples.
+    What was left out is in `dataset.skipped`.
+
+    Args:
+        dataset: made with `augment=False`.
+        batch_size: samples a batch.
+        num_workers: decoding processes; a `PhotoDataset`'s batches do not depend on it.
+        limit: stop after so many usable pictures.
+
+    Raises:
+        UserError: a training dataset, or no usable picture at all.
+    """
+    if dataset.augment:
+        raise UserError("iterate_eval needs a dataset made with augment=False")
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=_usable,
+        generator=torch.Generator(),
+        worker_init_fn=_init_worker,
+    )
+    items = islice((item for batch in loader for item in batch), limit)
+    seen = False
+    while group := list(islice(items, batch_size)):
+        seen = True
+        batch: Item = {
+            "image": torch.stack([item["image"] for item in group]),
+            "index": torch.tensor([item["index"] for item in group]),
+            "name": [item["name"] for item in group],
+        }
+        if dataset.labels:
+            batch["label"] = torch.tensor([item["label"] for item in group])
+        yield batch
+    if not seen and limit != 0:
+        if isinstance(dataset, PhotoDataset):
+            raise dataset._all_unusable()
+        raise UserError(f"no usable picture found in {dataset.source} ({dataset.skipped_count} skipped)")
+
+
+def _usable(items: list[Item | None]) -> list[Item]:
+    return [item for item in items if item is not None]
+
+
+def _init_worker(worker_id: int) -> None:
+    torch.set_num_threads(1)  # decoding has no use for more, and workers must not fight for cores

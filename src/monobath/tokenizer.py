@@ -1,0 +1,373 @@
+"""Tokenizer = encoder + decoder + sampler: encode, decode, save, load. Most users stop here.
+
+    tok = Tokenizer.from_pretrained("default")
+    z = tok.encode(images).mode()          # (B, c, H/f, W/f)
+    pictures = tok.decode(z, output="pil")
+
+SSDD (arXiv 2510.04961): the encoder is shared by all decoders; the decoder is a flow-matching model in pixel space
+that was trained or distilled to need a single step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from huggingface_hub import ModelHubMixin, snapshot_download
+from huggingface_hub.errors import HFValidationError, HfHubHTTPError
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from . import resources
+from ._version import __version__
+from .errors import UserError
+from .files import write_folder
+from .images import MAX_PIXELS, check_pixels, pil_to_tensor, tensor_to_pil, to_float, to_uint8
+from .models.decoder import Decoder, DecoderConfig
+from .models.encoder import Encoder, EncoderConfig, Posterior
+from .models.loading import load_strictly
+from .sampling import Noise, draw_noise, euler, seeds_for
+
+Images = Tensor | np.ndarray | Image.Image | Sequence[Any]
+FORMAT = "monobath-tokenizer-1"
+
+
+@dataclass(kw_only=True)
+class SamplerConfig:
+    """How a checkpoint is meant to be decoded."""
+
+    steps: int = 1
+    """Euler steps."""
+    power: float = 2.0
+    """Exponent of the time grid: above 1 puts more steps near the image."""
+    noise: Literal["gaussian", "zero"] = "gaussian"
+    """Where sampling starts: a seeded random image, or all zeros (deterministic, higher PSNR)."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.power <= 0:
+            raise UserError(f"sampler: steps={self.steps} must be at least 1 and power={self.power} above 0")
+        if self.noise not in ("gaussian", "zero"):
+            raise UserError(f'sampler.noise is {self.noise!r}: choose "gaussian" or "zero"')
+
+
+@dataclass(kw_only=True)
+class TokenizerConfig:
+    """Everything needed to build a tokenizer; stored with its weights."""
+
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    scaling_factor: float = 1.0
+    """1 / std of the latents. Published for generators and diffusers pipelines; `encode` and `decode` ignore it."""
+    shift_factor: float = 0.0
+    """Mean of the latents, likewise."""
+
+    def __post_init__(self) -> None:
+        for name in ("factor", "latent_channels"):
+            a, b = getattr(self.encoder, name), getattr(self.decoder, name)
+            if a != b:
+                raise UserError(f"encoder.{name}={a} and decoder.{name}={b} must be equal")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TokenizerConfig:
+        """Build from plain values; an unknown key is a `UserError` that names it."""
+        parts = {"encoder": EncoderConfig, "decoder": DecoderConfig, "sampler": SamplerConfig}
+        try:
+            built = {k: parts[k](**v) if k in parts else v for k, v in values.items()}
+            return cls(**built)
+        except TypeError as error:
+            raise UserError(f"not a tokenizer configuration of this version ({error})") from None
+
+
+class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-tokenizer", "autoencoder"]):
+    """Encoder, decoder and sampler of one latent space.
+
+    Attributes:
+        config: `TokenizerConfig`.
+        encoder: image `(B, 3, H, W)` → moments; `encode` is the friendly form.
+        decoder: `(x_t, t, z)` → raw prediction; `decode` samples with it.
+    """
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config.encoder)
+        self.decoder = Decoder(config.decoder)
+
+    @property
+    def factor(self) -> int:
+        """f: side of the pixel square behind one latent position."""
+        return self.config.encoder.factor
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.decoder.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights, and of the arithmetic."""
+        return self.decoder.conv_in.weight.dtype
+
+    @torch.no_grad()
+    def encode(self, images: Images, *, max_pixels: int = MAX_PIXELS) -> Posterior:
+        """Images → distribution over latents.
+
+        Args:
+            images: float tensor in [-1, 1] or uint8 tensor, `(B, 3, H, W)` or `(3, H, W)`; uint8 array `(H, W, 3)`
+                or `(B, H, W, 3)`; a PIL image of any mode; or a list of equally sized ones. Any H and W: sides are
+                padded to a multiple of f by reflection (replication where reflection cannot).
+            max_pixels: largest accepted H × W.
+
+        Returns:
+            The posterior; `.mode()` is `(B, c, ceil(H/f), ceil(W/f))`, `.size` is (H, W) for `decode`.
+
+        Raises:
+            UserError: another type, range, shape, or too many pixels; the message says what was given.
+        """
+        x = images_to_tensor(images, max_pixels=max_pixels)
+        size = (x.shape[2], x.shape[3])
+        x = pad_to_multiple(x.to(self.device), self.factor).to(self.dtype)
+        return Posterior(self.encoder(x), size)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        z: Tensor,
+        *,
+        size: tuple[int, int] | None = None,
+        steps: int | None = None,
+        seed: int | Sequence[int] = 0,
+        noise: Noise | None = None,
+        output: Literal["tensor", "pil", "uint8"] = "tensor",
+    ) -> Any:
+        """Latents → images.
+
+        Args:
+            z: `(B, c, h, w)`, raw (not scaled by `scaling_factor`).
+            size: (H, W) to crop to, such as the posterior's `.size`; default h·f, w·f.
+            steps: Euler steps; default: what the checkpoint was made for.
+            seed: one int a sample, or an int s meaning s, s + 1, …. Noise is drawn per sample on the CPU, so an image
+                depends on neither its batch nor the device.
+            noise: "gaussian" or "zero"; default: what the checkpoint was made for.
+            output: "tensor", float32 `(B, 3, H, W)` clipped to [-1, 1]; "uint8", the same in 0…255; "pil", a list.
+
+        Raises:
+            UserError: latents of another shape, non-finite latents, a size that does not fit, or an unknown option.
+        """
+        c, f, sampler = self.config.encoder.latent_channels, self.factor, self.config.sampler
+        if not isinstance(z, Tensor) or z.ndim != 4 or z.shape[1] != c or 0 in z.shape:
+            shape = tuple(z.shape) if hasattr(z, "shape") else type(z).__name__
+            raise UserError(f"latents are {shape}: this tokenizer ({self.config.encoder.name}) needs (B, {c}, h, w)")
+        if not torch.isfinite(z).all():
+            raise UserError("latents contain NaN or infinity: check what produced them")
+        full = (z.shape[2] * f, z.shape[3] * f)
+        size = size or full
+        if not all(0 < s <= limit for s, limit in zip(size, full, strict=True)):
+            raise UserError(f"size={tuple(size)} does not fit latents of {tuple(z.shape)}: at most {full}")
+        if output not in ("tensor", "pil", "uint8"):
+            raise UserError(f'output={output!r}: choose "tensor", "pil" or "uint8"')
+        try:
+            seeds = seeds_for(seed, len(z))
+            x = self._sample(
+                z, seeds, sampler.steps if steps is None else steps, sampler.noise if noise is None else noise
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        x = x[:, :, : size[0], : size[1]].float().clamp(-1, 1)
+        if output == "tensor":
+            return x
+        pixels = to_uint8(x)
+        return pixels if output == "uint8" else [tensor_to_pil(p) for p in pixels]
+
+    def _sample(self, z: Tensor, seeds: list[int], steps: int, noise: Noise) -> Tensor:
+        # A token may be larger than a latent position: then whole tokens are decoded and the excess cropped.
+        unit = max(1, self.config.decoder.token_side // self.factor)
+        z = pad_to_multiple(z.to(self.device, self.dtype), unit, mode="replicate")
+        shape = (3, z.shape[2] * self.factor, z.shape[3] * self.factor)
+        start = draw_noise(shape, seeds, noise).to(self.device, self.dtype)
+        return euler(
+            lambda x_t, t: self.decoder(x_t, t, z),
+            start,
+            kind=self.config.decoder.prediction,  # type: ignore[arg-type]
+            steps=steps,
+            power=self.config.sampler.power,
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Reconstruct `(B, 3, H, W)` in [-1, 1] with the posterior's mode."""
+        posterior = self.encode(images)
+        return self.decode(posterior.mode(), size=posterior.size)
+
+    # ---- files ----------------------------------------------------------------------------------
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        extra: dict[str, Any] | None = None,
+        push_to_hub: bool = False,
+        **push_to_hub_kwargs: Any,
+    ) -> None:
+        """Write `config.json` and `model.safetensors` (config inside) to a folder, atomically; never pickle.
+
+        Args:
+            dtype: type of the stored weights, such as torch.bfloat16 for a file of half the size.
+            extra: plain values kept in the config under "training", such as the recipe.
+        """
+        config = self._config_dict(extra)
+        text = json.dumps(config, indent=2)
+        state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in self.state_dict().items()}
+
+        def write(folder: Path) -> None:
+            save_file(state, folder / "model.safetensors", metadata={"config": json.dumps(config), "format": "pt"})
+            (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+        write_folder(Path(save_directory), write)
+        if push_to_hub:
+            repo_id = push_to_hub_kwargs.pop("repo_id", Path(save_directory).name)
+            self.push_to_hub(repo_id=repo_id, **push_to_hub_kwargs)
+
+    def _config_dict(self, extra: dict[str, Any] | None) -> dict[str, Any]:
+        config = {"format": FORMAT, "monobath_version": __version__, **dataclasses.asdict(self.config)}
+        return config | ({"training": extra} if extra else {})
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        name: str | os.PathLike[str] = "default",
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+    ) -> Tokenizer:
+        """Load a tokenizer: packaged weights by name, else an existing folder or file, else a Hub repository.
+
+        Args:
+            name: such as "default", "runs/mine/model", or "user/repository".
+            device: where to put it; default: the CPU.
+            dtype: of the weights and the arithmetic; default: float32, whatever the file holds.
+
+        Returns:
+            The tokenizer, in evaluation mode.
+
+        Raises:
+            UserError: nothing of that name, a corrupt file, or one that does not fit its configuration.
+        """
+        folder = resources.weights_path(str(name))
+        if folder is None and Path(name).exists():
+            folder = Path(name)
+        if folder is None:
+            folder = _download(str(name), revision, token, cache_dir, local_files_only)
+        config, state = _read(folder)
+        tokenizer = cls(TokenizerConfig.from_dict(config))
+        load_strictly(tokenizer, state, str(folder))
+        return tokenizer.to(device=device, dtype=dtype or torch.float32).eval()
+
+
+def images_to_tensor(images: Images, *, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """Pictures in any accepted form → float32 `(B, 3, H, W)` in [-1, 1]; see `Tokenizer.encode`."""
+    if isinstance(images, Image.Image):
+        check_pixels(images.width, images.height, max_pixels)
+        return to_float(pil_to_tensor(images))[None]
+    if isinstance(images, (list, tuple)):
+        if not images:
+            raise UserError("an empty list of images: give at least one")
+        parts = [images_to_tensor(image, max_pixels=max_pixels) for image in images]
+        sizes = {tuple(p.shape[2:]) for p in parts}
+        if len(sizes) > 1:
+            raise UserError(f"images of different sizes in one batch ({sorted(sizes)}): encode them one by one")
+        return torch.cat(parts)
+    if isinstance(images, np.ndarray):
+        if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[-1] != 3:
+            raise UserError(f"array is {images.dtype} {images.shape}: expected uint8 (H, W, 3) or (B, H, W, 3)")
+        images = torch.from_numpy(np.ascontiguousarray(images)).movedim(-1, -3)
+    if not isinstance(images, Tensor):
+        raise UserError(f"images are {type(images).__name__}: give a tensor, a uint8 array, a PIL image or a list")
+    x = images[None] if images.ndim == 3 else images
+    if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape:
+        raise UserError(f"images are {tuple(images.shape)}: expected (B, 3, H, W) or (3, H, W)")
+    check_pixels(x.shape[3], x.shape[2], max_pixels)
+    if x.dtype == torch.uint8:
+        return to_float(x)
+    if not x.is_floating_point():
+        raise UserError(f"images are {x.dtype}: expected uint8, or float in [-1, 1]")
+    x = x.float()
+    low, high = x.min().item(), x.max().item()
+    if not (low >= -1.01 and high <= 1.01):  # written so that NaN fails too
+        raise UserError(f"float images span [{low:.3g}, {high:.3g}]: expected [-1, 1] (0…255 belongs in uint8)")
+    return x
+
+
+def pad_to_multiple(x: Tensor, multiple: int, mode: Literal["reflect", "replicate"] = "reflect") -> Tensor:
+    """Pad right and bottom so that both sides are multiples; replicate where a side is too short to reflect."""
+    for dim in (2, 3):
+        pad = -x.shape[dim] % multiple
+        if pad:
+            way = mode if pad < x.shape[dim] else "replicate"
+            x = F.pad(x, (0, 0, 0, pad) if dim == 2 else (0, pad, 0, 0), mode=way)
+    return x
+
+
+def _download(
+    name: str,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | os.PathLike[str] | None,
+    local_files_only: bool,
+) -> Path:
+    known = ", ".join(resources.weights_names())
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                allow_patterns=["config.json", "model.safetensors"],
+                library_name="monobath",
+                library_version=__version__,
+            )
+        )
+    except (HFValidationError, HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"no tokenizer {name!r}: it is not packaged ({known}), not an existing path, and could not be fetched "
+            f"from the Hub ({reason})"
+        ) from None
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and tensors of a folder or a `.safetensors` file."""
+    file = path / "model.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"{path} holds no model.safetensors: give the folder that save_pretrained wrote")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            inside = (opened.metadata() or {}).get("config")
+            state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        beside = path / "config.json"
+        text = beside.read_text(encoding="utf-8") if path.is_dir() and beside.is_file() else inside
+        config = json.loads(text) if text else None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is corrupt or not a monobath checkpoint ({error}): fetch or save it again") from None
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        found = config.get("format") if isinstance(config, dict) else None
+        raise UserError(f"{path} is not a monobath tokenizer (format {found!r}, expected {FORMAT!r})")
+    ignored = ("format", "monobath_version", "training")
+    return {k: v for k, v in config.items() if k not in ignored}, state

@@ -1,0 +1,83 @@
+"""Checkpoints: everything a run needs to go on, written atomically."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..files import write_folder
+from ..models.loading import load_strictly
+from .ema import EMA
+
+
+def latest(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run folder."""
+    found = [p for p in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+    return max(found, key=lambda p: int(p.name[5:]), default=None)
+
+
+def save(
+    run: Path,
+    step: int,
+    *,
+    model: nn.Module,
+    ema: EMA,
+    trainer: dict[str, Any],
+    recipe: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write `checkpoints/step-N/` and remove all but the newest `keep`.
+
+    Holds `model.safetensors`, `ema.safetensors`, `trainer.pt` (tensors and plain values: optimizer, gradient scaler)
+    and `state.json`. A killed process leaves the previous checkpoint whole.
+    """
+    state = {"step": step, "ema_updates": ema.updates, "recipe": recipe}
+    path = run / "checkpoints" / f"step-{step:08d}"
+
+    def write(folder: Path) -> None:
+        save_file(_plain(model), folder / "model.safetensors")
+        save_file(_plain(ema.model), folder / "ema.safetensors")
+        torch.save(trainer, folder / "trainer.pt")
+        (folder / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+
+    write_folder(path, write)
+    old = sorted((run / "checkpoints").glob("step-*"), key=lambda p: int(p.name[5:]))
+    for folder in old[:-keep]:
+        shutil.rmtree(folder, ignore_errors=True)
+    return path
+
+
+def load(path: Path, *, model: nn.Module, ema: EMA) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Restore `model` and `ema`; returns (`state.json`, the trainer's dict).
+
+    Raises:
+        UserError: a file is missing or corrupt, or the checkpoint belongs to another architecture.
+    """
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        weights, averaged = load_file(path / "model.safetensors"), load_file(path / "ema.safetensors")
+        trainer = torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
+    except (
+        OSError, ValueError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile
+    ) as error:  # fmt: skip
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"checkpoint {path} is corrupt ({reason}): delete it to go on from the one before") from None
+    load_strictly(model, weights, f"checkpoint {path}")
+    load_strictly(ema.model, averaged, f"checkpoint {path}")
+    ema.updates = state["ema_updates"]
+    return state, trainer
+
+
+def _plain(model: nn.Module) -> dict[str, Tensor]:
+    return {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}

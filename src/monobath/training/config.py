@@ -1,0 +1,168 @@
+"""Recipes: everything a training run needs, as keyword-only dataclasses.
+
+A recipe is a YAML file under `monobath/recipes/` or anywhere else. The resolved recipe is stored in the run folder
+and in every model it writes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..errors import UserError
+from ..images import MAX_PIXELS
+from ..tokenizer import TokenizerConfig
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Where pictures come from and how they are cropped."""
+
+    source: list[str] = field(default_factory=list)
+    """Folders, .tar shards or URLs of shards. `monobath train --data` sets it."""
+    validation: list[str] = field(default_factory=list)
+    """Held-out pictures for the sample grids and validation figures; default: the first training pictures."""
+    size: int = 128
+    """Side of the square crops, in pixels."""
+    scale: list[int] = field(default_factory=list)
+    """The short side is resized to a random length in [low, high] pixels before cropping; default [size, 2·size]."""
+    flip: bool = True
+    """Mirror half of the crops."""
+    cache: bool = False
+    """Keep decoded pictures in memory, their short side at most the high end of `scale`."""
+    workers: int = 2
+    """Loader processes; 0 decodes in the training process. The crops are the same for any number."""
+    max_pixels: int = MAX_PIXELS
+    """Larger pictures are skipped, in pixels."""
+    min_side: int = 16
+    """Pictures with a shorter side are skipped, in pixels."""
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise UserError(f"data.size is {self.size}: it must be at least 1 pixel")
+        self.scale = self.scale or [self.size, 2 * self.size]
+        if len(self.scale) != 2 or not self.size <= self.scale[0] <= self.scale[1]:
+            raise UserError(
+                f"data.scale is {self.scale}: give [low, high] with data.size={self.size} ≤ low ≤ high"
+            )
+
+
+@dataclass(kw_only=True)
+class TimesConfig:
+    """Which times and noises are trained on."""
+
+    ones: float = 0.0
+    """Fraction of the samples at t = 1 exactly; the rest is logit-normal."""
+    zero_noise: float = 0.0
+    """Fraction of the samples at t = 1 that start from ε = 0 instead of Gaussian noise."""
+
+    def __post_init__(self) -> None:
+        for name in ("ones", "zero_noise"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"times.{name} is {getattr(self, name)}: it is a fraction, in [0, 1]")
+
+
+@dataclass(kw_only=True)
+class LossConfig:
+    """Weights of the objective: SSDD section 3, flow + perceptual + KL."""
+
+    flow: float = 1.0
+    """Weight of the flow-matching loss."""
+    space: Literal["", "v", "x"] = ""
+    """Space the flow loss is measured in; default: what the decoder predicts."""
+    perceptual: float = 0.5
+    """Weight of the perceptual distance between the predicted clean image and the image."""
+    perceptual_backbone: Literal["efflite", "lpips-vgg"] = "efflite"
+    """efflite (EfficientNet-Lite0) works offline; lpips-vgg is the paper's."""
+    kl: float = 1e-6
+    """Weight of the KL term, summed over a latent's dimensions; counts only while the encoder trains."""
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay to zero."""
+
+    lr: float = 1e-4
+    """Peak learning rate."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    """AdamW's decay rates."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay, on matrices and convolutions only (not on biases and norms)."""
+    warmup: int = 100
+    """Steps of linear warm-up."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """The loop."""
+
+    steps: int = 1000
+    """Optimizer steps in all."""
+    batch_size: int = 16
+    """Images a step, over all processes and accumulation steps."""
+    accumulation: int = 1
+    """Gradient accumulation: forward passes a step."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the networks (autocast); weights, losses and the EMA stay float32."""
+    compile: bool = False
+    """torch.compile for encoder and decoder."""
+    channels_last: bool = True
+    """Memory format of images and convolutions: faster on CPU, and on GPU in half precision."""
+    checkpointing: bool = False
+    """Activation checkpointing: less memory, about a third more time."""
+    train_encoder: bool = True
+    """False freezes the encoder: its bytes do not change."""
+    ema: float = 0.999
+    """Decay of the averaged weights, warmed up as (1 + n) / (10 + n)."""
+    ema_start: float = 0.1
+    """The average starts after this fraction of the run; before that it copies the weights."""
+    seed: int = 0
+    """Decides initial weights, order of the data, crops and noise."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    sample_every: int = 500
+    """Steps between sample grids; 0: none."""
+    samples: int = 8
+    """Pictures in a sample grid."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+    max_bad: int = 10
+    """Stop after this many non-finite steps in a row; each is skipped."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep", "max_bad"):
+            if getattr(self, name) < 1:
+                raise UserError(f"training.{name} is {getattr(self, name)}: it must be at least 1")
+        if not 0 <= self.ema < 1 or not 0 <= self.ema_start <= 1:
+            raise UserError(f"training: ema={self.ema} must be in [0, 1) and ema_start={self.ema_start} in [0, 1]")
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """A whole training run."""
+
+    name: str = "run"
+    """Name of the run; also of its folder, unless `run` says another."""
+    run: str = ""
+    """Run folder; default: runs/NAME. The same command on the same folder resumes."""
+    init: str = ""
+    """Start from this model (a name or path, such as runs/stage1/model) instead of random weights."""
+    model: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    times: TimesConfig = field(default_factory=TimesConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        self.run = self.run or f"runs/{self.name}"
+        decoder = self.model.decoder
+        unit = max(self.model.encoder.factor, decoder.token_side)
+        if self.data.size % unit:
+            raise UserError(f"data.size={self.data.size} must be divisible by {unit} (latent or token side)")

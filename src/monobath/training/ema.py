@@ -1,0 +1,44 @@
+"""Exponential moving average of a model's weights and buffers."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+
+class EMA:
+    """Averaged copy of a model, for evaluation and for the weights that are kept.
+
+    The decay is warmed up: min(decay, (1 + n) / (10 + n)) after n updates. Buffers are copied.
+
+    Attributes:
+        model: the averaged model, in evaluation mode, without gradients.
+        updates: how many steps have been averaged.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self.decay, self.updates = decay, 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move the average towards `model`."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        self._blend(model, 1 - decay)
+
+    @torch.no_grad()
+    def copy(self, model: nn.Module) -> None:
+        """Make the average equal to `model` (before averaging starts)."""
+        self._blend(model, 1.0)
+
+    def _blend(self, model: nn.Module, weight: float) -> None:
+        own, other = list(self.model.parameters()), [p.detach() for p in model.parameters()]
+        if weight == 1.0:
+            torch._foreach_copy_(own, other)
+        else:
+            torch._foreach_lerp_(own, other, weight)
+        for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
+            mine.copy_(theirs)

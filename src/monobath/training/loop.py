@@ -1,0 +1,374 @@
+"""The training loop, on accelerate: one process on a CPU, or many GPUs through `accelerate launch`.
+
+    train(recipe)        # the same call on the same run folder resumes, bit for bit on a CPU
+
+A step's random numbers and crops depend only on (seed, step), never on what ran before. Nothing in a step waits for
+the device: non-finite steps are skipped by the optimizer itself, and counted when a line is logged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from ..data.dataset import iterate_eval, make_dataset, make_loader
+from ..errors import UserError
+from ..files import write_file, write_text
+from ..images import tensor_to_pil, to_float, to_uint8
+from ..tokenizer import Tokenizer
+from . import checkpoints
+from .config import OptimizerConfig, Recipe
+from .ema import EMA
+from .objectives import AutoencoderObjective, Draws
+from .progress import Progress
+
+log = logging.getLogger(__name__)
+
+
+class Interrupted(Exception):
+    """Ctrl-C or a termination signal arrived; the run was saved first."""
+
+
+def train(recipe: Recipe) -> Path:
+    """Train a tokenizer as the recipe says; go on where the run folder stands.
+
+    Returns:
+        The folder of the finished slim EMA model, for `Tokenizer.from_pretrained`.
+
+    Raises:
+        UserError: the recipe cannot run (no data, other model in the folder, package missing, non-finite losses …).
+        Interrupted: a signal arrived; the state is saved.
+    """
+    return _Run(recipe).go()
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Rate of step 0 … steps−1: linear warm-up, then a cosine to zero or a constant."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    if config.schedule == "constant":
+        return config.lr
+    done = (step - config.warmup) / max(1, steps - config.warmup)
+    return config.lr * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * done, dtype=torch.float64))))
+
+
+class _Run:
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.run = recipe, Path(recipe.run)
+        self.accelerator = _accelerator(recipe)
+        self.main = self.accelerator.is_main_process
+        self.device = self.accelerator.device
+        training = recipe.training
+        self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        share = self.world * training.accumulation
+        if training.batch_size % share:
+            raise UserError(
+                f"training.batch_size={training.batch_size} must be divisible by {share} "
+                f"({self.world} processes × {training.accumulation} accumulation steps)"
+            )
+        self.micro = training.batch_size // share
+        if self.main:
+            self._claim_folder()
+
+        # Data before the model: a wrong path should say so at once.
+        data = recipe.data
+        self.dataset = make_dataset(
+            data.source, size=data.size, scale=(data.scale[0], data.scale[1]), flip=data.flip, seed=training.seed,
+            max_pixels=data.max_pixels, min_side=data.min_side, cache=data.cache,
+        )  # fmt: skip
+        self.examples = self._examples() if self.main and training.sample_every else None
+
+        torch.manual_seed(training.seed)
+        self.tokenizer = Tokenizer(recipe.model)
+        if recipe.init:
+            self._start_from(recipe.init)
+        self.tokenizer.train()
+        self.objective = AutoencoderObjective(self.tokenizer, recipe.loss, train_encoder=training.train_encoder)
+        self.objective.to(self.device)
+        if training.channels_last:
+            self.objective.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.tokenizer.encoder.checkpointing = training.checkpointing
+        self.tokenizer.decoder.set_checkpointing(training.checkpointing)
+        self.ema = EMA(self.tokenizer, training.ema)
+        self.optimizer = _optimizer(self.objective, recipe.optimizer)
+        self.step = 0
+        self._resume()
+        if training.compile:
+            self.tokenizer.encoder.compile()
+            self.tokenizer.decoder.compile()
+        self.prepared, self.optimizer = self.accelerator.prepare(self.objective, self.optimizer)
+        if self._scaler_state is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(self._scaler_state)
+        self.bad = torch.zeros(2, device=self.device)  # non-finite steps: in a row, in all
+        self.sums: dict[str, Tensor] = {}
+        self.stop_signal: int | None = None
+
+    # ---- the loop -------------------------------------------------------------------------------
+
+    def go(self) -> Path:
+        training = self.recipe.training
+        loader = make_loader(
+            self.dataset,
+            batch_size=self.micro,
+            num_workers=self.recipe.data.workers,
+            seed=training.seed,
+            start_sample=self.step * training.batch_size,
+            rank=self.rank,
+            world_size=self.world,
+            pin_memory=self.device.type == "cuda",
+        )
+        batches = iter(loader)
+        with self._signals(), Progress(training.steps, self.step, self.run, enabled=self.main) as progress:
+            if self.step == 0:
+                self._sample(progress)
+            while self.step < training.steps:
+                self._step(batches)
+                self.step += 1
+                last = self.step == training.steps
+                if self.step % training.log_every == 0 or last:
+                    self._log(progress)
+                progress.advance(training.batch_size)
+                if training.sample_every and (self.step % training.sample_every == 0 or last):
+                    self._sample(progress)
+                stopping = self._any_signal()
+                if self.step % training.checkpoint_every == 0 or last or stopping:
+                    self._save()
+                if stopping and not last:
+                    raise Interrupted(
+                        f"stopped at step {self.step} of {training.steps}; saved: the same command goes on"
+                    )
+        if self.main:
+            self.ema.model.save_pretrained(  # type: ignore[operator]
+                self.run / "model", extra={"recipe": dataclasses.asdict(self.recipe), "step": self.step}
+            )
+            if self.dataset.skipped_count:
+                log.warning("%d unusable pictures were skipped", self.dataset.skipped_count)
+        self.accelerator.wait_for_everyone()
+        return self.run / "model"
+
+    def _step(self, batches: Iterator[dict[str, Tensor]]) -> None:
+        training, accumulation = self.recipe.training, self.recipe.training.accumulation
+        rate = learning_rate(self.recipe.optimizer, self.step, training.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        totals: dict[str, Tensor] = {}
+        for micro in range(accumulation):
+            x = to_float(next(batches)["image"].to(self.device, non_blocking=True))
+            if training.channels_last:
+                x = x.contiguous(memory_format=torch.channels_last)
+            seed = _mix(training.seed, self.step * accumulation + micro)
+            draws = Draws.make(
+                seed, tuple(x.shape), self._latent_shape(x), self.recipe.times,
+                rank=self.rank, world=self.world, device=self.device,
+            )  # fmt: skip
+            torch.manual_seed(seed + self.rank)  # dropout
+            syncing = micro == accumulation - 1
+            with contextlib.nullcontext() if syncing else self.accelerator.no_sync(self.prepared):
+                losses = self.prepared(x, draws.t, draws.noise, draws.latent_noise)
+                self.accelerator.backward(losses["loss"] / accumulation)
+            for name, value in losses.items():
+                totals[name] = totals.get(name, 0) + value.detach() / accumulation
+        self._update(totals, rate)
+
+    def _update(self, totals: dict[str, Tensor], rate: float) -> None:
+        training = self.recipe.training
+        self.accelerator.unscale_gradients(self.optimizer)
+        clip = self.recipe.optimizer.clip or float("inf")
+        parameters = [p for p in self.objective.parameters() if p.requires_grad]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+        # Gradients are averaged over processes, so all of them see the same norm and decide alike.
+        finite = torch.isfinite(norm)
+        if self.accelerator.scaler is None:
+            # Fused AdamW leaves weights and moments alone when told that infinities were found: no host sync.
+            self.optimizer.optimizer.found_inf = (~finite).float()
+        self.optimizer.step()
+        bad = (~finite).float()
+        self.bad = torch.stack([(self.bad[0] + 1) * bad, self.bad[1] + bad])
+        if self.step < training.ema_start * training.steps:
+            self.ema.copy(self.tokenizer)
+        else:
+            self.ema.update(self.tokenizer)
+        totals["grad_norm"] = norm.detach()
+        for name, value in totals.items():
+            kept = torch.where(finite, value.float(), 0.0)
+            self.sums[name] = self.sums.get(name, torch.zeros((), device=self.device)) + kept
+        self.sums["count"] = self.sums.get("count", torch.zeros((), device=self.device)) + finite.float()
+        self.rate = rate
+
+    def _latent_shape(self, x: Tensor) -> tuple[int, ...]:
+        encoder = self.recipe.model.encoder
+        return (len(x), encoder.latent_channels, x.shape[2] // encoder.factor, x.shape[3] // encoder.factor)
+
+    # ---- what is written ------------------------------------------------------------------------
+
+    def _log(self, progress: Progress) -> None:
+        names = sorted(self.sums)
+        values = self.accelerator.reduce(torch.stack([self.sums[n] for n in names]), reduction="sum").tolist()
+        sums = dict(zip(names, values, strict=True))
+        count = sums.pop("count")
+        in_a_row, skipped = (int(v) for v in self.bad.tolist())
+        self.sums = {}
+        row = {name: total / count for name, total in sums.items()} if count else {}
+        progress.log(self.step, {**row, "lr": self.rate, "skipped_steps": skipped})
+        if in_a_row >= self.recipe.training.max_bad:
+            raise UserError(
+                f"losses were not finite for {in_a_row} steps in a row, up to step {self.step}: lower optimizer.lr, "
+                "set training.precision to fp32, or start again from an earlier checkpoint"
+            )
+
+    def _sample(self, progress: Progress) -> None:
+        if not self.main or self.examples is None:
+            return
+        model = self.ema.model
+        with self._autocast():
+            posterior = model.encode(self.examples.to(self.device))  # type: ignore[operator]
+            output = model.decode(posterior.mode(), output="uint8").cpu()  # type: ignore[operator]
+        error = (output.float() - self.examples.float()).div(255).square().mean((1, 2, 3))
+        psnr = (-10 * error.clamp_min(1e-10).log10()).mean().item()
+        shown = torch.cat([self.examples, output])
+        grid = make_grid(shown, nrow=len(output), padding=2)
+        write_file(self.run / "samples" / f"step-{self.step:08d}.png", tensor_to_pil(grid).save)
+        progress.image(self.step, grid)
+        progress.log(self.step, {"sample_psnr": psnr})
+
+    def _save(self) -> None:
+        if self.main:
+            scaler = self.accelerator.scaler
+            checkpoints.save(
+                self.run,
+                self.step,
+                model=self.tokenizer,
+                ema=self.ema,
+                trainer={
+                    "optimizer": self.optimizer.optimizer.state_dict(),
+                    "scaler": scaler.state_dict() if scaler is not None else None,
+                },
+                recipe=dataclasses.asdict(self.recipe),
+                keep=self.recipe.training.keep,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return self.accelerator.autocast()
+
+    # ---- set-up ---------------------------------------------------------------------------------
+
+    def _claim_folder(self) -> None:
+        """Store the resolved recipe; refuse a folder that holds a run of another model."""
+        file, resolved = self.run / "config.yaml", dataclasses.asdict(self.recipe)
+        if file.is_file():
+            try:
+                before = yaml.safe_load(file.read_text(encoding="utf-8"))
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise UserError(f"{file} is corrupt ({error}): choose another --run") from None
+            if checkpoints.latest(self.run) and before.get("model") != json.loads(json.dumps(resolved["model"])):
+                raise UserError(
+                    f"{self.run} holds a run of another model: choose another --run, or delete that folder"
+                )
+            changed = [k for k, v in resolved.items() if before.get(k) != json.loads(json.dumps(v))]
+            if changed:
+                log.warning("%s: the recipe changed since this run began, in: %s", self.run, ", ".join(changed))
+        write_text(file, yaml.safe_dump(json.loads(json.dumps(resolved)), sort_keys=False))
+
+    def _examples(self) -> Tensor:
+        """uint8 `(n, 3, size, size)`: what the sample grids show."""
+        data = self.recipe.data
+        fixed = make_dataset(
+            data.validation or data.source, size=data.size, augment=False, max_pixels=data.max_pixels,
+            min_side=data.min_side,
+        )  # fmt: skip
+        parts = iterate_eval(fixed, batch_size=8, limit=self.recipe.training.samples)
+        return torch.cat([part["image"] for part in parts])
+
+    def _start_from(self, name: str) -> None:
+        source = Tokenizer.from_pretrained(name)
+        # A later stage may change the sampler or the objective, not the networks.
+        for part in ("encoder", "decoder"):
+            if getattr(source.config, part) != getattr(self.recipe.model, part):
+                raise UserError(
+                    f"init: the {part} of {name} is {getattr(source.config, part)}, but the recipe says "
+                    f"{getattr(self.recipe.model, part)}"
+                )
+        self.tokenizer.load_state_dict(source.state_dict())
+
+    def _resume(self) -> None:
+        self._scaler_state = None
+        path = checkpoints.latest(self.run)
+        if path is None:
+            return
+        state, trainer = checkpoints.load(path, model=self.tokenizer, ema=self.ema)
+        try:
+            self.optimizer.load_state_dict(trainer["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise UserError(f"checkpoint {path} does not fit this recipe ({error}): choose another --run") from None
+        self._scaler_state = trainer["scaler"]
+        self.step = state["step"]
+        if self.main:
+            log.info("resuming %s at step %d", self.run, self.step)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Within: Ctrl-C and SIGTERM finish the step and save; a second Ctrl-C stops at once."""
+
+        def remember(number: int, frame: FrameType | None) -> None:
+            if self.stop_signal is not None:
+                raise KeyboardInterrupt
+            self.stop_signal = number
+
+        kept = {}
+        with contextlib.suppress(ValueError):  # only the main thread may set handlers
+            kept = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in kept.items():
+                signal.signal(number, handler)
+
+    def _any_signal(self) -> bool:
+        """True on every process as soon as one was told to stop, so that they leave the loop together."""
+        if self.world == 1:
+            return self.stop_signal is not None
+        flag = torch.tensor(float(self.stop_signal is not None), device=self.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum").item() > 0)
+
+
+def _accelerator(recipe: Recipe) -> Any:
+    try:
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs
+    except ImportError:
+        raise UserError("training needs accelerate: pip install 'monobath[train]'") from None
+    precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[recipe.training.precision]
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise UserError('training.precision is "fp16", which needs a GPU: use bf16 or fp32')
+    return Accelerator(
+        mixed_precision=precision, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
+    )
+
+
+def _optimizer(objective: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), fused=True)
+
+
+def _mix(seed: int, position: int) -> int:
+    """One seed per (run, step): distinct for 2^31 steps of each of 2^31 run seeds."""
+    return (seed << 31) + position
