@@ -97,9 +97,7 @@ def test_shards_hold_what_the_folder_holds(tmp_path, folder):
     reader = SampleReader()
 
     def content(source):
-        return [
-            (sample.name, reader.read(sample), sample.label) for sample in find_samples(source, labels=True)
-        ]
+        return [(sample.name, reader.read(sample), sample.label) for sample in find_samples(source, labels=True)]
 
     expected = content([folder, str(more)])
     assert len(expected) == 10
@@ -290,9 +288,7 @@ def test_crops_depend_on_seed_epoch_and_index(folder):
     again = PhotoDataset(folder, size=16, scale=(16, 28))
     assert torch.equal(dataset[3]["image"], again[0, 3]["image"])
     assert not torch.equal(dataset[0, 3]["image"], dataset[1, 3]["image"])
-    assert not torch.equal(
-        dataset[3]["image"], PhotoDataset(folder, size=16, scale=(16, 28), seed=1)[3]["image"]
-    )
+    assert not torch.equal(dataset[3]["image"], PhotoDataset(folder, size=16, scale=(16, 28), seed=1)[3]["image"])
     assert dataset[3]["image"].dtype == torch.uint8
 
 
@@ -310,9 +306,7 @@ def test_every_sample_once_an_epoch():
 @pytest.mark.parametrize("seen", [0, 4, 10, 1_000_003])
 def test_sampler_resumes_at_any_sample(seen):
     flat = [pair for batch in islice(SeededSampler(7, batch_size=1), 40) for pair in batch]
-    resumed = [
-        pair for batch in islice(SeededSampler(7, batch_size=4, start_sample=seen), 5) for pair in batch
-    ]
+    resumed = [pair for batch in islice(SeededSampler(7, batch_size=4, start_sample=seen), 5) for pair in batch]
     if seen < 20:
         assert resumed == flat[seen : seen + 20]
     assert resumed[0][0] == seen // 7

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable
@@ -25,7 +26,8 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         _flush(partial)
         os.replace(partial, path)
     except BaseException as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the error to report is the first one
+            partial.unlink(missing_ok=True)
         _explain(error, path)
         raise
 
@@ -68,7 +70,8 @@ def _flush(path: Path) -> None:
 
 
 def _explain(error: BaseException, path: Path) -> None:
-    # safetensors reports a full disk with an error class of its own, which carries the system's text.
+    # safetensors and torch.save report a full disk with error classes of their own; the text tells.
     text = str(error)
-    if isinstance(error, OSError) or "os error" in text.lower() or "No space left" in text:
+    signs = ("os error", "no space left", "pytorchstreamwriter", "inline_container")
+    if isinstance(error, OSError) or any(sign in text.lower() for sign in signs):
         raise UserError(f"could not write {path} ({text}): free some space or choose another folder") from error

@@ -87,9 +87,7 @@ def sample_times(
         raise ValueError(f"ones={ones}: the fraction of samples at t = 1 must lie in [0, 1]")
     source = generator.device if generator is not None else device
     t = torch.sigmoid(torch.randn(batch, generator=generator, device=source))
-    offset = torch.rand(
-        (), generator=generator, device=source
-    )  # which samples, and how a fraction is rounded
+    offset = torch.rand((), generator=generator, device=source)  # which samples, and how a fraction is rounded
     positions = torch.arange(batch + 1, device=t.device) * ones + offset
     is_one = positions[1:].floor() > positions[:-1].floor()
     return torch.where(is_one, 1.0, t).to(device or t.device)
@@ -109,7 +107,6 @@ def flow_loss(
         error = prediction.float() - velocity(x, noise).float()
     else:
         error = (
-            velocity_from_clean(x_t, prediction, t, MIN_TIME).float()
-            - velocity_from_clean(x_t, x, t, MIN_TIME).float()
+            velocity_from_clean(x_t, prediction, t, MIN_TIME).float() - velocity_from_clean(x_t, x, t, MIN_TIME).float()
         )
     return error.square().mean()

@@ -72,18 +72,14 @@ def open_image(
         # Pillow refuses about 179 Mpx before we see the size (a warning at half of it can be made an error).
         limit = Image.MAX_IMAGE_PIXELS
         if limit is not None and max_pixels > limit:
-            remedy = (
-                f"Pillow's own limit comes before max_pixels={max_pixels:,}: raise PIL.Image.MAX_IMAGE_PIXELS"
-            )
+            remedy = f"Pillow's own limit comes before max_pixels={max_pixels:,}: raise PIL.Image.MAX_IMAGE_PIXELS"
         else:
             remedy = f"make it smaller, or raise max_pixels={max_pixels:,} if the memory suffices"
         raise ImageTooLarge(f"{name} is far too large ({error}); {remedy}") from None
     except UnidentifiedImageError:
         raise UserError(f"{name} is not a picture that can be read: give a JPEG, PNG, WebP … file") from None
     except Exception as error:  # broken files make PIL's many plugins raise nearly anything
-        raise UserError(
-            f"{name} cannot be read as a picture ({error}): give a JPEG, PNG, WebP … file"
-        ) from None
+        raise UserError(f"{name} cannot be read as a picture ({error}): give a JPEG, PNG, WebP … file") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

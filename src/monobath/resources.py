@@ -1,4 +1,11 @@
 """Packaged files."""
+
 from pathlib import Path
-def weights_path(name: str) -> Path | None: return None
-def weights_names() -> list[str]: return []
+
+
+def weights_path(name: str) -> Path | None:
+    return None
+
+
+def weights_names() -> list[str]:
+    return []

@@ -36,9 +36,7 @@ def seeds_for(seed: int | Sequence[int], batch: int) -> list[int]:
         return [seed + i for i in range(batch)]
     seeds = [int(s) for s in seed]
     if len(seeds) != batch:
-        raise ValueError(
-            f"seed has {len(seeds)} entries for a batch of {batch}: give one a sample, or one int"
-        )
+        raise ValueError(f"seed has {len(seeds)} entries for a batch of {batch}: give one a sample, or one int")
     return seeds
 
 

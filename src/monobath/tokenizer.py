@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import ModelHubMixin, snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -211,7 +211,7 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
 
     # ---- files ----------------------------------------------------------------------------------
 
-    def save_pretrained(  # type: ignore[override]
+    def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
         *,
@@ -337,7 +337,7 @@ def _download(
                 name,
                 revision=revision,
                 token=token,
-                cache_dir=cache_dir,
+                cache_dir=None if cache_dir is None else Path(cache_dir),
                 local_files_only=local_files_only,
                 allow_patterns=["config.json", "model.safetensors"],
                 library_name="monobath",

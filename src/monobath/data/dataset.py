@@ -15,6 +15,7 @@ import copy
 import io
 import logging
 import os
+import signal
 import random
 import sys
 import zlib
@@ -346,9 +347,7 @@ class StreamDataset(_Pictures, IterableDataset[Item]):
             order.shuffle(urls)
         whole = len(urls) >= parts  # shards enough for everyone; else everyone thins out all of them
         shards: Iterable[dict[str, str]] = ({"url": url} for url in (urls[part::parts] if whole else urls))
-        samples: Iterator[dict[str, Any]] = iter(
-            wds.tariterators.tarfile_samples(shards, handler=self._shard_failed)
-        )
+        samples: Iterator[dict[str, Any]] = iter(wds.tariterators.tarfile_samples(shards, handler=self._shard_failed))
         if not whole:
             samples = islice(samples, part, None, parts)
         if self.augment:
@@ -608,4 +607,5 @@ def _usable(items: list[Item | None]) -> list[Item]:
 
 
 def _init_worker(worker_id: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process, which saves first
     torch.set_num_threads(1)  # decoding has no use for more, and workers must not fight for cores

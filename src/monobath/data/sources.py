@@ -204,9 +204,7 @@ def parse_label(content: bytes, name: str) -> int:
     try:
         return int(content.decode("ascii").strip())
     except ValueError:
-        raise UserError(
-            f"label of {name} is {content[:40]!r}: a .cls file must hold one integer, such as 17"
-        ) from None
+        raise UserError(f"label of {name} is {content[:40]!r}: a .cls file must hold one integer, such as 17") from None
 
 
 def _as_list(source: Source) -> list[str | os.PathLike[str]]:

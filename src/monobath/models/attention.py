@@ -86,9 +86,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, grid: tuple[int, int],
     if bias.ndim != 3 or bias.shape[0] != bias.shape[1] or bias.shape[0] % 2 == 0:
         raise UserError(f"bias must be (2r+1, 2r+1, heads), square with odd sides; got {_sizes(bias)}")
     if bias.shape[2] != q.shape[1]:
-        raise UserError(
-            f"bias {_sizes(bias)} is for {bias.shape[2]} heads, but q {_sizes(q)} has {q.shape[1]}"
-        )
+        raise UserError(f"bias {_sizes(bias)} is for {bias.shape[2]} heads, but q {_sizes(q)} has {q.shape[1]}")
 
 
 def _autocasts(x: Tensor) -> bool:

@@ -9,8 +9,9 @@ drop the first log2(p) levels), x-prediction, and a linear shortcut from latent 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -78,9 +79,7 @@ class DecoderConfig:
         if self.factor < 1 or self.factor & (self.factor - 1):
             raise UserError(f"decoder.factor is {self.factor}: it must be a power of two")
         if self.channels[-1] % self.heads:
-            raise UserError(
-                f"decoder.heads={self.heads} does not divide the deepest width {self.channels[-1]}"
-            )
+            raise UserError(f"decoder.heads={self.heads} does not divide the deepest width {self.channels[-1]}")
         if self.prediction == "":
             self.prediction = "v" if self.patch == 1 else "x"
         if self.prediction == "v" and self.patch > 1:
@@ -117,9 +116,7 @@ class DecoderConfig:
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
     """Sinusoidal embedding of 1000·t: `(B,)` in [0, 1] → `(B, width)`, cosines first, periods to 10 000."""
     half = width // 2
-    frequencies = torch.exp(
-        -math.log(10_000) * torch.arange(half, device=t.device, dtype=torch.float32) / half
-    )
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
     angles = 1000 * t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
@@ -136,9 +133,7 @@ class ResBlock(nn.Module):
         self.time = nn.Linear(time, 2 * out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        self.shortcut = (
-            nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-        )
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, context: Tensor, time: Tensor) -> Tensor:
         size = (x.shape[2], x.shape[3])
@@ -174,9 +169,7 @@ class TransformerBlock(nn.Module):
         modulation = self.context(context).permute(0, 3, 1, 2)
         shift, scale = resample_to(modulation, grid).flatten(2).transpose(1, 2).chunk(2, dim=-1)
         h = torch.addcmul(shift, self.norm1(x), 1 + scale)
-        q, k, v = (
-            layer(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v)
-        )
+        q, k, v = (layer(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
         h = windowed_attention(q, k, v, self.bias, grid, backend=self.attention)
         x = x + self.out(h.transpose(1, 2).flatten(2))
         value, gate = self.mlp_in(self.norm2(x)).chunk(2, dim=-1)
@@ -213,9 +206,7 @@ class Middle(nn.Module):
 class Level(nn.Module):
     """Residual blocks of one resolution, then an optional change of resolution."""
 
-    def __init__(
-        self, widths: list[tuple[int, int]], context: int, time: int, dropout: float, resample: str
-    ) -> None:
+    def __init__(self, widths: list[tuple[int, int]], context: int, time: int, dropout: float, resample: str) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(ResBlock(i, o, context, time, dropout) for i, o in widths)
         out = widths[-1][1]
@@ -271,7 +262,7 @@ class Decoder(nn.Module):
             self.linear_skip = zero_init(nn.Conv2d(config.latent_channels, 3 * config.factor**2, 3, padding=1))
             basis = cosine_basis(config.latent_channels, config.factor) * config.factor
             with torch.no_grad():
-                self.linear_skip.weight[:, :, 1, 1] = basis.T  # type: ignore[index, operator]
+                self.linear_skip.weight[:, :, 1, 1] = basis.T  # type: ignore[operator]
 
     def forward(self, x_t: Tensor, t: Tensor, z: Tensor) -> Tensor:
         self._check(x_t, t, z)
@@ -280,7 +271,7 @@ class Decoder(nn.Module):
         x = F.pixel_unshuffle(x_t, self.config.patch)
         x = self.conv_in(torch.cat([x, resample_to(z, (x.shape[2], x.shape[3]))], dim=1))
         skips = [x]
-        for level in self.down:
+        for level in cast(Iterable[Level], self.down):
             for block in level.blocks:
                 x = self._run(block, x, context, time)
                 skips.append(x)
@@ -288,7 +279,7 @@ class Decoder(nn.Module):
                 x = level.resample(x)
                 skips.append(x)
         x = self.middle(x, context)
-        for level in self.up:
+        for level in cast(Iterable[Level], self.up):
             for block in level.blocks:
                 x = self._run(block, torch.cat([x, skips.pop()], dim=1), context, time)
             if level.resample is not None:
@@ -311,9 +302,7 @@ class Decoder(nn.Module):
     def _check(self, x_t: Tensor, t: Tensor, z: Tensor) -> None:
         side, c = self.config.token_side, self.config.latent_channels
         if x_t.ndim != 4 or x_t.shape[1] != 3 or x_t.shape[2] % side or x_t.shape[3] % side:
-            raise ValueError(
-                f"x_t is {tuple(x_t.shape)}: expected (B, 3, H, W) with sides divisible by {side}"
-            )
+            raise ValueError(f"x_t is {tuple(x_t.shape)}: expected (B, 3, H, W) with sides divisible by {side}")
         if z.ndim != 4 or z.shape[1] != c or z.shape[0] != x_t.shape[0]:
             raise ValueError(f"z is {tuple(z.shape)}: expected ({x_t.shape[0]}, {c}, h, w)")
         if t.shape != (x_t.shape[0],):

@@ -47,9 +47,7 @@ class EncoderConfig:
             if value < 1 or value & (value - 1):
                 raise UserError(f"encoder.{name} is {value}: it must be a power of two")
         if self.patch > self.factor:
-            raise UserError(
-                f"encoder.patch={self.patch} is above encoder.factor={self.factor}: lower the patch"
-            )
+            raise UserError(f"encoder.patch={self.patch} is above encoder.factor={self.factor}: lower the patch")
         levels = (self.factor // self.patch).bit_length()
         if not self.multipliers:
             self.multipliers = [1, 2, 4, 4, 4, 4, 4, 4][:levels]
@@ -112,9 +110,7 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(norm_groups(out_channels), out_channels, eps=1e-6)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.shortcut = (
-            nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-        )
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -163,9 +159,7 @@ class Encoder(nn.Module):
         self.levels = nn.ModuleList()
         previous = widths[0]
         for i, width in enumerate(widths):
-            blocks = nn.ModuleList(
-                ResBlock(previous if j == 0 else width, width) for j in range(config.blocks)
-            )
+            blocks = nn.ModuleList(ResBlock(previous if j == 0 else width, width) for j in range(config.blocks))
             down = Downsample(width) if i < len(widths) - 1 else nn.Identity()
             self.levels.append(nn.ModuleDict({"blocks": blocks, "down": down}))
             previous = width
@@ -187,9 +181,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         f = self.config.factor
         if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % f or x.shape[3] % f:
-            raise ValueError(
-                f"encoder input is {tuple(x.shape)}: expected (B, 3, H, W) with sides divisible by {f}"
-            )
+            raise ValueError(f"encoder input is {tuple(x.shape)}: expected (B, 3, H, W) with sides divisible by {f}")
         run = _checkpointed if self.checkpointing and torch.is_grad_enabled() else _direct
         h = self.conv_in(F.pixel_unshuffle(x, self.config.patch))
         for level in self.levels:
@@ -202,9 +194,7 @@ class Encoder(nn.Module):
         moments = self.moments(self.conv_out(F.silu(self.norm_out(h))))
         if self.config.linear_skip:
             mean = self.linear_skip(F.pixel_unshuffle(x, f))
-            moments = moments + F.pad(
-                mean, (0, 0, 0, 0, 0, mean.shape[1])
-            )  # the log-variance has no shortcut
+            moments = moments + F.pad(mean, (0, 0, 0, 0, 0, mean.shape[1]))  # the log-variance has no shortcut
         return moments
 
 

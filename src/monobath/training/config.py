@@ -42,9 +42,7 @@ class DataConfig:
             raise UserError(f"data.size is {self.size}: it must be at least 1 pixel")
         self.scale = self.scale or [self.size, 2 * self.size]
         if len(self.scale) != 2 or not self.size <= self.scale[0] <= self.scale[1]:
-            raise UserError(
-                f"data.scale is {self.scale}: give [low, high] with data.size={self.size} ≤ low ≤ high"
-            )
+            raise UserError(f"data.scale is {self.scale}: give [low, high] with data.size={self.size} ≤ low ≤ high")
 
 
 @dataclass(kw_only=True)
@@ -136,7 +134,15 @@ class TrainingConfig:
     """Stop after this many non-finite steps in a row; each is skipped."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep", "max_bad"):
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulation",
+            "log_every",
+            "checkpoint_every",
+            "keep",
+            "max_bad",
+        ):
             if getattr(self, name) < 1:
                 raise UserError(f"training.{name} is {getattr(self, name)}: it must be at least 1")
         if not 0 <= self.ema < 1 or not 0 <= self.ema_start <= 1:

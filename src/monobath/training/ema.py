@@ -35,7 +35,8 @@ class EMA:
         self._blend(model, 1.0)
 
     def _blend(self, model: nn.Module, weight: float) -> None:
-        own, other = list(self.model.parameters()), [p.detach() for p in model.parameters()]
+        own: list[torch.Tensor] = list(self.model.parameters())
+        other = [p.detach() for p in model.parameters()]
         if weight == 1.0:
             torch._foreach_copy_(own, other)
         else:

@@ -13,7 +13,6 @@ import dataclasses
 import json
 import logging
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -27,7 +26,7 @@ from torchvision.utils import make_grid
 from ..data.dataset import iterate_eval, make_dataset, make_loader
 from ..errors import UserError
 from ..files import write_file, write_text
-from ..images import tensor_to_pil, to_float, to_uint8
+from ..images import tensor_to_pil, to_float
 from ..tokenizer import Tokenizer
 from . import checkpoints
 from .config import OptimizerConfig, Recipe
@@ -99,11 +98,11 @@ class _Run:
         self.objective = AutoencoderObjective(self.tokenizer, recipe.loss, train_encoder=training.train_encoder)
         self.objective.to(self.device)
         if training.channels_last:
-            self.objective.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.objective.to(memory_format=torch.channels_last)
         self.tokenizer.encoder.checkpointing = training.checkpointing
         self.tokenizer.decoder.set_checkpointing(training.checkpointing)
         self.ema = EMA(self.tokenizer, training.ema)
-        self.optimizer = _optimizer(self.objective, recipe.optimizer)
+        self.optimizer: Any = _optimizer(self.objective, recipe.optimizer)
         self.step = 0
         self._resume()
         if training.compile:
@@ -276,9 +275,7 @@ class _Run:
             except (yaml.YAMLError, UnicodeDecodeError) as error:
                 raise UserError(f"{file} is corrupt ({error}): choose another --run") from None
             if checkpoints.latest(self.run) and before.get("model") != json.loads(json.dumps(resolved["model"])):
-                raise UserError(
-                    f"{self.run} holds a run of another model: choose another --run, or delete that folder"
-                )
+                raise UserError(f"{self.run} holds a run of another model: choose another --run, or delete that folder")
             changed = [k for k, v in resolved.items() if before.get(k) != json.loads(json.dumps(v))]
             if changed:
                 log.warning("%s: the recipe changed since this run began, in: %s", self.run, ", ".join(changed))
@@ -349,12 +346,15 @@ class _Run:
 def _accelerator(recipe: Recipe) -> Any:
     try:
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
         from accelerate.utils import DistributedDataParallelKwargs
     except ImportError:
         raise UserError("training needs accelerate: pip install 'monobath[train]'") from None
     precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[recipe.training.precision]
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError('training.precision is "fp16", which needs a GPU: use bf16 or fp32')
+    # accelerate remembers the precision of a process' first run; a second run may want another.
+    AcceleratorState._reset_state()
     return Accelerator(
         mixed_precision=precision, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
     )

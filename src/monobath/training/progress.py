@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from torch import Tensor
 
 from ..files import write_text
@@ -39,7 +39,7 @@ class Progress:
         if not self.enabled:
             return self
         _trim(self.run / "metrics.jsonl", self.step)
-        self.file = open(self.run / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self.file = open(self.run / "metrics.jsonl", "a", encoding="utf-8")
         try:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -91,8 +91,8 @@ class Progress:
             return
         row = {"step": step, **values, "images_per_second": round(self.rate, 2)}
         # JSON has no NaN: a figure that is not finite is written as null.
-        row = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}
-        self.file.write(json.dumps(row) + "\n")
+        finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
+        self.file.write(json.dumps(finite) + "\n")
         self.file.flush()
         if self.board is not None:
             for name, value in values.items():

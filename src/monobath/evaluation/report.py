@@ -1,0 +1,312 @@
+"""Figures, picture grids and pages about reconstructions."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from PIL import Image, ImageDraw, ImageFont
+from safetensors import safe_open
+from torch import Tensor
+
+from .. import resources
+from .._version import __version__
+from ..images import tensor_to_pil
+from ..sampling import Noise
+from ..tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+
+@dataclass(kw_only=True)
+class Reconstruction:
+    """A picture, what became of it, and the figures."""
+
+    name: str
+    original: Tensor
+    """uint8 `(3, H, W)`."""
+    output: Tensor
+    """uint8 `(3, H, W)`."""
+    psnr: float
+    """dB, over 8-bit values; infinite where both are equal."""
+    encode_ms: float
+    decode_ms: float
+    bits_kept: float
+    """Latent numbers at 16 bit each, as a fraction of 24 bit a pixel."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W)."""
+        return self.original.shape[1], self.original.shape[2]
+
+    @property
+    def difference(self) -> Tensor:
+        """Absolute difference × 5, clipped: uint8 `(3, H, W)`."""
+        gap = (self.original.int() - self.output.int()).abs()
+        return (5 * gap).clamp(max=255).to(torch.uint8)
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Peak signal-to-noise ratio of two uint8 images of one shape, in dB; infinite if they are equal."""
+    assert a.dtype == b.dtype == torch.uint8, (a.dtype, b.dtype)
+    assert a.shape == b.shape, (a.shape, b.shape)
+    error = (a.double() - b.double()).square().mean().item()
+    return 10 * math.log10(255**2 / error) if error else math.inf
+
+
+def timed(work: Callable[[], T], device: torch.device, repeats: int = 1) -> tuple[T, float]:
+    """(result, milliseconds) of a call, the median over `repeats`; waits for the device."""
+    times = []
+    for _ in range(repeats):
+        _synchronize(device)
+        start = time.perf_counter()
+        result = work()
+        _synchronize(device)
+        times.append(1000 * (time.perf_counter() - start))
+    return result, statistics.median(times)
+
+
+def reconstruct(
+    tokenizer: Tokenizer,
+    original: Tensor,
+    name: str,
+    *,
+    repeats: int = 1,
+    steps: int | None = None,
+    seed: int = 0,
+    noise: Noise | None = None,
+    max_pixels: int,
+) -> Reconstruction:
+    """Encode and decode one uint8 `(3, H, W)` picture, timed."""
+    device = tokenizer.device
+    posterior, encode_ms = timed(
+        lambda: tokenizer.encode(original, max_pixels=max_pixels), device, repeats
+    )  # fmt: skip
+    latent = posterior.mode()
+    pixels, decode_ms = timed(
+        lambda: tokenizer.decode(latent, size=posterior.size, steps=steps, seed=[seed], noise=noise, output="uint8"),
+        device,
+        repeats,
+    )
+    output = pixels[0].cpu()
+    return Reconstruction(
+        name=name,
+        original=original,
+        output=output,
+        psnr=psnr(original, output),
+        encode_ms=encode_ms,
+        decode_ms=decode_ms,
+        bits_kept=16 * latent.numel() / (24 * original.shape[1] * original.shape[2]),
+    )
+
+
+def describe(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
+    """What a model is, as plain values; `name` is what the user called it."""
+    config = tokenizer.config
+    encoder, decoder, sampler = config.encoder, config.decoder, config.sampler
+    side = math.ceil(256 / encoder.factor)
+    values = encoder.latent_channels * side * side
+    described = {
+        "name": full_name(name),
+        "encoder": encoder.name,
+        "decoder": decoder.size if decoder.size != "custom" else f"custom, channels {decoder.channels}",
+        "decoder_patch": decoder.patch,
+        "prediction": decoder.prediction,
+        "encoder_parameters": sum(p.numel() for p in tokenizer.encoder.parameters()),
+        "decoder_parameters": sum(p.numel() for p in tokenizer.decoder.parameters()),
+        "sampler": {"steps": sampler.steps, "noise": sampler.noise, "power": sampler.power},
+        "scaling_factor": config.scaling_factor,
+        "shift_factor": config.shift_factor,
+        "latent_of_256": [encoder.latent_channels, side, side],
+        "pixel_values_per_latent_value": round(3 * 256 * 256 / values, 2),
+        "bits_kept_percent": round(100 * 16 * values / (24 * 256 * 256), 2),
+    }
+    training = _training(name)
+    if training:
+        recipe = training.get("recipe") or {}
+        data, loop = recipe.get("data", {}), recipe.get("training", {})
+        described["training"] = {
+            "recipe": recipe.get("name"),
+            "steps": training.get("step"),
+            "batch_size": loop.get("batch_size"),
+            "crop": data.get("size"),
+            "started_from": recipe.get("init") or None,
+        }
+    return described
+
+
+def _training(name: str) -> dict[str, Any]:
+    """What `save_pretrained(extra=)` stored with a model that `from_pretrained(name)` just read."""
+    path = resources.weights_path(name) or Path(name)
+    if path.is_file():
+        with safe_open(path, framework="pt") as opened:
+            text = (opened.metadata() or {}).get("config", "{}")
+    else:
+        found = path / "config.json" if path.is_dir() else try_to_load_from_cache(name, "config.json")
+        text = Path(found).read_text(encoding="utf-8") if isinstance(found, (str, Path)) else "{}"
+    training = json.loads(text).get("training")
+    return training if isinstance(training, dict) else {}
+
+
+def full_name(name: str) -> str:
+    """The versioned name behind an alias of packaged weights; anything else as it is."""
+    packaged = resources.weights_path(name)
+    return name if packaged is None else packaged.name
+
+
+def is_preview(name: str) -> bool:
+    """Whether a model's own name says that it is a preview."""
+    return "preview" in full_name(name)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Versions and hardware, as plain values."""
+    facts: dict[str, Any] = {
+        "monobath": __version__,
+        "torch": torch.__version__,
+        "pillow": metadata.version("pillow"),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpu_cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "device": str(device),
+    }
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+    return facts
+
+
+def comparison(rows: Sequence[Reconstruction]) -> Image.Image:
+    """original | reconstruction | difference × 5, a row per picture, labelled; pixels are shown one to one."""
+    gap, label, font = 8, 24, ImageFont.load_default(14)
+    width = gap + max(3 * (row.size[1] + gap) for row in rows)
+    height = gap + sum(row.size[0] + label + gap for row in rows)
+    page = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(page)
+    y = gap
+    for row in rows:
+        x = gap
+        titles = (row.name, f"reconstruction, {decibels(row.psnr)}", "absolute difference × 5")
+        for title, pixels in zip(titles, (row.original, row.output, row.difference), strict=True):
+            draw.text((x, y + 2), title, fill="black", font=font)
+            page.paste(tensor_to_pil(pixels), (x, y + label))
+            x += row.size[1] + gap
+        y += row.size[0] + label + gap
+    return page
+
+
+def decibels(value: float) -> str:
+    """A PSNR for people."""
+    return "identical" if math.isinf(value) else f"{value:.2f} dB"
+
+
+def page(title: str, sections: Sequence[str]) -> str:
+    """A self-contained HTML page: no script, no external request; light and dark; fits a phone."""
+    body = "\n".join(sections)
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<main>
+<h1>{html.escape(title)}</h1>
+{body}
+</main>
+</body>
+</html>
+"""
+
+
+def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], foot: Sequence[str] = ()) -> str:
+    """Escaped HTML table; the first column is left-aligned text, the others are figures."""
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    body = "".join(line(row, "td") for row in rows)
+    end = f"<tfoot>{line(foot, 'td')}</tfoot>" if foot else ""
+    return f'<div class="wide"><table><thead>{line(head, "th")}</thead><tbody>{body}</tbody>{end}</table></div>'
+
+
+def html_facts(facts: dict[str, Any]) -> str:
+    """Escaped list of names and values."""
+    items = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>" for k, v in facts.items())
+    return f"<dl>{items}</dl>"
+
+
+def html_pictures(row: Reconstruction) -> str:
+    """Escaped figure of one picture: original, reconstruction, difference × 5."""
+    parts = {"original": row.original, "reconstruction": row.output, "difference × 5": row.difference}
+    h, w = row.size
+    figures = "".join(
+        f'<figure><img src="{_data_uri(pixels)}" width="{w}" height="{h}" alt="{html.escape(f"{row.name}, {what}")}">'
+        f"<figcaption>{what}</figcaption></figure>"
+        for what, pixels in parts.items()
+    )
+    title = f"{html.escape(row.name)} <small>{w} × {h}, {decibels(row.psnr)}</small>"
+    return f'<h3>{title}</h3>\n<div class="row">{figures}</div>'
+
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1c1b1a; --soft: #6b6761; --line: #dcd8d2; --paper: #fdfcfa; --note: #f6efdc }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8e4de; --soft: #a09a92; --line: #3a3733; --paper: #191817; --note: #2f2a1c }
+}
+* { box-sizing: border-box }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif }
+main { max-width: 56rem; margin: 0 auto; padding: 1.5rem 1rem 4rem }
+h1 { font-size: 1.6rem; margin: 0 0 1rem } h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem }
+h3 { font-size: 1rem; margin: 1.4rem 0 .4rem } small, figcaption, dt { color: var(--soft); font-weight: normal }
+.note { background: var(--note); padding: .7rem 1rem; border-radius: .4rem }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100% }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
+th:first-child, td:first-child { text-align: left; padding-left: 0 }
+tfoot td { font-weight: 600; border-bottom: 0 }
+.row { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .5rem }
+@media (max-width: 30rem) { .row { grid-template-columns: repeat(2, minmax(0, 1fr)) } }
+figure { margin: 0 } img { display: block; width: 100%; height: auto; border-radius: .2rem }
+figcaption { font-size: .8rem }
+dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .2rem 1rem; margin: 0 }
+dd { margin: 0; overflow-wrap: anywhere }
+pre { border: 1px solid var(--line); border-radius: .4rem; padding: .6rem .8rem; overflow-x: auto; margin: 0 }
+"""
+
+
+def _data_uri(pixels: Tensor) -> str:
+    buffer = io.BytesIO()
+    tensor_to_pil(pixels).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

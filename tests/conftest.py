@@ -1,0 +1,105 @@
+"""Tiny real models and a fixed seed, shared by all tests. No test reaches the network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from monobath.models.decoder import Decoder, DecoderConfig
+from monobath.models.encoder import Encoder, EncoderConfig
+from monobath.tokenizer import SamplerConfig, Tokenizer, TokenizerConfig
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+def randomise(module: nn.Module, seed: int = 0, scale: float = 0.2) -> nn.Module:
+    """Random values for every parameter, so that zero-initialised branches take part."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            fan_in = max(1, parameter[0].numel()) if parameter.ndim > 1 else 1
+            std = min(1.0, 1.5 / fan_in**0.5) if parameter.ndim in (2, 4) else scale
+            noise = torch.randn(parameter.shape, generator=generator) * std
+            parameter.copy_(noise + (1.0 if parameter.ndim == 1 and parameter.mean() == 1 else 0.0))
+    return module
+
+
+def tiny_encoder_config(**changes) -> EncoderConfig:
+    # Widths 16, 24, …: at least 4 channels a group, so that no bias before a norm is dead.
+    shape = {"factor": 8, "latent_channels": 4, "base": 8, "patch": 2, "multipliers": [2, 3, 3], "blocks": 1}
+    return EncoderConfig(**(shape | changes))
+
+
+def tiny_decoder_config(**changes) -> DecoderConfig:
+    shape = {
+        "size": "custom", "patch": 4, "channels": [16, 24], "middle_blocks": 2, "heads": 2,
+        "reach": 2, "down_blocks": 1,
+    }  # fmt: skip
+    return DecoderConfig(**(shape | changes))
+
+
+def tiny_encoder(seed: int = 0, **changes) -> Encoder:
+    return randomise(Encoder(tiny_encoder_config(**changes)), seed).eval()  # type: ignore[return-value]
+
+
+def tiny_decoder(seed: int = 0, **changes) -> Decoder:
+    return randomise(Decoder(tiny_decoder_config(**changes)), seed).eval()  # type: ignore[return-value]
+
+
+def tiny_tokenizer(
+    seed: int = 0, *, encoder: dict | None = None, decoder: dict | None = None, **sampler
+) -> Tokenizer:
+    config = TokenizerConfig(
+        encoder=tiny_encoder_config(**(encoder or {})),
+        decoder=tiny_decoder_config(**(decoder or {})),
+        sampler=SamplerConfig(**sampler),
+    )
+    return randomise(Tokenizer(config), seed).eval()  # type: ignore[return-value]
+
+
+def rand_images(*shape: int, seed: int = 0) -> Tensor:
+    """Uniform in [-1, 1]."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(batch: int = 2, height: int = 16, width: int = 24, channels: int = 4, factor: int = 8, seed: int = 0):
+    """x_t, t, z for a decoder."""
+    x_t, z = randn(batch, 3, height, width, seed=seed), randn(batch, channels, height // factor, width // factor)
+    return x_t, torch.linspace(0.3, 1, batch), z
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def dead_parameters(module: nn.Module, run) -> list[str]:
+    """Parameters that get no gradient (the gradient of a dead one is rounding), or do not move `run()`."""
+    with torch.no_grad():
+        before = run()
+    module.zero_grad()
+    (run() * randn(*before.shape, seed=9)).sum().backward()
+    dead = []
+    for name, parameter in module.named_parameters():
+        if parameter.grad is None or parameter.grad.abs().max() < 1e-4:
+            dead.append(f"{name}: no gradient")
+            continue
+        with torch.no_grad():
+            original = parameter.clone()
+            parameter.add_(randn(*parameter.shape, seed=5), alpha=0.3)
+            moved = (run() - before).abs().max()
+            parameter.copy_(original)
+        if moved < 1e-6:
+            dead.append(f"{name}: does not move the output")
+    return dead

@@ -1,0 +1,231 @@
+"""Laws of the U-ViT decoder."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import dead_parameters, gradients, inputs, rand_images, randn, tiny_decoder, tiny_decoder_config
+
+from monobath.errors import UserError
+from monobath.models.blocks import resample_to
+from monobath.models.decoder import PATCHES, SIZES, Decoder, DecoderConfig, timestep_embedding
+from monobath.models.encoder import Encoder, EncoderConfig
+
+PAPER = {
+    "S": 14_057_059,
+    "B": 21_140_459,
+    "M": 50_280_147,
+    "L": 90_759_939,
+    "XL": 161_272_835,
+    "H": 362_688_003,
+}
+# one network per patch, all with a token of 8×8 pixels
+FORMS = [
+    {"patch": 1, "channels": [16, 16, 16, 24]},
+    {"patch": 2, "channels": [16, 16, 24]},
+    {"patch": 4, "channels": [16, 24]},
+    {"patch": 8, "channels": [24]},
+]
+
+
+@pytest.mark.parametrize("size", PAPER)
+def test_paper_parameter_counts(size):
+    with torch.device("meta"):
+        decoder = Decoder(DecoderConfig(size=f"{size}/1"))
+    assert decoder.config.prediction == "v"
+    assert sum(p.numel() for p in decoder.parameters()) == PAPER[size]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("patch", PATCHES)
+def test_every_size_and_patch(size, patch):
+    config = DecoderConfig(size=f"{size}/{patch}")
+    assert config.token_side == 8
+    assert config.prediction == ("v" if patch == 1 else "x")
+    with torch.device("meta"):
+        decoder = Decoder(config)
+        out = decoder(torch.zeros(1, 3, 16, 24), torch.zeros(1), torch.zeros(1, 4, 2, 3))
+    assert out.shape == (1, 3, 16, 24)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_shapes(form):
+    decoder = tiny_decoder(**form)
+    x_t, t, z = inputs(2, 16, 40)
+    out = decoder(x_t, t, z)
+    assert out.shape == x_t.shape
+    assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("grid", [(2, 3), (8, 12), (1, 2), (3, 2), (4, 3)])
+def test_latents_of_another_resolution(grid):
+    """As in low-resolution stages (a finer latent than the tokens) and in f16, f32 (a coarser one)."""
+    decoder = tiny_decoder(prediction="x", linear_skip=True)
+    x_t, t, _ = inputs(2, 16, 24)
+    z = randn(2, 4, *grid, seed=3)
+    out = decoder(x_t, t, z)
+    assert out.shape == x_t.shape
+    for row in range(grid[0]):  # every latent position counts: an average drops none
+        for column in range(grid[1]):
+            changed = z.clone()
+            changed[:, :, row, column] += 1
+            assert (decoder(x_t, t, changed) - out).abs().max() > 1e-4
+
+
+def test_resampling_rule():
+    x = randn(1, 2, 4, 6)
+    assert resample_to(x, (4, 6)) is x
+    assert torch.equal(resample_to(x, (8, 12)), x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    assert torch.allclose(resample_to(x, (2, 3)), F.avg_pool2d(x, 2))
+    assert resample_to(x, (2, 12)).shape == (1, 2, 2, 12)
+    ones = torch.ones(1, 1, 3, 5)
+    for size in ((2, 7), (7, 2), (6, 10), (1, 1)):
+        assert torch.allclose(resample_to(ones, size), torch.ones(1, 1, *size))
+
+
+@pytest.mark.parametrize("form", [FORMS[0], {"linear_skip": True}])
+def test_every_parameter_takes_part(form):
+    decoder = tiny_decoder(**form, middle_blocks=1)
+    x_t, t, z = inputs(2, 16, 24)
+    assert dead_parameters(decoder, lambda: decoder(x_t, t, z)) == []
+
+
+def test_every_input_takes_part():
+    decoder = tiny_decoder()
+    x_t, t, z = (x.requires_grad_() for x in inputs())
+    decoder(x_t, t, z).square().sum().backward()
+    for tensor in (x_t, t, z):
+        assert (tensor.grad.flatten(1) if tensor.ndim > 1 else tensor.grad[:, None]).abs().amax(1).min() > 0
+
+
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[2]])
+def test_checkpointing_changes_nothing(form):
+    decoder = tiny_decoder(**form, dropout=0.3).train()
+    x_t, t, z = inputs()
+    results = []
+    for enabled in (False, True):
+        decoder.set_checkpointing(enabled)
+        decoder.zero_grad()
+        torch.manual_seed(1)  # dropout: recomputed with the same mask
+        out = decoder(x_t, t, z)
+        out.square().sum().backward()
+        results.append((out.detach(), gradients(decoder)))
+    (out, grads), (out_again, grads_again) = results
+    assert torch.equal(out, out_again)
+    assert grads.keys() == grads_again.keys()
+    assert all(torch.allclose(grads[k], grads_again[k], rtol=1e-4, atol=1e-5) for k in grads)
+
+
+def test_a_sample_does_not_depend_on_its_neighbours():
+    decoder = tiny_decoder()
+    x_t, t, z = inputs(3, 16, 24)
+    alone = torch.cat([decoder(x_t[i : i + 1], t[i : i + 1], z[i : i + 1]) for i in range(3)])
+    assert torch.allclose(alone, decoder(x_t, t, z), atol=1e-5)
+
+
+def test_attention_backends_agree_inside_the_decoder():
+    dense, blocked = tiny_decoder(attention="dense"), tiny_decoder(attention="blocked")
+    blocked.load_state_dict(dense.state_dict())
+    x_t, t, z = inputs(2, 88, 136)  # 11 × 17 tokens: several blocks, none whole
+    assert torch.allclose(dense(x_t, t, z), blocked(x_t, t, z), atol=1e-5)
+
+
+def test_time_embedding_by_hand():
+    t, width = torch.tensor([0.0, 0.25, 1.0]), 6
+    expected = []
+    for value in t.tolist():
+        angles = [1000 * value / 10_000 ** (i / 3) for i in range(3)]
+        expected.append([math.cos(a) for a in angles] + [math.sin(a) for a in angles])
+    assert torch.allclose(timestep_embedding(t, width), torch.tensor(expected), atol=1e-4)
+    assert timestep_embedding(t.half(), width).dtype == torch.float32
+
+
+def test_output_depends_on_time():
+    decoder = tiny_decoder()
+    x_t, _, z = inputs()
+    outputs = [decoder(x_t, torch.full((2,), t), z) for t in (0.0, 0.5, 0.9, 1.0)]
+    for a, b in zip(outputs, outputs[1:], strict=False):
+        assert (a - b).abs().max() > 1e-3
+
+
+def test_channels_last_is_the_same_function():
+    decoder = tiny_decoder(channels=[32, 64])
+    x_t, t, z = inputs()
+    expected = decoder(x_t, t, z)
+    decoder = decoder.to(memory_format=torch.channels_last)
+    x_t, z = (x.contiguous(memory_format=torch.channels_last) for x in (x_t, z))
+    assert torch.allclose(decoder(x_t, t, z), expected, atol=1e-5)
+
+
+def test_untrained_residual_branches_are_the_identity():
+    decoder = Decoder(tiny_decoder_config())
+    assert all(not p.any() for n, p in decoder.named_parameters() if ".conv2." in n or ".mlp_out." in n)
+
+
+@pytest.mark.parametrize("channels", [4, 16])
+@pytest.mark.parametrize("factor", [4, 8])
+def test_linear_skips_start_as_a_low_pass(channels, factor):
+    """Encoder's shortcut, then the decoder's, is a projection to low frequencies that keeps grey constants."""
+    encoder = Encoder(EncoderConfig(base=8, factor=factor, latent_channels=channels, linear_skip=True))
+    decoder = Decoder(tiny_decoder_config(latent_channels=channels, factor=factor, linear_skip=True))
+    with torch.no_grad():  # silence everything but the shortcuts
+        for parameter in (*encoder.moments.parameters(), *decoder.conv_out.parameters()):
+            parameter.zero_()
+
+    def around(x):
+        z = encoder(x).chunk(2, dim=1)[0]
+        return decoder(torch.zeros_like(x), torch.ones(len(x)), z)
+
+    grey = torch.full((1, 3, 16, 24), 0.37)
+    assert torch.allclose(around(grey), grey, atol=1e-5)
+    x = rand_images(2, 3, 16, 24)
+    once = around(x)
+    assert torch.allclose(around(once), once, atol=1e-5)
+    assert once.square().sum() < x.square().sum()
+    assert torch.allclose(((x - once) * once).sum(), torch.tensor(0.0), atol=1e-3)  # orthogonal projection
+    assert torch.allclose(once.mean((1, 2, 3)), x.mean((1, 2, 3)), atol=1e-5)
+    if channels == 16:  # enough rows for the colours
+        red = torch.zeros(1, 3, 16, 24)
+        red[:, 0] = 0.8
+        assert torch.allclose(around(red), red, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"size": "S"}, ["'S'", "SIZE/PATCH", "XL"]),
+        ({"size": "Q/2"}, ["Q/2", "custom"]),
+        ({"size": "S/3"}, ["S/3", "1, 2, 4, 8"]),
+        ({"size": "S/2", "prediction": "v"}, ["patch 2", '"x"']),
+        ({"size": "S/1", "linear_skip": True}, ["linear_skip", '"x"']),
+        ({"size": "custom"}, ["custom", "patch"]),
+        ({"size": "custom", "patch": 2, "middle_blocks": 1, "heads": 2}, ["channels"]),
+        ({"size": "S/2", "heads": 7}, ["heads=7", "160"]),
+        ({"size": "S/2", "factor": 6}, ["factor", "6"]),
+        ({"size": "S/2", "reach": -1}, ["reach"]),
+        ({"size": "S/2", "down_blocks": 0}, ["down_blocks"]),
+    ],
+)
+def test_config_cross_checks(changes, words):
+    with pytest.raises(UserError) as error:
+        DecoderConfig(**changes)
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("x_t", "t", "z"),
+    [
+        ((1, 3, 12, 16), (1,), (1, 4, 2, 2)),
+        ((1, 4, 16, 16), (1,), (1, 4, 2, 2)),
+        ((1, 3, 16, 16), (2,), (1, 4, 2, 2)),
+        ((1, 3, 16, 16), (), (1, 4, 2, 2)),
+        ((1, 3, 16, 16), (1,), (1, 5, 2, 2)),
+        ((2, 3, 16, 16), (2,), (1, 4, 2, 2)),
+    ],
+)
+def test_bad_inputs_print_their_shape(x_t, t, z):
+    with pytest.raises(ValueError, match=r"is \([\d, ]*\): expected"):
+        tiny_decoder()(torch.zeros(x_t), torch.zeros(t), torch.zeros(z))

@@ -1,0 +1,147 @@
+"""A file or folder appears whole under its name, or not at all."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from monobath.errors import UserError
+from monobath.files import write_file, write_folder, write_text
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
+
+
+def full_disk(_: Path) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+class SafetensorError(Exception):
+    """Not an OSError, as in the library."""
+
+
+def full_disk_in_rust(_: Path) -> None:
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def test_text_and_parents(tmp_path):
+    path = tmp_path / "a" / "b" / "note.txt"
+    write_text(path, "grün")
+    assert path.read_text(encoding="utf-8") == "grün"
+    write_text(path, "second")
+    assert path.read_text(encoding="utf-8") == "second"
+    assert leftovers(path.parent) == []
+
+
+def test_the_temporary_name_keeps_the_suffix(tmp_path):
+    seen = []
+
+    def write(partial: Path) -> None:
+        seen.append((partial.suffix, (tmp_path / "picture.png").exists()))
+        partial.write_bytes(b"png")
+
+    write_file(tmp_path / "picture.png", write)
+    assert seen == [(".png", False)]
+
+
+@pytest.mark.parametrize("failure", [full_disk, full_disk_in_rust])
+def test_a_full_disk_keeps_the_old_file(tmp_path, failure):
+    path = tmp_path / "note.txt"
+    write_text(path, "old")
+
+    def write(partial: Path) -> None:
+        partial.write_text("ne", encoding="utf-8")
+        failure(partial)
+
+    with pytest.raises(UserError, match="No space left") as error:
+        write_file(path, write)
+    assert str(path) in str(error.value)
+    assert path.read_text(encoding="utf-8") == "old"
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError])
+def test_other_failures_pass_through_and_keep_the_old_file(tmp_path, failure):
+    path = tmp_path / "note.txt"
+    write_text(path, "old")
+
+    def write(partial: Path) -> None:
+        partial.write_text("ne", encoding="utf-8")
+        raise failure
+
+    with pytest.raises(failure):
+        write_file(path, write)
+    assert path.read_text(encoding="utf-8") == "old"
+    assert leftovers(tmp_path) == []
+
+
+def fill(text: str):
+    def write(folder: Path) -> None:
+        (folder / "one").write_text(text, encoding="utf-8")
+        (folder / "two").write_text(text, encoding="utf-8")
+
+    return write
+
+
+def test_folder_is_replaced_whole(tmp_path):
+    path = tmp_path / "runs" / "model"
+    write_folder(path, fill("old"))
+    assert sorted(p.name for p in path.iterdir()) == ["one", "two"]
+    write_folder(path, lambda folder: (folder / "three").write_text("new", encoding="utf-8"))
+    assert [p.name for p in path.iterdir()] == ["three"]
+    assert leftovers(path.parent) == []
+
+
+@pytest.mark.parametrize("failure", [full_disk, full_disk_in_rust, KeyboardInterrupt])
+def test_a_failure_keeps_the_old_folder(tmp_path, failure):
+    path = tmp_path / "model"
+    write_folder(path, fill("old"))
+
+    def write(folder: Path) -> None:
+        (folder / "one").write_text("new", encoding="utf-8")
+        if isinstance(failure, type):
+            raise failure
+        failure(folder)
+
+    with pytest.raises(failure if isinstance(failure, type) else UserError):
+        write_folder(path, write)
+    assert {p.name: p.read_text(encoding="utf-8") for p in path.iterdir()} == {"one": "old", "two": "old"}
+    assert leftovers(tmp_path) == []
+
+
+def test_a_failing_swap_puts_the_old_folder_back(tmp_path, monkeypatch):
+    path = tmp_path / "model"
+    write_folder(path, fill("old"))
+    import monobath.files as files
+
+    rename = files.os.rename
+
+    def refuse(source, target):
+        if Path(source).name.endswith(".partial"):
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(files.os, "rename", refuse)
+    with pytest.raises(UserError, match="Input/output"):
+        write_folder(path, fill("new"))
+    assert {p.read_text(encoding="utf-8") for p in path.iterdir()} == {"old"}
+    assert leftovers(tmp_path) == []
+
+
+def test_what_an_earlier_crash_left_is_cleared(tmp_path):
+    (tmp_path / ".model.partial").mkdir()
+    (tmp_path / ".model.partial" / "junk").write_text("junk", encoding="utf-8")
+    write_folder(tmp_path / "model", fill("new"))
+    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["one", "two"]
+    assert leftovers(tmp_path) == []
+
+
+def test_a_file_in_the_way_is_named(tmp_path):
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    with pytest.raises(UserError, match="file"):
+        write_folder(tmp_path / "file" / "model", fill("new"))
+    with pytest.raises(UserError, match="file"):
+        write_text(tmp_path / "file" / "note.txt", "new")
