@@ -54,9 +54,7 @@ def tiny_decoder(seed: int = 0, **changes) -> Decoder:
     return randomise(Decoder(tiny_decoder_config(**changes)), seed).eval()  # type: ignore[return-value]
 
 
-def tiny_tokenizer(
-    seed: int = 0, *, encoder: dict | None = None, decoder: dict | None = None, **sampler
-) -> Tokenizer:
+def tiny_tokenizer(seed: int = 0, *, encoder: dict | None = None, decoder: dict | None = None, **sampler) -> Tokenizer:
     config = TokenizerConfig(
         encoder=tiny_encoder_config(**(encoder or {})),
         decoder=tiny_decoder_config(**(decoder or {})),

@@ -131,6 +131,16 @@ def test_a_failing_swap_puts_the_old_folder_back(tmp_path, monkeypatch):
     assert leftovers(tmp_path) == []
 
 
+def test_files_get_the_usual_permissions(tmp_path):
+    def write(folder: Path) -> None:
+        (folder / "private").touch(mode=0o600)
+        (folder / "usual").touch()
+
+    write_folder(tmp_path / "model", write)
+    private, usual = ((tmp_path / "model" / name).stat().st_mode for name in ("private", "usual"))
+    assert private == usual
+
+
 def test_what_an_earlier_crash_left_is_cleared(tmp_path):
     (tmp_path / ".model.partial").mkdir()
     (tmp_path / ".model.partial" / "junk").write_text("junk", encoding="utf-8")

@@ -121,7 +121,7 @@ def test_decode_is_one_step_from_noise(form):
     kind = tok.config.decoder.prediction
     assert kind == ("v" if form else "x")
     by_hand = euler_step(tok.decoder(noise, t, z), noise, t, torch.zeros(2), kind).clamp(-1, 1)
-    assert torch.allclose(tok.decode(z, seed=5), by_hand, atol=1e-6)
+    assert torch.allclose(tok.decode(z, seed=5), by_hand, atol=1e-5)
 
 
 def test_a_sample_does_not_depend_on_its_batch(tok):

@@ -45,6 +45,8 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
         write(partial)
         for file in partial.iterdir():
             _flush(file)
+            if file.is_file():  # safetensors makes files that only their owner can read
+                file.chmod(partial.stat().st_mode & 0o666)
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
             os.rename(path, old)

@@ -1,11 +1,56 @@
-"""Packaged files."""
+"""Files that ship inside the package: recipes, weights, sample photos. No tensor library is imported here."""
 
+from __future__ import annotations
+
+import difflib
+import json
+from importlib.resources import files
 from pathlib import Path
 
+from .errors import UserError
 
-def weights_path(name: str) -> Path | None:
-    return None
+_ROOT = Path(str(files("monobath")))
+
+
+def sample_paths() -> list[Path]:
+    """The packaged sample photos, sorted by name."""
+    return sorted(p for p in (_ROOT / "samples").iterdir() if p.suffix in (".png", ".jpg"))
+
+
+def recipe_names() -> list[str]:
+    """Names of the packaged recipes, sorted."""
+    return sorted(p.stem for p in (_ROOT / "recipes").glob("*.yaml"))
+
+
+def recipe_path(name: str) -> Path:
+    """File of a recipe: a packaged name, else an existing path.
+
+    Raises:
+        UserError: neither; the message names the nearest packaged recipe.
+    """
+    if name in recipe_names():
+        return _ROOT / "recipes" / f"{name}.yaml"
+    path = Path(name)
+    if path.is_file():
+        return path
+    near = difflib.get_close_matches(name, recipe_names(), n=1)
+    hint = f"did you mean {near[0]}?" if near else f"packaged are: {', '.join(recipe_names())}"
+    kind = "is a folder" if path.is_dir() else "is neither packaged nor an existing file"
+    raise UserError(f"recipe {name!r} {kind}: {hint}")
 
 
 def weights_names() -> list[str]:
-    return []
+    """Names of the packaged weights, aliases first."""
+    folders = sorted(p.name for p in (_ROOT / "weights").iterdir() if (p / "model.safetensors").is_file())
+    return [*sorted(_aliases()), *folders]
+
+
+def weights_path(name: str) -> Path | None:
+    """Folder of packaged weights (an alias is followed), or None where nothing of that name is packaged."""
+    name = _aliases().get(name, name)
+    return _ROOT / "weights" / name if name in weights_names() else None
+
+
+def _aliases() -> dict[str, str]:
+    file = _ROOT / "weights" / "aliases.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

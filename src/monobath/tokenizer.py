@@ -135,7 +135,8 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
         Raises:
             UserError: another type, range, shape, or too many pixels; the message says what was given.
         """
-        x = images_to_tensor(images, max_pixels=max_pixels)
+        # One memory layout for all forms, so that the same picture takes the same kernels: equal to the last bit.
+        x = images_to_tensor(images, max_pixels=max_pixels).contiguous()
         size = (x.shape[2], x.shape[3])
         x = pad_to_multiple(x.to(self.device), self.factor).to(self.dtype)
         return Posterior(self.encoder(x), size)

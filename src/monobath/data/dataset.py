@@ -15,8 +15,8 @@ import copy
 import io
 import logging
 import os
-import signal
 import random
+import signal
 import sys
 import zlib
 from collections.abc import Iterable, Iterator

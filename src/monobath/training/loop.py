@@ -94,6 +94,8 @@ class _Run:
         self.tokenizer = Tokenizer(recipe.model)
         if recipe.init:
             self._start_from(recipe.init)
+        elif not training.train_encoder and self.main:
+            log.warning("training.train_encoder is false without init: the decoder learns a random encoder's latents")
         self.tokenizer.train()
         self.objective = AutoencoderObjective(self.tokenizer, recipe.loss, train_encoder=training.train_encoder)
         self.objective.to(self.device)
@@ -292,15 +294,23 @@ class _Run:
         return torch.cat([part["image"] for part in parts])
 
     def _start_from(self, name: str) -> None:
+        """Take encoder and decoder from another model; a decoder of another shape starts from random weights.
+
+        The encoder must fit: it decides the latent space, which is why one starts from another model.
+        """
         source = Tokenizer.from_pretrained(name)
-        # A later stage may change the sampler or the objective, not the networks.
-        for part in ("encoder", "decoder"):
-            if getattr(source.config, part) != getattr(self.recipe.model, part):
-                raise UserError(
-                    f"init: the {part} of {name} is {getattr(source.config, part)}, but the recipe says "
-                    f"{getattr(self.recipe.model, part)}"
-                )
-        self.tokenizer.load_state_dict(source.state_dict())
+        if source.config.encoder != self.recipe.model.encoder:
+            raise UserError(
+                f"init: the encoder of {name} is {source.config.encoder}, "
+                f"but the recipe says {self.recipe.model.encoder}"
+            )
+        self.tokenizer.encoder.load_state_dict(source.encoder.state_dict())
+        ours, theirs = self.recipe.model.decoder, source.config.decoder
+        free = {"size": "custom", "attention": "auto", "dropout": 0.0}  # these change no weight's shape
+        if dataclasses.replace(ours, **free) == dataclasses.replace(theirs, **free):  # type: ignore[arg-type]
+            self.tokenizer.decoder.load_state_dict(source.decoder.state_dict())
+        elif self.main:
+            log.info("init: the encoder comes from %s; its decoder has another shape, so ours starts anew", name)
 
     def _resume(self) -> None:
         self._scaler_state = None

