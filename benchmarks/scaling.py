@@ -75,7 +75,7 @@ def measure(side: int, name: str, repeats: int | None) -> dict[str, float]:
     with torch.no_grad():
         for _ in range(repeats or (5 if side <= 512 else 3)):
             start, cpu_start = time.perf_counter(), time.process_time()
-            euler(lambda x_t, t: decoder(x_t, t, z), noise, kind=config.prediction)
+            euler(lambda x_t, t: decoder(x_t, t, z), noise, kind=config.prediction or "v")
             seconds.append(time.perf_counter() - start)
             cpu.append(time.process_time() - cpu_start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -147,7 +148,7 @@ def test_output_depends_on_time():
     decoder = tiny_decoder()
     x_t, _, z = inputs()
     outputs = [decoder(x_t, torch.full((2,), t), z) for t in (0.0, 0.5, 0.9, 1.0)]
-    for a, b in zip(outputs, outputs[1:], strict=False):
+    for a, b in pairwise(outputs):
         assert (a - b).abs().max() > 1e-3
 
 

@@ -128,7 +128,7 @@ def test_other_architectures_are_refused():
     state = vae().state_dict()
     with pytest.raises(UserError, match="not an AutoencoderKL encoder"):
         encoder_from_diffusers({"weight": torch.zeros(1)})
-    with pytest.raises(UserError, match="unexpected: down_blocks.0.surprise"):
+    with pytest.raises(UserError, match=r"unexpected: down_blocks\.0\.surprise"):
         encoder_from_diffusers(state | {"encoder.down_blocks.0.surprise": torch.zeros(1)})
     with pytest.raises(UserError, match="misshapen"):
         encoder_from_diffusers(state | {"encoder.conv_in.weight": torch.zeros(32, 4, 3, 3)})

@@ -134,7 +134,7 @@ def reconstruct(
     finally:
         if table.row_count:
             _show(table)
-            _write(f"{table.row_count} pictures in {out}\n")
+            _write(f"{_count(table.row_count, 'picture')} in {out}\n")
 
 
 def encode(
@@ -178,7 +178,7 @@ def encode(
         h, w = posterior.size
         facts = {"size": f"{h}x{w}", "factor": str(tokenizer.factor), "model": _lasting_name(model)}
         _write_latent(target, latent[0], facts)
-    _write(f"{len(targets)} latents in {out}\n")
+    _write(f"{_count(len(targets), 'latent')} in {out}\n")
 
 
 def decode(
@@ -222,7 +222,7 @@ def decode(
                 z[None], size=size, steps=steps, seed=[seed], noise=noise, output="pil"
             )  # fmt: skip
         write_file(target, picture.save)
-    _write(f"{len(targets)} pictures in {out}\n")
+    _write(f"{_count(len(targets), 'picture')} in {out}\n")
 
 
 def info(model: str | None = None, *, json: bool = False) -> None:
@@ -356,7 +356,11 @@ def _parser(function: Callable[..., None]) -> ArgumentParser:
     helps = {parameter.arg_name: parameter.description for parameter in text.params}
     description = "\n\n".join(filter(None, [text.short_description, text.long_description]))
     parser = ArgumentParser(
-        prog=f"monobath {function.__name__}", description=description, exit_on_error=False, allow_abbrev=False
+        prog=f"monobath {function.__name__}",
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,
+        print_config=None,  # jsonargparse's own; ours resolves the recipe
     )
     hints, shown = typing.get_type_hints(function), [parser.prog]
     for name, parameter in inspect.signature(function).parameters.items():
@@ -553,12 +557,12 @@ LATENT_FORMAT = "monobath-latent-1"
 
 
 def _write_latent(path: Path, latent: torch.Tensor, facts: dict[str, str]) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     from .files import write_file
 
-    state = {"latent": latent.cpu().contiguous()}
-    write_file(path, lambda partial: save_file(state, partial, metadata={"format": LATENT_FORMAT, **facts}))
+    data = save({"latent": latent.cpu().contiguous()}, metadata={"format": LATENT_FORMAT, **facts})
+    write_file(path, lambda partial: partial.write_bytes(data))
 
 
 def _read_latent(path: Path) -> tuple[torch.Tensor, tuple[int, int], int, str]:
@@ -596,6 +600,10 @@ def _lasting_name(model: str) -> str:
     if packaged is not None:
         return packaged.name
     return str(Path(model).resolve()) if Path(model).exists() else model
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _in_words(value: Any) -> str:

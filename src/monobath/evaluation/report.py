@@ -201,7 +201,7 @@ def comparison(rows: Sequence[Reconstruction]) -> Image.Image:
     y = gap
     for row in rows:
         x = gap
-        titles = (row.name, f"reconstruction, {decibels(row.psnr)}", "absolute difference × 5")
+        titles = (row.name, f"reconstruction, {decibels(row.psnr)}", "absolute difference, times 5")
         for title, pixels in zip(titles, (row.original, row.output, row.difference), strict=True):
             draw.text((x, y + 2), title, fill="black", font=font)
             page.paste(tensor_to_pil(pixels), (x, y + label))

@@ -46,8 +46,9 @@ def cosine_basis(channels: int, side: int) -> Tensor:
     """Orthonormal rows `(channels, 3·side²)` that keep most of a natural picture's energy.
 
     Discrete cosines of low frequency times luminance and two colour differences, ordered by the energy they have
-    in natural pictures (falling with frequency, colour far below luminance), close to the principal components of
-    `side`×`side` RGB squares. Columns are in the order of `pixel_unshuffle`. Where `channels` exceeds 3·side², the
+    in natural pictures: energy falls about as 1 / (1 + 19·frequency²), red − blue has 1/8 and green − magenta 1/34 of
+    the luminance's (measured on 8×8 squares of photos at 128²). The first rows are therefore close to the principal
+    components of `side`×`side` RGB squares. Columns are in the order of `pixel_unshuffle`. Where `channels` exceeds 3·side², the
     remaining rows are zero.
     """
     position = torch.arange(side, dtype=torch.float64) + 0.5
@@ -56,7 +57,7 @@ def cosine_basis(channels: int, side: int) -> Tensor:
     colours = torch.tensor([[1, 1, 1], [1, 0, -1], [1, -2, 1]], dtype=torch.float64)
     colours = colours / colours.norm(dim=1, keepdim=True)
     cost = [
-        ((1 + u * u + v * v) * (6.0 if colour else 1.0), colour, u, v)
+        ((1 + 19 * (u * u + v * v)) * (1, 8, 34)[colour], colour, u, v)
         for colour in range(3)
         for u in range(side)
         for v in range(side)

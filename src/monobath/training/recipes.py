@@ -63,13 +63,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def _read(name: str) -> tuple[Path, str]:
-    known = resources.recipe_names()
-    path = resources.recipe_path(name) if name in known else Path(name)
-    if path is None or not path.is_file():
-        kind = "is a folder" if path is not None and path.is_dir() else "is neither packaged nor an existing file"
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"packaged are: {', '.join(known) or 'none'}"
-        raise UserError(f"recipe {name} {kind}; {hint}")
+    path = resources.recipe_path(name)
     try:
         return path, path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
