@@ -121,7 +121,7 @@ def make(sample: Sample) -> Image.Image:
     with as_file(files("skimage") / "data" / sample.source) as path, Image.open(path) as image:
         source = image.convert("RGB")
     width, height = crop_size(sample, *source.size)
-    assert width >= sample.size[0] and height >= sample.size[1], f"{sample.name} would be enlarged"
+    assert width >= sample.size[0], f"{sample.name} would be enlarged"
     left, top = (source.width - width) / 2, (source.height - height) / 2
     box = (left, top, left + width, top + height)
     return source.resize(sample.size, Image.Resampling.LANCZOS, box=box)
@@ -133,9 +133,9 @@ def sources_table() -> str:
         "# Sample photos",
         "",
         "Every picture here is CC0 or in the public domain, as the scikit-image documentation states it "
-        "(`skimage/data/_fetchers.py`), and may be used for anything.",
+        "(`skimage/data/_fetchers.py`).",
         "All come from `skimage/data/` in the scikit-image wheel; `scripts/make_samples.py` makes them and "
-        "this table: centred crop, Lanczos, RGB, PNG. None is used for training.",
+        "this table: centred crop, Lanczos, RGB, PNG. Keep them out of training data.",
         "",
         "| file | size | shows | author | licence | source | cut |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -6,9 +6,12 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+
+from monobath import resources
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "monobath"
@@ -106,6 +109,33 @@ def test_makefile_has_the_promised_targets():
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in ("demo", "test", "check"):
         assert re.search(rf"^{target}:", text, re.MULTILINE)
+
+
+def test_a_wheel_carries_every_file_of_the_package():
+    """An editable install hides a file that `package-data` forgets: only the wheel would miss it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = project["tool"]["setuptools"]["package-data"]["monobath"]
+    carried = {path for pattern in patterns for path in SOURCE.glob(pattern)}
+    ours = {path for path in project_files() if SOURCE in path.parents and path.suffix != ".py"}
+    assert ours
+    assert not ours - carried, "not in package-data of pyproject.toml"
+
+
+def test_every_weights_name_leads_to_a_folder():
+    assert "default" in resources.weights_names()
+    for name in resources.weights_names():
+        path = resources.weights_path(name)
+        assert path is not None, name
+        assert (path / "model.safetensors").is_file(), name
+
+
+def test_only_training_knows_accelerate():
+    for file in MODULES:
+        if layer_of(file) != "training":
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+                modules += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+                assert not any(m.split(".")[0] == "accelerate" for m in modules), file.relative_to(SOURCE)
 
 
 def test_packaged_weights_are_small():

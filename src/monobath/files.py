@@ -65,8 +65,19 @@ def write_text(path: Path, text: str) -> None:
     write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+_MODE = 0o666 & ~_umask()  # read once: it can only be read by setting it
+
+
 def _flush(path: Path) -> None:
+    """Everything on the disk before the rename, readable as any new file is (safetensors makes files private)."""
     if path.is_file():
+        os.chmod(path, _MODE)
         with open(path, "rb") as file:
             os.fsync(file.fileno())
 

@@ -192,21 +192,27 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def comparison(rows: Sequence[Reconstruction]) -> Image.Image:
-    """original | reconstruction | difference × 5, a row per picture, labelled; pixels are shown one to one."""
+    """original | reconstruction | difference × 5 of every picture, labelled; pixels are shown one to one.
+
+    Pictures flow from left to right and wrap, so that two small ones share a line with room for a wide one.
+    """
     gap, label, font = 8, 24, ImageFont.load_default(14)
-    width = gap + max(3 * (row.size[1] + gap) for row in rows)
-    height = gap + sum(row.size[0] + label + gap for row in rows)
-    page = Image.new("RGB", (width, height), "white")
+    widths = [3 * (row.size[1] + gap) for row in rows]
+    limit = max(max(widths), 2 * min(widths))
+    places, x, y, line = [], 0, 0, 0
+    for row, width in zip(rows, widths, strict=True):
+        if x + width > limit:
+            x, y, line = 0, y + line, 0
+        places.append((gap + x, gap + y))
+        x, line = x + width, max(line, row.size[0] + label + gap)
+    page = Image.new("RGB", (gap + limit, gap + y + line), "white")
     draw = ImageDraw.Draw(page)
-    y = gap
-    for row in rows:
-        x = gap
+    for row, (x, y) in zip(rows, places, strict=True):
         titles = (row.name, f"reconstruction, {decibels(row.psnr)}", "absolute difference, times 5")
         for title, pixels in zip(titles, (row.original, row.output, row.difference), strict=True):
             draw.text((x, y + 2), title, fill="black", font=font)
             page.paste(tensor_to_pil(pixels), (x, y + label))
             x += row.size[1] + gap
-        y += row.size[0] + label + gap
     return page
 
 

@@ -79,16 +79,16 @@ class _Run:
                 f"({self.world} processes × {training.accumulation} accumulation steps)"
             )
         self.micro = training.batch_size // share
-        if self.main:
-            self._claim_folder()
 
-        # Data before the model: a wrong path should say so at once.
+        # Data first: a wrong path should say so at once, and leave nothing behind.
         data = recipe.data
         self.dataset = make_dataset(
             data.source, size=data.size, scale=(data.scale[0], data.scale[1]), flip=data.flip, seed=training.seed,
             max_pixels=data.max_pixels, min_side=data.min_side, cache=data.cache,
         )  # fmt: skip
         self.examples = self._examples() if self.main and training.sample_every else None
+        if self.main:
+            self._claim_folder()
 
         torch.manual_seed(training.seed)
         self.tokenizer = Tokenizer(recipe.model)
