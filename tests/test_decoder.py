@@ -12,7 +12,7 @@ from conftest import dead_parameters, gradients, inputs, rand_images, randn, tin
 
 from monobath.errors import UserError
 from monobath.models.blocks import resample_to
-from monobath.models.decoder import PATCHES, SIZES, Decoder, DecoderConfig, timestep_embedding
+from monobath.models.decoder import PATCHES, SIZES, Decoder, DecoderConfig, _modulate, timestep_embedding
 from monobath.models.encoder import Encoder, EncoderConfig
 
 PAPER = {
@@ -230,3 +230,20 @@ def test_config_cross_checks(changes, words):
 def test_bad_inputs_print_their_shape(x_t, t, z):
     with pytest.raises(ValueError, match=r"is \([\d, ]*\): expected"):
         tiny_decoder()(torch.zeros(x_t), torch.zeros(t), torch.zeros(z))
+
+
+@pytest.mark.parametrize("grid", [(4, 6), (2, 3), (8, 12), (1, 1), (4, 12), (3, 6), (8, 3)])
+def test_modulation_is_the_plain_formula(grid):
+    """Finer, equal, coarser and mixed grids, and no full-size scale: values and gradients of x·(1 + scale) + shift."""
+    x = randn(2, 3, 8, 12).requires_grad_()
+    modulation = randn(2, 6, *grid, seed=1).requires_grad_()
+    scale, shift = resample_to(modulation, (8, 12)).chunk(2, dim=1)
+    expected, out = x * (1 + scale) + shift, _modulate(x, modulation)
+    assert torch.allclose(out, expected, atol=1e-6)
+    weights = randn(2, 3, 8, 12, seed=2)
+    grads = [torch.autograd.grad((y * weights).sum(), (x, modulation)) for y in (expected, out)]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads, strict=True))
+    last = [y.detach().contiguous(memory_format=torch.channels_last) for y in (x, modulation)]
+    out = _modulate(*last)
+    assert out.is_contiguous(memory_format=torch.channels_last)  # no hidden change of layout
+    assert torch.allclose(out, expected, atol=1e-6)

@@ -48,8 +48,8 @@ def cosine_basis(channels: int, side: int) -> Tensor:
     Discrete cosines of low frequency times luminance and two colour differences, ordered by the energy they have
     in natural pictures: energy falls about as 1 / (1 + 19·frequency²), red − blue has 1/8 and green − magenta 1/34 of
     the luminance's (measured on 8×8 squares of photos at 128²). The first rows are therefore close to the principal
-    components of `side`×`side` RGB squares. Columns are in the order of `pixel_unshuffle`. Where `channels` exceeds 3·side², the
-    remaining rows are zero.
+    components of `side`×`side` RGB squares. Columns are in the order of `pixel_unshuffle`. Where `channels` exceeds
+    3·side², the remaining rows are zero.
     """
     position = torch.arange(side, dtype=torch.float64) + 0.5
     waves = torch.stack([torch.cos(math.pi * k * position / side) for k in range(side)])

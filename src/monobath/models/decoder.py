@@ -136,15 +136,27 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, context: Tensor, time: Tensor) -> Tensor:
-        size = (x.shape[2], x.shape[3])
         # The 1×1 convolution runs at latent resolution; its result is brought to the feature map.
-        scale, shift = resample_to(self.context(context), size).chunk(2, dim=1)
-        h = torch.addcmul(shift, self.norm1(x), 1 + scale)
+        h = _modulate(self.norm1(x), self.context(context))
         h = self.conv1(F.silu(h))
         scale, shift = self.time(time)[:, :, None, None].chunk(2, dim=1)
         h = torch.addcmul(shift, self.norm2(h), 1 + scale)
         h = self.conv2(self.dropout(F.silu(h)))
         return self.shortcut(x) + h
+
+
+def _modulate(x: Tensor, modulation: Tensor) -> Tensor:
+    """x·(1 + scale) + shift, where `modulation` (B, 2C, h, w) holds scale and shift, brought to x (B, C, H, W).
+
+    Where whole rows repeat, only the columns are written out: a row is read H/h times instead. The full-size
+    scale and shift would be the largest tensors of the network, and the most read ones.
+    """
+    (height, width), (h, w) = x.shape[2:], modulation.shape[2:]
+    if height % h or width < w:
+        scale, shift = resample_to(modulation, (height, width)).chunk(2, dim=1)
+        return torch.addcmul(shift, x, 1 + scale)
+    scale, shift = resample_to(modulation, (h, width)).unsqueeze(3).chunk(2, dim=1)
+    return torch.addcmul(shift, x.unflatten(2, (h, height // h)), 1 + scale).flatten(2, 3)
 
 
 class TransformerBlock(nn.Module):
