@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from .dataset import (
-    PhotoDataset,
-    SeededSampler,
-    StreamDataset,
-    iterate_eval,
-    make_dataset,
-    make_loader,
-)
+from .dataset import PhotoDataset, StreamDataset, make_dataset
+from .loader import SeededSampler, iterate_eval, make_loader
 from .sources import Sample, Source, find_samples, is_remote
 
 __all__ = [

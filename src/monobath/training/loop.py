@@ -23,7 +23,7 @@ import yaml
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from ..data.dataset import iterate_eval, make_dataset, make_loader
+from ..data import iterate_eval, make_dataset, make_loader
 from ..errors import UserError
 from ..files import write_file, write_text
 from ..images import tensor_to_pil, to_float

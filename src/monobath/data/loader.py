@@ -1,0 +1,201 @@
+"""Batches: the endless, seeded order of training and the single pass of evaluation.
+
+A training run's samples depend only on the seed and their position in the run, so a run resumes at any sample, and
+several processes together see what one would.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from itertools import count, islice
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from ..errors import UserError
+from .dataset import Item, PhotoDataset, StreamDataset
+from .transforms import mix_seed
+
+logger = logging.getLogger(__name__)
+
+
+class SeededSampler(Sampler[list[tuple[int, int]]]):
+    """Endless batches of `(epoch, index)`: epoch after epoch, each a seeded permutation, none cut short.
+
+    Sample number k of the run, counted over all processes, is entry k mod length of permutation k // length.
+    A global batch is `batch_size * world_size` consecutive samples; process `rank` takes its own slice of
+    it, so that the processes together see what one process with the whole batch would see. Iterating starts
+    at `start_sample` each time, at no cost.
+
+    Args:
+        length: number of samples in an epoch.
+        batch_size: samples a batch and process.
+        seed: of the permutations.
+        start_sample: samples that all processes together have already seen.
+        rank, world_size: this process, and how many there are.
+
+    Raises:
+        UserError: length or batch_size below 1, start_sample below 0, or rank outside 0…world_size-1.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        start_sample: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if length < 1 or batch_size < 1 or start_sample < 0 or not 0 <= rank < world_size:
+            raise UserError(
+                f"length={length} and batch_size={batch_size} must be at least 1, "
+                f"start_sample={start_sample} at least 0, and rank={rank} at least 0 and below "
+                f"world_size={world_size}"
+            )
+        self.length = length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.start_sample = start_sample
+        self.rank = rank
+        self.world_size = world_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        current, order = -1, torch.empty(0, dtype=torch.int64)
+        first = self.start_sample + self.rank * self.batch_size
+        for start in count(first, self.batch_size * self.world_size):
+            batch = []
+            for position in range(start, start + self.batch_size):
+                epoch, place = divmod(position, self.length)
+                if epoch != current:
+                    generator = torch.Generator().manual_seed(mix_seed(1, self.seed, epoch))
+                    current, order = epoch, torch.randperm(self.length, generator=generator)
+                batch.append((epoch, int(order[place])))
+            yield batch
+
+
+def make_loader(
+    dataset: PhotoDataset | StreamDataset,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    seed: int | None = None,
+    start_sample: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    pin_memory: bool = False,
+    prefetch_factor: int | None = None,
+) -> DataLoader[Any]:
+    """Endless loader of training batches.
+
+    Yields dicts of `image` (uint8 `(B, 3, size, size)`), `index` (int64 `(B,)`) and, if the dataset has
+    labels, `label` (int64 `(B,)`).
+    For a `PhotoDataset` the batches are those of `SeededSampler`, whatever the number of workers, and a cache
+    is filled before workers start. It is sharded by `rank` already: do not pass it to `accelerate.prepare`.
+    The global random state is neither read nor changed.
+
+    Args:
+        dataset: with `augment=True`.
+        batch_size: samples a batch and process.
+        num_workers: decoding processes; 0 decodes in this one.
+        seed: of the order; default: the dataset's.
+        start_sample: samples that all processes together have already seen (steps × batch_size × world_size).
+        rank, world_size: this process, and how many there are.
+        pin_memory: page-locked batches, for fast copies to a GPU.
+        prefetch_factor: batches that each worker keeps ready; default: torch's.
+
+    Raises:
+        UserError: an evaluation dataset, or bad numbers.
+    """
+    if not dataset.augment:
+        raise UserError("make_loader is for training: use iterate_eval with an augment=False dataset")
+    common: dict[str, Any] = {
+        "num_workers": num_workers,
+        "pin_memory": pin_memory,
+        "persistent_workers": num_workers > 0,
+        "prefetch_factor": prefetch_factor if num_workers else None,
+        "generator": torch.Generator().manual_seed(mix_seed(3, dataset.seed)),
+        "worker_init_fn": _init_worker,
+    }
+    if isinstance(dataset, StreamDataset):
+        if start_sample:
+            logger.info("streamed shards cannot resume at a sample: going on with fresh shuffles")
+        dataset = dataset.placed(rank=rank, world_size=world_size, start_sample=start_sample)
+        return DataLoader(dataset, batch_size=batch_size, drop_last=True, **common)
+    if dataset.cache and num_workers:
+        dataset.preload()
+        if sys.platform == "linux":  # forked workers share the cache, spawned ones would copy it
+            common["multiprocessing_context"] = "fork"
+    sampler = SeededSampler(
+        len(dataset),
+        batch_size=batch_size,
+        seed=dataset.seed if seed is None else seed,
+        start_sample=start_sample,
+        rank=rank,
+        world_size=world_size,
+    )
+    return DataLoader(dataset, batch_sampler=sampler, **common)
+
+
+def iterate_eval(
+    dataset: PhotoDataset | StreamDataset,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    limit: int | None = None,
+) -> Iterator[Item]:
+    """Go once through an `augment=False` dataset, in order, leaving unusable pictures out.
+
+    Yields dicts of `image` (uint8 `(B, 3, size, size)`), `index` (int64 `(B,)`), `name` (list of B strings)
+    and, if the dataset has labels, `label` (int64 `(B,)`). Every batch but the last has `batch_size` samples.
+    What was left out is in `dataset.skipped`.
+
+    Args:
+        dataset: made with `augment=False`.
+        batch_size: samples a batch.
+        num_workers: decoding processes; a `PhotoDataset`'s batches do not depend on it.
+        limit: stop after so many usable pictures.
+
+    Raises:
+        UserError: a training dataset, or no usable picture at all.
+    """
+    if dataset.augment:
+        raise UserError("iterate_eval needs a dataset made with augment=False")
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=_usable,
+        generator=torch.Generator(),
+        worker_init_fn=_init_worker,
+    )
+    items = islice((item for batch in loader for item in batch), limit)
+    seen = False
+    while group := list(islice(items, batch_size)):
+        seen = True
+        batch: Item = {
+            "image": torch.stack([item["image"] for item in group]),
+            "index": torch.tensor([item["index"] for item in group]),
+            "name": [item["name"] for item in group],
+        }
+        if dataset.labels:
+            batch["label"] = torch.tensor([item["label"] for item in group])
+        yield batch
+    if not seen and limit != 0:
+        if isinstance(dataset, PhotoDataset):
+            raise dataset.all_unusable()
+        raise UserError(f"no usable picture found in {dataset.source} ({dataset.skipped_count} skipped)")
+
+
+def _usable(items: list[Item | None]) -> list[Item]:
+    return [item for item in items if item is not None]
+
+
+def _init_worker(worker_id: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process, which saves first
+    torch.set_num_threads(1)  # decoding has no use for more, and workers must not fight for cores
