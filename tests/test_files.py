@@ -86,12 +86,12 @@ def fill(text: str):
     return write
 
 
-def test_folder_is_replaced_whole(tmp_path):
+def test_folder_is_written_again_in_place(tmp_path):
     path = tmp_path / "runs" / "model"
     write_folder(path, fill("old"))
     assert sorted(p.name for p in path.iterdir()) == ["one", "two"]
     write_folder(path, lambda folder: (folder / "three").write_text("new", encoding="utf-8"))
-    assert [p.name for p in path.iterdir()] == ["three"]
+    assert sorted(p.name for p in path.iterdir()) == ["one", "three", "two"]
     assert leftovers(path.parent) == []
 
 
@@ -155,3 +155,20 @@ def test_a_file_in_the_way_is_named(tmp_path):
         write_folder(tmp_path / "file" / "model", fill("new"))
     with pytest.raises(UserError, match="file"):
         write_text(tmp_path / "file" / "note.txt", "new")
+
+
+def test_a_replaced_folder_keeps_what_else_lies_in_it(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "README.md").write_text("mine")
+    (folder / "a").write_text("old")
+    write_folder(folder, lambda partial: (partial / "a").write_text("new"))
+    assert {p.name: p.read_text() for p in folder.iterdir()} == {"README.md": "mine", "a": "new"}
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path):
+    (tmp_path / "model").write_text("mine")
+    with pytest.raises(UserError, match="is a file"):
+        write_folder(tmp_path / "model", lambda partial: None)
+    assert (tmp_path / "model").read_text() == "mine"

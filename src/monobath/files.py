@@ -33,11 +33,16 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_folder(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write(temporary folder)`, then rename it to `path`. An existing folder is replaced only at the end.
+    """Call `write(temporary folder)`, then rename it to `path`.
+
+    A folder that is there already is replaced only at the end, and keeps whatever else lies in it.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written; `path` is as it was before.
+        UserError: the disk is full, the folder cannot be written, or a file has its name; `path` is as it was before.
     """
+    path = path.absolute() if path.name else path.resolve()
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file: choose another name for the folder")
     partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -45,13 +50,15 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
         write(partial)
         for file in partial.iterdir():
             _flush(file)
-            if file.is_file():  # safetensors makes files that only their owner can read
-                file.chmod(partial.stat().st_mode & 0o666)
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
             os.rename(path, old)
         os.rename(partial, path)
-        shutil.rmtree(old, ignore_errors=True)
+        if old.exists():
+            for other in old.iterdir():
+                if not (path / other.name).exists():
+                    os.rename(other, path / other.name)
+            shutil.rmtree(old, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if old.exists() and not path.exists():

@@ -6,6 +6,7 @@ x̂ = ε + v(ε, 1, z).
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -32,9 +33,10 @@ def seeds_for(seed: int | Sequence[int], batch: int) -> list[int]:
     Raises:
         ValueError: a sequence of another length than the batch.
     """
-    if isinstance(seed, int):
-        return [seed + i for i in range(batch)]
-    seeds = [int(s) for s in seed]
+    if not isinstance(seed, Sequence):
+        first = operator.index(seed)  # any integer type, numpy's too
+        return [first + i for i in range(batch)]
+    seeds = [operator.index(s) for s in seed]
     if len(seeds) != batch:
         raise ValueError(f"seed has {len(seeds)} entries for a batch of {batch}: give one a sample, or one int")
     return seeds

@@ -226,7 +226,14 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
         Args:
             dtype: type of the stored weights, such as torch.bfloat16 for a file of half the size.
             extra: plain values kept in the config under "training", such as the recipe.
+            push_to_hub: also upload; further arguments are those of `push_to_hub`, such as repo_id.
+
+        Raises:
+            UserError: the folder cannot be written; what was there stays as it was.
+            TypeError: upload arguments without push_to_hub.
         """
+        if push_to_hub_kwargs and not push_to_hub:
+            raise TypeError(f"save_pretrained got {sorted(push_to_hub_kwargs)}, which need push_to_hub=True")
         config = self._config_dict(extra)
         text = json.dumps(config, indent=2)
         state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in self.state_dict().items()}
