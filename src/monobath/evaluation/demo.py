@@ -41,7 +41,7 @@ PREVIEW = (
     "they are not a tokenizer to build on."
 )
 LIMITS = (
-    "A handful of pictures is a demonstration, not an evaluation: compare models by `monobath eval` on a held-out set. "
+    "A handful of pictures is a demonstration, not an evaluation: compare models on a large held-out set. "
     "A reconstruction is a guess: small text, faces and fine texture may come out plausible but wrong, so do not use "
     "it where details are evidence. Times depend on the machine named below and on what else it was doing."
 )
