@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -71,3 +72,8 @@ def test_one_step_by_hand():
 
     assert torch.allclose(euler(predict, noise, kind="v"), 1.3 * noise)
     assert torch.allclose(euler(predict, noise, kind="x"), 0.3 * noise)
+
+
+@pytest.mark.parametrize("seed", [3, np.int64(3), np.array(3), torch.tensor(3)])
+def test_any_kind_of_integer_is_a_seed(seed):
+    assert seeds_for(seed, 2) == [3, 4]

@@ -33,10 +33,10 @@ def seeds_for(seed: int | Sequence[int], batch: int) -> list[int]:
     Raises:
         ValueError: a sequence of another length than the batch.
     """
-    if not isinstance(seed, Sequence):
-        first = operator.index(seed)  # any integer type, numpy's too
+    if not hasattr(seed, "__len__") or getattr(seed, "ndim", 1) == 0:
+        first = operator.index(seed)  # type: ignore[arg-type]  # any integer type, numpy's and 0-d tensors too
         return [first + i for i in range(batch)]
-    seeds = [operator.index(s) for s in seed]
+    seeds = [operator.index(s) for s in seed]  # type: ignore[union-attr]
     if len(seeds) != batch:
         raise ValueError(f"seed has {len(seeds)} entries for a batch of {batch}: give one a sample, or one int")
     return seeds
