@@ -372,6 +372,13 @@ def test_ten_in_a_row_is_fatal_with_a_remedy(tmp_path, photos, monkeypatch):
         train(tiny_recipe(tmp_path / "run", photos, steps=60, sample_every=0))
 
 
+def test_a_row_of_bad_steps_is_fatal_even_if_it_ends_between_two_log_lines(tmp_path, photos, monkeypatch):
+    spoil(monkeypatch, set(range(3, 13)))
+    recipe = tiny_recipe(tmp_path / "run", photos, steps=60, sample_every=0, log_every=40)
+    with pytest.raises(UserError, match=r"not finite for 10 steps in a row, up to step 20"):
+        train(recipe)
+
+
 def test_broken_files_are_counted_and_the_run_goes_on(tmp_path, photos, caplog):
     folder = tmp_path / "mixed"
     folder.mkdir()

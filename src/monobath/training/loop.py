@@ -113,7 +113,7 @@ class _Run:
         self.prepared, self.optimizer = self.accelerator.prepare(self.objective, self.optimizer)
         if self._scaler_state is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(self._scaler_state)
-        self.bad = torch.zeros(2, device=self.device)  # non-finite steps: in a row, in all
+        self.bad = torch.zeros(3, device=self.device)  # non-finite steps: in a row, most in a row, in all
         self.sums: dict[str, Tensor] = {}
         self.stop_signal: int | None = None
 
@@ -141,6 +141,8 @@ class _Run:
                 last = self.step == training.steps
                 if self.step % training.log_every == 0 or last:
                     self._log(progress)
+                if self.step % min(training.log_every, training.max_bad) == 0 or last:
+                    self._stop_if_bad()
                 progress.advance(training.batch_size)
                 if training.sample_every and (self.step % training.sample_every == 0 or last):
                     self._sample(progress)
@@ -198,7 +200,8 @@ class _Run:
             self.optimizer.optimizer.found_inf = (~finite).float()
         self.optimizer.step()
         bad = (~finite).float()
-        self.bad = torch.stack([(self.bad[0] + 1) * bad, self.bad[1] + bad])
+        in_a_row = (self.bad[0] + 1) * bad
+        self.bad = torch.stack([in_a_row, torch.maximum(self.bad[1], in_a_row), self.bad[2] + bad])
         if self.step < training.ema_start * training.steps:
             self.ema.copy(self.tokenizer)
         else:
@@ -221,10 +224,14 @@ class _Run:
         values = self.accelerator.reduce(torch.stack([self.sums[n] for n in names]), reduction="sum").tolist()
         sums = dict(zip(names, values, strict=True))
         count = sums.pop("count")
-        in_a_row, skipped = (int(v) for v in self.bad.tolist())
+        skipped = int(self.bad[2].item())
         self.sums = {}
         row = {name: total / count for name, total in sums.items()} if count else {}
         progress.log(self.step, {**row, "lr": self.rate, "skipped_steps": skipped})
+
+    def _stop_if_bad(self) -> None:
+        """Looked at every few steps only, since it waits for the device; no row of bad steps is missed for that."""
+        in_a_row = int(self.bad[1].item())
         if in_a_row >= self.recipe.training.max_bad:
             raise UserError(
                 f"losses were not finite for {in_a_row} steps in a row, up to step {self.step}: lower optimizer.lr, "
