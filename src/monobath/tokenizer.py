@@ -10,6 +10,7 @@ that was trained or distilled to need a single step.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -36,6 +37,7 @@ from .images import MAX_PIXELS, check_pixels, pil_to_tensor, tensor_to_pil, to_f
 from .models.decoder import Decoder, DecoderConfig
 from .models.encoder import Encoder, EncoderConfig, Posterior
 from .models.loading import load_strictly
+from .models.one_step import OneStep, OneStepDecoder
 from .sampling import Noise, draw_noise, euler, seeds_for
 
 Images = Tensor | np.ndarray | Image.Image | Sequence[Any]
@@ -102,7 +104,7 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
         super().__init__()
         self.config = config
         self.encoder = Encoder(config.encoder)
-        self.decoder = Decoder(config.decoder)
+        self.decoder: Decoder | OneStep = Decoder(config.decoder)
 
     @property
     def factor(self) -> int:
@@ -112,12 +114,12 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.decoder.conv_in.weight.device
+        return self.encoder.conv_in.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights, and of the arithmetic."""
-        return self.decoder.conv_in.weight.dtype
+        return self.encoder.conv_in.weight.dtype
 
     @torch.no_grad()
     def encode(self, images: Images, *, max_pixels: int = MAX_PIXELS) -> Posterior:
@@ -192,13 +194,23 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
         return pixels if output == "uint8" else [tensor_to_pil(p) for p in pixels]
 
     def _sample(self, z: Tensor, seeds: list[int], steps: int, noise: Noise) -> Tensor:
+        decoder: nn.Module = self.decoder
+        if isinstance(decoder, OneStep) and (steps != 1 or noise != decoder.noise):
+            raise UserError(
+                f"this tokenizer was optimized for 1 step from {decoder.noise} noise, not {steps} from {noise}: "
+                "use the original one"
+            )
         # A token may be larger than a latent position: then whole tokens are decoded and the excess cropped.
         unit = max(1, self.config.decoder.token_side // self.factor)
         z = pad_to_multiple(z.to(self.device, self.dtype), unit, mode="replicate")
         shape = (3, z.shape[2] * self.factor, z.shape[3] * self.factor)
+        if isinstance(decoder, OneStep) and noise == "zero":
+            return decoder(z)
         start = draw_noise(shape, seeds, noise).to(self.device, self.dtype)
+        if isinstance(decoder, OneStep):
+            return decoder(z, start)
         return euler(
-            lambda x_t, t: self.decoder(x_t, t, z),
+            lambda x_t, t: decoder(x_t, t, z),
             start,
             kind=self.config.decoder.prediction,  # type: ignore[arg-type]
             steps=steps,
@@ -209,6 +221,38 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
         """Reconstruct `(B, 3, H, W)` in [-1, 1] with the posterior's mode."""
         posterior = self.encode(images)
         return self.decode(posterior.mode(), size=posterior.size)
+
+    def optimize(self, *, noise: Noise | None = None, compile: bool = False) -> Tokenizer:
+        """The one-step inference form: the same pictures (to rounding) with less work and memory.
+
+        Everything that is constant at t = 1 is folded into the weights (see `models/one_step.py`), and images are
+        kept channels-last, which suits convolutions and the transformer alike.
+
+        Args:
+            noise: what decoding will start from; default: what the checkpoint was made for.
+            compile: also `torch.compile` the decoder: a wait at each new size, faster decoding after it.
+
+        Returns:
+            A new tokenizer, in evaluation mode, whose `decode` takes one step from that noise and nothing else; it
+            can be neither trained nor saved. This one stays as it is.
+
+        Raises:
+            UserError: it is optimized already.
+        """
+        if isinstance(self.decoder, OneStep):
+            raise UserError("this tokenizer is optimized already: use it as it is")
+        decoder = OneStepDecoder(self.decoder, noise or self.config.sampler.noise)
+        decoder.to(memory_format=torch.channels_last)
+        if compile:
+            decoder.compile()
+        return self.with_decoder(decoder)
+
+    def with_decoder(self, decoder: OneStep) -> Tokenizer:
+        """A tokenizer with the same encoder, which decodes with `decoder`, in evaluation mode."""
+        other = copy.copy(self)
+        other._modules = {"encoder": self.encoder, "decoder": decoder}
+        other.config = dataclasses.replace(self.config, sampler=SamplerConfig(steps=1, noise=decoder.noise))
+        return other.eval()
 
     # ---- files ----------------------------------------------------------------------------------
 
@@ -229,11 +273,13 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
             push_to_hub: also upload; further arguments are those of `push_to_hub`, such as repo_id.
 
         Raises:
-            UserError: the folder cannot be written; what was there stays as it was.
+            UserError: the folder cannot be written (what was there stays as it was), or the tokenizer is optimized.
             TypeError: upload arguments without push_to_hub.
         """
         if push_to_hub_kwargs and not push_to_hub:
             raise TypeError(f"save_pretrained got {sorted(push_to_hub_kwargs)}, which need push_to_hub=True")
+        if isinstance(self.decoder, OneStep):
+            raise UserError("an optimized tokenizer cannot be saved: save the original, and optimize after loading")
         config = self._config_dict(extra)
         text = json.dumps(config, indent=2)
         state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in self.state_dict().items()}

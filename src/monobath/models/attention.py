@@ -56,6 +56,8 @@ def windowed_attention(
     if _autocasts(q):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)  # before the halo copies, not after
+    if torch.compiler.is_exporting():
+        backend = "blocked"  # the one whose graph serves any grid
     if backend == "auto":
         # FlexAttention is left out on purpose: we have not measured it against `blocked` on a GPU.
         backend = "dense" if _dense_is_faster(grid, reach(bias)) else "blocked"
@@ -151,9 +153,12 @@ def _blocking(grid: tuple[int, int], r: int) -> tuple[tuple[int, int], tuple[int
     """Sides of a block of queries, and of its keys with their halo.
 
     Of blocks 4, 8 and 16 a side, 8 was fastest or equal at every grid from 16² to 128² for r ≤ 7, and 16
-    on large grids at r = 15. No side or halo needs to be larger than the grid.
+    on large grids at r = 15. No side or halo needs to be larger than the grid; an exported graph does not
+    know the grid.
     """
     side = 8 if r < 12 else 16
+    if torch.compiler.is_exporting():
+        return (side, side), (side + 2 * r, side + 2 * r)
     block_h, block_w = (min(side, n) for n in grid)
     halo_h, halo_w = (min(r, n - 1) for n in grid)
     return (block_h, block_w), (block_h + 2 * halo_h, block_w + 2 * halo_w)
@@ -170,7 +175,7 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, grid: tuple[int, int
     H, W = grid
     (bh, bw), (kh, kw) = _blocking(grid, reach(bias))
     halo_h, halo_w = (kh - bh) // 2, (kw - bw) // 2
-    rows, cols = -(-H // bh), -(-W // bw)  # blocks
+    rows, cols = (H + bh - 1) // bh, (W + bw - 1) // bw  # blocks; ONNX divides towards zero, so nothing negative
     fill_h, fill_w = rows * bh - H, cols * bw - W  # padding to whole blocks, below and to the right
     around = (0, 0, 0, 0, halo_w, halo_w + fill_w, halo_h, halo_h + fill_h)
     channels = -(-(d + 1) // 8) * 8
@@ -188,6 +193,10 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, grid: tuple[int, int
     values = widen(F.pad(on_grid(v), around), q.new_zeros(()))
 
     def blocks(x: Tensor, h: int, w: int) -> Tensor:  # (B, rows, cols, heads, h, w, channels), a view
+        if torch.compiler.is_exporting():  # the same by index, with numbers of rows and columns that stay free
+            x = x.index_select(1, _windows(rows, bh, h, x)).unflatten(1, (rows, h))
+            x = x.index_select(3, _windows(cols, bw, w, x)).unflatten(3, (cols, w))
+            return x.permute(0, 1, 3, 5, 2, 4, 6)
         return x.unfold(1, h, bh).unfold(2, w, bw).permute(0, 1, 2, 3, 5, 6, 4)
 
     q_blocks, k_blocks, v_blocks = blocks(queries, bh, bw), blocks(keys, kh, kw), blocks(values, kh, kw)
@@ -208,19 +217,27 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, grid: tuple[int, int
         )  # fmt: skip
         return out[..., :d].reshape(B, -1, cols, heads, bh, bw, d)
 
-    strip = _strip(q, rows, row_numel=B * cols * heads * kh * kw * channels)
-    out = torch.cat([attend(slice(i, i + strip)) for i in range(0, rows, strip)], dim=1)
+    if torch.compiler.is_exporting():  # where a loop would be written out
+        out = attend(slice(None))
+    else:
+        strip = _strip(q, rows, row_numel=B * cols * heads * kh * kw * channels)
+        out = torch.cat([attend(slice(i, i + strip)) for i in range(0, rows, strip)], dim=1)
     out = out.permute(0, 3, 1, 4, 2, 5, 6).reshape(B, heads, rows * bh, cols * bw, d)
     return out[:, :, :H, :W].reshape(B, heads, N, d)
+
+
+def _windows(count: int, stride: int, length: int, like: Tensor) -> Tensor:
+    """Indices of `count` overlapping windows, one after the other."""
+    first = torch.arange(count, device=like.device) * stride
+    return (first[:, None] + torch.arange(length, device=like.device)).flatten()
 
 
 def _strip(x: Tensor, rows: int, *, row_numel: int) -> int:
     """Rows of blocks to treat at once, so that the copies of overlapping halos stay small.
 
-    Without gradients only: with them, everything is kept for the backward pass anyway. Not while
-    exporting, where a loop would be written out.
+    Without gradients only: with them, everything is kept for the backward pass anyway.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_exporting():
+    if torch.is_grad_enabled():
         return rows
     numel = 2**20 if x.device.type == "cpu" else 2**24  # a CPU's cache; enough work for a GPU
     return max(1, min(rows, numel // row_numel))

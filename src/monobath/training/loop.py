@@ -27,6 +27,7 @@ from ..data import iterate_eval, make_dataset, make_loader
 from ..errors import UserError
 from ..files import write_file, write_text
 from ..images import tensor_to_pil, to_float
+from ..models.decoder import Decoder
 from ..tokenizer import Tokenizer
 from . import checkpoints
 from .config import OptimizerConfig, Recipe
@@ -102,6 +103,7 @@ class _Run:
         if training.channels_last:
             self.objective.to(memory_format=torch.channels_last)
         self.tokenizer.encoder.checkpointing = training.checkpointing
+        assert isinstance(self.tokenizer.decoder, Decoder)
         self.tokenizer.decoder.set_checkpointing(training.checkpointing)
         self.ema = EMA(self.tokenizer, training.ema)
         self.optimizer: Any = _optimizer(self.objective, recipe.optimizer)

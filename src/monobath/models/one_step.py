@@ -1,0 +1,243 @@
+"""The decoder at t = 1, with everything that is constant there folded away: latent (and noise) → picture.
+
+`OneStepDecoder(decoder)` computes what one Euler step from pure noise computes, x̂ = D(ε, 1, z) (SSDD, arXiv
+2510.04961, section 3), to rounding. At a fixed time the time network and every time scale and shift are constants:
+they go into the second norm's affine map. With ε = 0 the noise half of the input convolution does nothing: it goes.
+All modulations by the latent are one convolution at latent resolution; normalisation and modulation are one pass over
+a feature map instead of two; queries, keys and values are one matrix product; a LayerNorm's affine map goes into the
+linear layer behind it. No branch depends on the picture's size, so that the module exports with free H and W.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import windowed_attention
+from .decoder import Decoder, DecoderConfig, Level, Middle, ResBlock, TransformerBlock, timestep_embedding
+
+M = TypeVar("M", bound=nn.Module)
+L = TypeVar("L", nn.Conv2d, nn.Linear)
+
+
+class OneStep(nn.Module):
+    """`module(z (B, c, h, w), noise (B, 3, H, W) or None)` → clean image `(B, 3, H, W)`, not clipped.
+
+    H = f·h and W = f·w must be divisible by `config.token_side`.
+
+    Attributes:
+        config: of the decoder it was made from.
+        noise: "zero" takes no noise input; "gaussian" needs one.
+    """
+
+    def __init__(self, config: DecoderConfig, noise: Literal["gaussian", "zero"]) -> None:
+        super().__init__()
+        self.config, self.noise = config, noise
+
+
+class OneStepDecoder(OneStep):
+    """`OneStep` in torch.
+
+    Args:
+        decoder: what to fold; it is left as it is, and shares no memory with the result.
+        noise: "zero" leaves out the noise input; "gaussian" keeps it.
+    """
+
+    @torch.no_grad()
+    def __init__(self, decoder: Decoder, noise: Literal["gaussian", "zero"]) -> None:
+        config = decoder.config
+        super().__init__(config, noise)
+        time = F.silu(decoder.time(timestep_embedding(torch.ones(1), config.channels[0]).to(decoder.conv_in.weight)))
+        self.context = _copy(decoder.context)
+        pixels = 3 * config.patch**2
+        self.conv_in = _copy(decoder.conv_in)
+        if noise == "zero":
+            self.conv_in = _convolution(decoder.conv_in.weight[:, pixels:], decoder.conv_in.bias)
+        parts: list[nn.Conv2d] = []
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for levels, folded in ((decoder.down, self.down), (decoder.up, self.up)):
+            for level in cast(list[Level], levels):
+                blocks = [FoldedBlock(cast(ResBlock, block), time) for block in level.blocks]
+                parts += [cast(ResBlock, block).context for block in level.blocks]
+                folded.append(nn.ModuleList([nn.ModuleList(blocks), _copy(level.resample or nn.Identity())]))
+        self.modulation = _merged(parts)
+        self.widths = [part.out_channels for part in parts]
+        self.middle = FoldedMiddle(decoder.middle)
+        self.norm_out, self.conv_out = _copy(decoder.norm_out), _copy(decoder.conv_out)
+        self.linear_skip = _copy(decoder.linear_skip) if config.linear_skip else None
+        self.requires_grad_(False).eval()
+
+    def forward(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
+        config = self.config
+        context = self.context(z)
+        modulations = iter(self.modulation(context).split(self.widths, dim=1))
+        x = _to_level(z, config.factor, config.patch)
+        if self.noise == "gaussian":
+            assert noise is not None, "this decoder was folded for Gaussian noise: give it"
+            x = torch.cat([F.pixel_unshuffle(noise, config.patch), x], dim=1)
+        x = self.conv_in(x)
+        skips = [x]
+        for depth, (blocks, resample) in enumerate(cast(list[tuple[nn.ModuleList, nn.Module]], self.down)):
+            for block in blocks:
+                x = block(x, next(modulations), config.factor, config.patch << depth)
+                skips.append(x)
+            if not isinstance(resample, nn.Identity):
+                x = resample(x)
+                skips.append(x)
+        x = self.middle(x, context, config.factor, config.token_side)
+        depth = len(self.up)
+        for blocks, resample in cast(list[tuple[nn.ModuleList, nn.Module]], self.up):
+            depth -= 1
+            for block in blocks:
+                x = torch.cat([x, skips.pop()], dim=1)
+                x = block(x, next(modulations), config.factor, config.patch << depth)
+            if not isinstance(resample, nn.Identity):
+                x = resample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        x = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), config.patch)
+        if self.linear_skip is not None:
+            x = x + F.pixel_shuffle(self.linear_skip(z), config.factor)
+        if config.prediction == "v" and self.noise == "gaussian":
+            assert noise is not None
+            x = x + noise  # x̂ = x_t + t·v at t = 1; with zero noise, v is the picture itself
+        return x
+
+
+class FoldedBlock(nn.Module):
+    """`ResBlock` at a fixed time; the modulation arrives computed, scale with its 1 already added."""
+
+    def __init__(self, block: ResBlock, time: Tensor) -> None:
+        super().__init__()
+        self.groups1, self.eps1 = block.norm1.num_groups, block.norm1.eps
+        self.conv1, self.conv2, self.shortcut = _copy(block.conv1), _copy(block.conv2), _copy(block.shortcut)
+        scale, shift = block.time(time)[0].chunk(2)
+        self.norm2 = _copy(block.norm2)
+        self.norm2.weight.copy_(block.norm2.weight * (1 + scale))
+        self.norm2.bias.copy_(block.norm2.bias * (1 + scale) + shift)
+
+    def forward(self, x: Tensor, modulation: Tensor, factor: int, side: int) -> Tensor:
+        h = _modulated_norm(x, modulation, self.groups1, self.eps1, factor, side)
+        h = self.conv1(F.silu(h))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.shortcut(x) + h
+
+
+class FoldedMiddle(nn.Module):
+    """`Middle` with the modulations of all its blocks as one linear map."""
+
+    def __init__(self, middle: Middle) -> None:
+        super().__init__()
+        blocks = cast(list[TransformerBlock], list(middle.blocks))
+        self.norm, self.linear_in, self.linear_out = map(_copy, (middle.norm, middle.linear_in, middle.linear_out))
+        self.blocks = nn.ModuleList(FoldedTransformerBlock(block) for block in blocks)
+        if blocks:
+            weight = torch.cat([block.context.weight for block in blocks])
+            bias = torch.cat([_shift_first(block.context.bias) for block in blocks])
+            self.modulation = _convolution(weight[:, :, None, None], bias)
+
+    def forward(self, x: Tensor, context: Tensor, factor: int, side: int) -> Tensor:
+        B, D, H, W = x.shape
+        h = self.linear_in(self.norm(x).flatten(2).transpose(1, 2))
+        if len(self.blocks):
+            modulation = _to_level(self.modulation(F.silu(context)), factor, side).flatten(2).transpose(1, 2)
+            for block, part in zip(self.blocks, modulation.chunk(len(self.blocks), dim=-1), strict=True):
+                h = block(h, part, (H, W))
+        return x + self.linear_out(h).transpose(1, 2).reshape(B, D, H, W)
+
+
+class FoldedTransformerBlock(nn.Module):
+    """`TransformerBlock` with one matrix for queries, keys and values."""
+
+    def __init__(self, block: TransformerBlock) -> None:
+        super().__init__()
+        self.heads, self.attention = block.heads, block.attention
+        self.norm1, self.bias, self.out, self.mlp_out = (
+            _copy(block.norm1), nn.Parameter(block.bias.detach().clone()), _copy(block.out), _copy(block.mlp_out),
+        )  # fmt: skip
+        self.qkv = _linear(torch.cat([block.q.weight, block.k.weight, block.v.weight]), None)
+        affine = block.norm2  # (n·w + b) @ M.T + c = n @ (M·w).T + (M @ b + c)
+        self.mlp_in = _linear(
+            block.mlp_in.weight * affine.weight, block.mlp_in.weight @ affine.bias + block.mlp_in.bias
+        )
+        self.norm2 = nn.LayerNorm(affine.normalized_shape, eps=affine.eps, elementwise_affine=False)
+
+    def forward(self, x: Tensor, modulation: Tensor, grid: tuple[int, int]) -> Tensor:
+        shift, scale = modulation.chunk(2, dim=-1)
+        h = torch.addcmul(shift, self.norm1(x), scale)
+        q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        h = windowed_attention(q, k, v, self.bias, grid, backend=self.attention)
+        x = x + self.out(h.transpose(1, 2).flatten(2))
+        value, gate = self.mlp_in(self.norm2(x)).chunk(2, dim=-1)
+        return x + self.mlp_out(value * F.gelu(gate))
+
+
+def _modulated_norm(x: Tensor, modulation: Tensor, groups: int, eps: float, factor: int, side: int) -> Tensor:
+    """GroupNorm without an affine map, then the latent's modulation, as one pass: x·a + b, a and b at latent size.
+
+    (x − μ)/σ·scale + shift = x·(scale/σ) + (shift − μ·scale/σ): only the means are taken from x beforehand.
+    """
+    scale, shift = modulation.chunk(2, dim=1)
+    C = x.shape[1]
+    variance, mean = torch.var_mean(x.unflatten(1, (groups, -1)).float(), dim=(2, 3, 4), correction=0)
+    inverse = torch.rsqrt(variance + eps).repeat_interleave(C // groups, dim=1).to(x.dtype)[:, :, None, None]
+    mean = mean.repeat_interleave(C // groups, dim=1).to(x.dtype)[:, :, None, None]
+    a = scale * inverse
+    b = torch.addcmul(shift, mean, a, value=-1)
+    if side >= factor:
+        return torch.addcmul(_to_level(b, factor, side), x, _to_level(a, factor, side))
+    # Rows repeat: only columns are written out, a row is read factor/side times.
+    ratio = factor // side
+    a, b = (m.repeat_interleave(ratio, dim=3).unsqueeze(3) for m in (a, b))
+    return torch.addcmul(b, x.unflatten(2, (-1, ratio)), a).flatten(2, 3)
+
+
+def _to_level(x: Tensor, factor: int, side: int) -> Tensor:
+    """A map at latent resolution brought to a level where one position covers `side`×`side` pixels.
+
+    Nearest, or the mean where the level is the coarser one: `resample_to`, without asking for sizes.
+    """
+    if side == factor:
+        return x
+    if side > factor:
+        return F.avg_pool2d(x, side // factor)
+    return F.interpolate(x, scale_factor=float(factor // side), mode="nearest")
+
+
+def _shift_first(bias: Tensor) -> Tensor:
+    """Bias of a (shift, scale) modulation, its scale half plus 1."""
+    shift, scale = bias.chunk(2)
+    return torch.cat([shift, scale + 1])
+
+
+def _merged(parts: list[nn.Conv2d]) -> nn.Conv2d:
+    """1×1 convolutions of one input, each giving (scale, shift), side by side; 1 is added to every scale."""
+    biases = []
+    for part in parts:
+        scale, shift = cast(Tensor, part.bias).chunk(2)
+        biases.append(torch.cat([scale + 1, shift]))
+    return _convolution(torch.cat([part.weight for part in parts]), torch.cat(biases))
+
+
+def _convolution(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
+    out, channels, height, width = weight.shape
+    module = nn.Conv2d(channels, out, (height, width), padding=(height // 2, width // 2), bias=bias is not None)
+    return _filled(module, weight, bias)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    return _filled(nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None), weight, bias)
+
+
+def _filled(module: L, weight: Tensor, bias: Tensor | None) -> L:
+    module.to(weight)
+    module.weight.copy_(weight)
+    if bias is not None:
+        cast(Tensor, module.bias).copy_(bias)
+    return module
+
+
+def _copy(module: M) -> M:
+    return copy.deepcopy(module)

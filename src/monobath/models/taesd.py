@@ -1,0 +1,104 @@
+"""TAESD family: tiny convolutional encoder and decoder of a larger autoencoder's latents.
+
+After github.com/madebyollin/taesd (MIT licence), in the form of its later members (TAEF2, for the latents of FLUX.2's
+autoencoder): a plain `Sequential` each, whose positions are the names in the files, so that a published state dict
+loads strictly. Images are in [0, 1], unlike everywhere else in monobath; latents are the large autoencoder's, raw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .loading import load_strictly
+
+FACTOR = 8
+"""Side of the pixel square behind one latent position."""
+
+
+class Block(nn.Module):
+    """ReLU(three convolutions + skip), `(B, C, H, W)` → the same; `pooled` first adds a bottleneck turned inside out.
+
+    That one is 1×1 to four times the channels, GroupNorm over four groups, ReLU, 1×1 back: the norm's statistics are
+    the only thing that reaches across the whole picture.
+    """
+
+    def __init__(self, channels: int, pooled: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            conv(channels, channels), nn.ReLU(), conv(channels, channels), nn.ReLU(), conv(channels, channels)
+        )
+        self.pool: nn.Sequential | None = None
+        if pooled:
+            self.pool = nn.Sequential(
+                nn.Conv2d(channels, 4 * channels, 1, bias=False),
+                nn.GroupNorm(4, 4 * channels),
+                nn.ReLU(),
+                nn.Conv2d(4 * channels, channels, 1, bias=False),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pool is not None:
+            x = x + self.pool(x)
+        return torch.relu(self.conv(x) + x)
+
+
+class Clamp(nn.Module):
+    """Latents → [-3, 3], smoothly."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x / 3) * 3
+
+
+def conv(i: int, o: int, stride: int = 1, bias: bool = True) -> nn.Conv2d:
+    """3×3, padded."""
+    return nn.Conv2d(i, o, 3, stride=stride, padding=1, bias=bias)
+
+
+def taesd_encoder(latent_channels: int, channels: int = 64) -> nn.Sequential:
+    """Images `(B, 3, H, W)` in [0, 1], sides divisible by 8 → latents `(B, c, H/8, W/8)`."""
+    layers: list[nn.Module] = [conv(3, channels), Block(channels)]
+    for pooled in (False, False, True):
+        layers += [conv(channels, channels, stride=2, bias=False), *(Block(channels, pooled) for _ in range(3))]
+    return nn.Sequential(*layers, conv(channels, latent_channels))
+
+
+def taesd_decoder(latent_channels: int, channels: int = 64) -> nn.Sequential:
+    """Latents `(B, c, h, w)` → images `(B, 3, 8h, 8w)`, about in [0, 1] (not clipped)."""
+    layers: list[nn.Module] = [Clamp(), conv(latent_channels, channels), nn.ReLU()]
+    for pooled in (True, False, False):
+        layers += [Block(channels, pooled) for _ in range(3)]
+        layers += [nn.Upsample(scale_factor=2), conv(channels, channels, bias=False)]
+    return nn.Sequential(*layers, Block(channels), conv(channels, 3))
+
+
+def encoder_from_state(state: Mapping[str, Tensor], what: str) -> nn.Sequential:
+    """Build the encoder behind a state dict, in float32 and evaluation mode; sizes are read from the shapes.
+
+    Raises:
+        UserError: another architecture; the message starts with `what` and says what does not fit.
+    """
+    first, last = _shape(state, "0.weight", what), _shape(state, "14.weight", what)
+    return _load(taesd_encoder(latent_channels=last[0], channels=first[0]), state, what)
+
+
+def decoder_from_state(state: Mapping[str, Tensor], what: str) -> nn.Sequential:
+    """Build the decoder behind a state dict, likewise."""
+    first = _shape(state, "1.weight", what)
+    return _load(taesd_decoder(latent_channels=first[1], channels=first[0]), state, what)
+
+
+def _shape(state: Mapping[str, Tensor], name: str, what: str) -> tuple[int, ...]:
+    tensor = state.get(name)
+    if tensor is None or tensor.ndim != 4:
+        found = "is missing" if tensor is None else f"is {tuple(tensor.shape)}"
+        raise UserError(f"{what} does not fit the model: {name}, a 3×3 convolution of this architecture, {found}")
+    return tuple(tensor.shape)
+
+
+def _load(model: nn.Sequential, state: Mapping[str, Tensor], what: str) -> nn.Sequential:
+    load_strictly(model, state, what)
+    return model.eval()
