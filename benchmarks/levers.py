@@ -224,6 +224,14 @@ LEVERS: dict[str, Lever] = {
         decoder={"channels": [64, 192], "heads": 6, "middle_blocks": 6},
         change=all_of(no_fine_norms, no_fine_down_blocks),
     ),
+    "local": Lever(what="norm: local, as the library has it now", decoder={"norm": "local"}),
+    "local+deeper": Lever(
+        what="norm: local, channels 64-192, 6 transformer blocks",
+        decoder={"norm": "local", "channels": [64, 192], "heads": 6, "middle_blocks": 6},
+    ),
+    "local+wider": Lever(
+        what="norm: local, channels 96-192", decoder={"norm": "local", "channels": [96, 192], "heads": 6}
+    ),
     "XS/4": Lever(what="preset XS/4, x-prediction", decoder={"size": "XS/4"}),
     "XS/2": Lever(what="preset XS/2, x-prediction", decoder={"size": "XS/2"}),
     "S/2": Lever(what="preset S/2, x-prediction", decoder={"size": "S/2"}),

@@ -29,6 +29,7 @@ FORMS = [
     {"patch": 2, "channels": [16, 16, 24]},
     {"patch": 4, "channels": [16, 24]},
     {"patch": 8, "channels": [24]},
+    {"patch": 4, "channels": [16, 24], "norm": "local"},
 ]
 
 
@@ -206,6 +207,7 @@ def test_linear_skips_start_as_a_low_pass(channels, factor):
         ({"size": "custom", "patch": 2, "middle_blocks": 1, "heads": 2}, ["channels"]),
         ({"size": "S/2", "heads": 7}, ["heads=7", "160"]),
         ({"size": "S/2", "factor": 6}, ["factor", "6"]),
+        ({"size": "S/2", "norm": "batch"}, ["norm", "'batch'", "local"]),
         ({"size": "S/2", "reach": -1}, ["reach"]),
         ({"size": "S/2", "down_blocks": 0}, ["down_blocks"]),
     ],
@@ -248,3 +250,17 @@ def test_modulation_is_the_plain_formula(grid):
     if grid != (1, 1):  # whose layout is ambiguous
         assert out.is_contiguous(memory_format=torch.channels_last)  # no hidden change of layout
     assert torch.allclose(out, expected, atol=1e-6)
+
+
+def test_local_norm_bounds_what_a_pixel_depends_on():
+    """One block of reach 2 on 8-pixel tokens and a few convolutions: a far corner cannot matter."""
+    shape = {"middle_blocks": 1, "reach": 2}
+    x_t, t, z = inputs(1, 16, 160)
+    other = z.clone()
+    other[..., -1] += 1
+    for norm, depends in (("local", False), ("group", True)):
+        decoder = tiny_decoder(norm=norm, **shape)
+        with torch.no_grad():
+            change = (decoder(x_t, t, other) - decoder(x_t, t, z)).abs()
+        assert change[..., -8:].max() > 1e-3
+        assert bool(change[..., :8].max() > 0) is depends

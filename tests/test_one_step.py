@@ -17,6 +17,7 @@ SHAPES = {
     "velocity at patch 1": {"patch": 1, "factor": 4},
     "x at patch 1": {"patch": 1, "factor": 4, "prediction": "x"},
     "several blocks, other groups": {"channels": [24, 40], "down_blocks": 2},
+    "without global norms": {"norm": "local", "patch": 2, "linear_skip": True},
     "narrow reach": {"factor": 4, "reach": 1},
 }
 

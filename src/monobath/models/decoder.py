@@ -63,6 +63,9 @@ class DecoderConfig:
     """Dropout inside residual blocks."""
     linear_skip: bool = False
     """Add a learned linear map of the latent's 3×3 neighbourhood to the clean image (needs prediction x)."""
+    norm: Literal["group", "local"] = "group"
+    """group: GroupNorm throughout (the paper's). local: no statistics over the picture, so that a pixel depends on its
+    neighbourhood only: no norm in residual blocks, LayerNorm of single tokens before the transformer. Faster."""
     attention: str = "auto"
     """Windowed attention backend: auto, dense, blocked or flex. All give the same result."""
 
@@ -89,6 +92,8 @@ class DecoderConfig:
             )
         if self.linear_skip and self.prediction != "x":
             raise UserError('decoder.linear_skip needs decoder.prediction "x"')
+        if self.norm not in ("group", "local"):
+            raise UserError(f'decoder.norm is {self.norm!r}: choose "group" or "local"')
         if self.down_blocks < 1 or self.reach < 0 or self.latent_channels < 1:
             raise UserError("decoder: down_blocks and latent_channels must be at least 1, reach at least 0")
 
@@ -122,14 +127,22 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    """Residual block modulated by the latent's context (first norm) and by the time (second norm)."""
+    """Residual block modulated by the latent's context (first norm) and by the time (second norm).
 
-    def __init__(self, in_channels: int, out_channels: int, context: int, time: int, dropout: float) -> None:
+    Without norms the modulations alone keep the scale; the zero-initialised second convolution starts it quietly.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, context: int, time: int, dropout: float, norm: str = "group"
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(norm_groups(in_channels), in_channels, affine=False)
+        local = norm == "local"
+        self.norm1: nn.Module = (
+            nn.Identity() if local else nn.GroupNorm(norm_groups(in_channels), in_channels, affine=False)
+        )
         self.context = nn.Conv2d(context, 2 * in_channels, 1)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(norm_groups(out_channels), out_channels)
+        self.norm2: nn.Module = nn.Identity() if local else nn.GroupNorm(norm_groups(out_channels), out_channels)
         self.time = nn.Linear(time, 2 * out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
@@ -194,7 +207,11 @@ class Middle(nn.Module):
     def __init__(self, config: DecoderConfig, context: int) -> None:
         super().__init__()
         dim = config.channels[-1]
-        self.norm = nn.GroupNorm(norm_groups(dim), dim, eps=1e-6)
+        self.norm: nn.Module
+        if config.norm == "local":
+            self.norm = nn.LayerNorm(dim, eps=1e-6)
+        else:
+            self.norm = nn.GroupNorm(norm_groups(dim), dim, eps=1e-6)
         self.linear_in = nn.Linear(dim, dim)
         self.blocks = nn.ModuleList(
             TransformerBlock(dim, config.heads, config.reach, context, config.attention)
@@ -206,7 +223,7 @@ class Middle(nn.Module):
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         grid = (x.shape[2], x.shape[3])
         context = F.silu(context).permute(0, 2, 3, 1)
-        h = self.linear_in(self.norm(x).flatten(2).transpose(1, 2))
+        h = self.linear_in(normed_tokens(self.norm, x))
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
                 h = checkpoint(block, h, context, grid, use_reentrant=False)
@@ -215,12 +232,22 @@ class Middle(nn.Module):
         return x + self.linear_out(h).transpose(1, 2).reshape(x.shape)
 
 
+def normed_tokens(norm: nn.Module, x: Tensor) -> Tensor:
+    """Feature map `(B, D, h, w)` → normalised tokens `(B, h·w, D)`."""
+    if isinstance(norm, nn.LayerNorm):
+        return norm(x.flatten(2).transpose(1, 2))
+    return norm(x).flatten(2).transpose(1, 2)
+
+
 class Level(nn.Module):
     """Residual blocks of one resolution, then an optional change of resolution."""
 
-    def __init__(self, widths: list[tuple[int, int]], context: int, time: int, dropout: float, resample: str) -> None:
+    def __init__(self, widths: list[tuple[int, int]], config: DecoderConfig, resample: str) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(ResBlock(i, o, context, time, dropout) for i, o in widths)
+        context = config.channels[0]
+        self.blocks = nn.ModuleList(
+            ResBlock(i, o, context, 4 * context, config.dropout, config.norm) for i, o in widths
+        )
         out = widths[-1][1]
         self.resample: nn.Conv2d | None = None
         if resample == "down":
@@ -256,7 +283,7 @@ class Decoder(nn.Module):
         previous, last = widths[0], len(widths) - 1
         for i, width in enumerate(widths):
             pairs = [(previous if j == 0 else width, width) for j in range(config.down_blocks)]
-            self.down.append(Level(pairs, context, time, config.dropout, "down" if i < last else ""))
+            self.down.append(Level(pairs, config, "down" if i < last else ""))
             skips += [width] * (config.down_blocks + (i < last))
             previous = width
         self.middle = Middle(config, context)
@@ -266,8 +293,10 @@ class Decoder(nn.Module):
             for _ in range(config.down_blocks + 1):
                 pairs.append((previous + skips.pop(), width))
                 previous = width
-            self.up.append(Level(pairs, context, time, config.dropout, "up" if i > 0 else ""))
-        self.norm_out = nn.GroupNorm(norm_groups(widths[0]), widths[0])
+            self.up.append(Level(pairs, config, "up" if i > 0 else ""))
+        self.norm_out: nn.Module = (
+            nn.Identity() if config.norm == "local" else nn.GroupNorm(norm_groups(widths[0]), widths[0])
+        )
         self.conv_out = nn.Conv2d(widths[0], 3 * patch**2, 3, padding=1)
         if config.linear_skip:
             # Starts as the inverse of the encoder's shortcut: the latents' low frequencies as an image.

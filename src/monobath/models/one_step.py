@@ -18,7 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import windowed_attention
-from .decoder import Decoder, DecoderConfig, Level, Middle, ResBlock, TransformerBlock, timestep_embedding
+from .decoder import (
+    Decoder,
+    DecoderConfig,
+    Level,
+    Middle,
+    ResBlock,
+    TransformerBlock,
+    normed_tokens,
+    timestep_embedding,
+)
 
 M = TypeVar("M", bound=nn.Module)
 L = TypeVar("L", nn.Conv2d, nn.Linear)
@@ -111,12 +120,17 @@ class FoldedBlock(nn.Module):
 
     def __init__(self, block: ResBlock, time: Tensor) -> None:
         super().__init__()
-        self.groups1, self.eps1 = block.norm1.num_groups, block.norm1.eps
+        first, second = block.norm1, block.norm2
+        self.groups1, self.eps1 = (first.num_groups, first.eps) if isinstance(first, nn.GroupNorm) else (0, 0.0)
         self.conv1, self.conv2, self.shortcut = _copy(block.conv1), _copy(block.conv2), _copy(block.shortcut)
         scale, shift = block.time(time)[0].chunk(2)
-        self.norm2 = _copy(block.norm2)
-        self.norm2.weight.copy_(block.norm2.weight * (1 + scale))
-        self.norm2.bias.copy_(block.norm2.bias * (1 + scale) + shift)
+        self.norm2 = _copy(second)
+        if isinstance(self.norm2, nn.GroupNorm):
+            self.norm2.weight.copy_(self.norm2.weight * (1 + scale))
+            self.norm2.bias.copy_(self.norm2.bias * (1 + scale) + shift)
+        else:  # nothing between the convolution and the scale: into its weights
+            self.conv1.weight.mul_((1 + scale)[:, None, None, None])
+            cast(Tensor, self.conv1.bias).copy_(cast(Tensor, self.conv1.bias) * (1 + scale) + shift)
 
     def forward(self, x: Tensor, modulation: Tensor, factor: int, side: int) -> Tensor:
         h = _modulated_norm(x, modulation, self.groups1, self.eps1, factor, side)
@@ -140,7 +154,7 @@ class FoldedMiddle(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor, factor: int, side: int) -> Tensor:
         B, D, H, W = x.shape
-        h = self.linear_in(self.norm(x).flatten(2).transpose(1, 2))
+        h = self.linear_in(normed_tokens(self.norm, x))
         if len(self.blocks):
             modulation = _to_level(self.modulation(F.silu(context)), factor, side).flatten(2).transpose(1, 2)
             for block, part in zip(self.blocks, modulation.chunk(len(self.blocks), dim=-1), strict=True):
@@ -177,15 +191,17 @@ class FoldedTransformerBlock(nn.Module):
 def _modulated_norm(x: Tensor, modulation: Tensor, groups: int, eps: float, factor: int, side: int) -> Tensor:
     """GroupNorm without an affine map, then the latent's modulation, as one pass: x·a + b, a and b at latent size.
 
-    (x − μ)/σ·scale + shift = x·(scale/σ) + (shift − μ·scale/σ): only the means are taken from x beforehand.
+    (x − μ)/σ·scale + shift = x·(scale/σ) + (shift − μ·scale/σ): only μ and σ are taken from x beforehand. With 0
+    groups there is no norm, and only the modulation.
     """
-    scale, shift = modulation.chunk(2, dim=1)
-    C = x.shape[1]
-    variance, mean = torch.var_mean(x.unflatten(1, (groups, -1)).float(), dim=(2, 3, 4), correction=0)
-    inverse = torch.rsqrt(variance + eps).repeat_interleave(C // groups, dim=1).to(x.dtype)[:, :, None, None]
-    mean = mean.repeat_interleave(C // groups, dim=1).to(x.dtype)[:, :, None, None]
-    a = scale * inverse
-    b = torch.addcmul(shift, mean, a, value=-1)
+    a, b = modulation.chunk(2, dim=1)
+    if groups:
+        C = x.shape[1]
+        variance, mean = torch.var_mean(x.unflatten(1, (groups, -1)).float(), dim=(2, 3, 4), correction=0)
+        inverse = torch.rsqrt(variance + eps).repeat_interleave(C // groups, dim=1).to(x.dtype)[:, :, None, None]
+        mean = mean.repeat_interleave(C // groups, dim=1).to(x.dtype)[:, :, None, None]
+        a = a * inverse
+        b = torch.addcmul(b, mean, a, value=-1)
     if side >= factor:
         return torch.addcmul(_to_level(b, factor, side), x, _to_level(a, factor, side))
     # Rows repeat: only columns are written out, a row is read factor/side times.
