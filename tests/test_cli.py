@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 
 from monobath import __version__, cli, images, resources
 from monobath.cli import main
+from monobath.cli.arguments import parser_of
+from monobath.cli.shared import MAX_PIXELS
 from monobath.images import open_image, pil_to_tensor
 from monobath.training.recipes import dump_recipe, load_recipe
 
@@ -68,7 +70,7 @@ assert not heavy, heavy
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_every_option_has_a_help_text(verb, capsys):
     assert main([verb, "--help"]) == 0
-    parser = cli._parser(cli.VERBS[verb])
+    parser = parser_of(cli.VERBS[verb])
     assert all(action.help for action in parser._actions)
     assert "==" not in capsys.readouterr().out
 
@@ -82,7 +84,7 @@ def test_python_dash_m():
 
 
 def test_the_limit_named_in_the_help_is_the_real_one():
-    assert cli.MAX_PIXELS == images.MAX_PIXELS  # stated twice, since images imports torch
+    assert MAX_PIXELS == images.MAX_PIXELS  # stated twice, since images imports torch
 
 
 # ---- reconstruct ------------------------------------------------------------------------------------------------

@@ -18,18 +18,16 @@ from .. import resources
 from ..files import write_file, write_text
 from ..images import MAX_PIXELS, open_image, pil_to_tensor
 from ..tokenizer import Tokenizer
+from .page import html_facts, html_table, page
 from .report import (
     Reconstruction,
     comparison,
     decibels,
     describe,
     full_name,
-    html_facts,
     html_pictures,
-    html_table,
     is_preview,
     machine,
-    page,
     reconstruct,
 )
 

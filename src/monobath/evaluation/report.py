@@ -1,10 +1,8 @@
-"""Figures, picture grids and pages about reconstructions."""
+"""Figures and pictures of single reconstructions, and what a model and a machine are."""
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 import math
 import os
@@ -28,6 +26,7 @@ from .._version import __version__
 from ..images import tensor_to_pil
 from ..sampling import Noise
 from ..tokenizer import Tokenizer
+from .page import picture_uri
 
 T = TypeVar("T")
 
@@ -179,6 +178,11 @@ def machine(device: torch.device) -> dict[str, Any]:
         "monobath": __version__,
         "torch": torch.__version__,
         "pillow": metadata.version("pillow"),
+        **{
+            name: version
+            for name in ("torchvision", "torchmetrics", "scipy", "diffusers")
+            if (version := _version(name))
+        },
         "python": platform.python_version(),
         "system": platform.platform(),
         "cpu": _cpu_name(),
@@ -221,50 +225,12 @@ def decibels(value: float) -> str:
     return "identical" if math.isinf(value) else f"{value:.2f} dB"
 
 
-def page(title: str, sections: Sequence[str]) -> str:
-    """A self-contained HTML page: no script, no external request; light and dark; fits a phone."""
-    body = "\n".join(sections)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<main>
-<h1>{html.escape(title)}</h1>
-{body}
-</main>
-</body>
-</html>
-"""
-
-
-def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], foot: Sequence[str] = ()) -> str:
-    """Escaped HTML table; the first column is left-aligned text, the others are figures."""
-
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    body = "".join(line(row, "td") for row in rows)
-    end = f"<tfoot>{line(foot, 'td')}</tfoot>" if foot else ""
-    return f'<div class="wide"><table><thead>{line(head, "th")}</thead><tbody>{body}</tbody>{end}</table></div>'
-
-
-def html_facts(facts: dict[str, Any]) -> str:
-    """Escaped list of names and values."""
-    items = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>" for k, v in facts.items())
-    return f"<dl>{items}</dl>"
-
-
 def html_pictures(row: Reconstruction) -> str:
     """Escaped figure of one picture: original, reconstruction, difference × 5."""
     parts = {"original": row.original, "reconstruction": row.output, "difference × 5": row.difference}
     h, w = row.size
     figures = "".join(
-        f'<figure><img src="{_data_uri(pixels)}" width="{w}" height="{h}" alt="{html.escape(f"{row.name}, {what}")}">'
+        f'<figure><img src="{picture_uri(pixels)}" width="{w}" height="{h}" alt="{html.escape(f"{row.name}, {what}")}">'
         f"<figcaption>{what}</figcaption></figure>"
         for what, pixels in parts.items()
     )
@@ -272,36 +238,12 @@ def html_pictures(row: Reconstruction) -> str:
     return f'<h3>{title}</h3>\n<div class="row">{figures}</div>'
 
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1c1b1a; --soft: #6b6761; --line: #dcd8d2; --paper: #fdfcfa; --note: #f6efdc }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e8e4de; --soft: #a09a92; --line: #3a3733; --paper: #191817; --note: #2f2a1c }
-}
-* { box-sizing: border-box }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif }
-main { max-width: 56rem; margin: 0 auto; padding: 1.5rem 1rem 4rem }
-h1 { font-size: 1.6rem; margin: 0 0 1rem } h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem }
-h3 { font-size: 1rem; margin: 1.4rem 0 .4rem } small, figcaption, dt { color: var(--soft); font-weight: normal }
-.note { background: var(--note); padding: .7rem 1rem; border-radius: .4rem }
-.wide { overflow-x: auto }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100% }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
-th:first-child, td:first-child { text-align: left; padding-left: 0 }
-tfoot td { font-weight: 600; border-bottom: 0 }
-.row { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .5rem }
-@media (max-width: 30rem) { .row { grid-template-columns: repeat(2, minmax(0, 1fr)) } }
-figure { margin: 0 } img { display: block; width: 100%; height: auto; border-radius: .2rem }
-figcaption { font-size: .8rem }
-dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .2rem 1rem; margin: 0 }
-dd { margin: 0; overflow-wrap: anywhere }
-pre { border: 1px solid var(--line); border-radius: .4rem; padding: .6rem .8rem; overflow-x: auto; margin: 0 }
-"""
-
-
-def _data_uri(pixels: Tensor) -> str:
-    buffer = io.BytesIO()
-    tensor_to_pil(pixels).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+def _version(package: str) -> str:
+    """Of an installed package; "" if it is not."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _synchronize(device: torch.device) -> None:

@@ -1,0 +1,113 @@
+"""The command line: one verb = one plain function, whose signature and docstring are the help.
+
+Nothing heavy is imported until a verb runs. A mistake that the user can mend is one line on stderr and exit code 2;
+Ctrl-C is one line and 130; anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import inspect
+import logging
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TextIO
+
+from .._version import __version__
+from ..errors import UserError
+from .arguments import in_one_sentence, parser_of, split_overrides, verb_name
+from .comparing import bench, eval_
+from .verbs import decode, demo, encode, info, reconstruct, train
+
+VERBS: dict[str, Callable[..., None]] = {
+    verb_name(function): function for function in (train, reconstruct, encode, decode, info, demo, eval_, bench)
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code.
+
+    Args:
+        argv: without the program's name; default: the process's own.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    verb = next((a for a in arguments[:1] if a in VERBS), "")
+    _configure_logging(verb)
+    try:
+        if verb:
+            _run(verb, arguments[1:])
+        else:
+            _top(arguments)
+    except UserError as error:
+        return _fail(verb, str(error), 2)
+    except argparse.ArgumentError as error:
+        return _fail(verb, in_one_sentence(str(error)), 2)
+    except KeyboardInterrupt as error:
+        return _fail(verb, str(error) or "interrupted", 130)
+    except SystemExit as done:  # --help and --version
+        return int(done.code or 0)
+    return 0
+
+
+def _run(verb: str, arguments: list[str]) -> None:
+    function = VERBS[verb]
+    parser = parser_of(function)
+    extra: dict[str, Any] = {}
+    parameters = inspect.signature(function).parameters
+    if "command" in parameters:
+        extra["command"] = shlex.join(["monobath", verb, *arguments])
+    if "overrides" in parameters:
+        arguments, extra["overrides"] = split_overrides(parser, arguments)
+    given = parser.parse_args(arguments)
+    function(**vars(given), **extra)
+
+
+def _top(arguments: list[str]) -> None:
+    """What is not a verb: --help, --version, a mistake."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog="monobath",
+        description="Turn image latents into pictures in one step. monobath VERB --help says more.",
+        version=__version__,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    verbs = parser.add_subcommands(
+        dest="verb", metavar="VERB", title="verbs", description="monobath VERB --help says more"
+    )
+    for name, function in VERBS.items():
+        verbs.add_subcommand(name, parser_of(function), help=(function.__doc__ or "").partition("\n")[0])
+    known = ", ".join(VERBS)
+    if not arguments:
+        raise UserError(f"no verb given: choose from {known}; monobath --help says more")
+    if arguments[0].startswith("-"):
+        parser.parse_args(arguments)
+    near = difflib.get_close_matches(arguments[0], VERBS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"choose from {known}"
+    raise UserError(f"unknown verb {arguments[0]!r}: {hint}")
+
+
+def _fail(verb: str, message: str, code: int) -> int:
+    sys.stderr.write(" ".join(["monobath", *([verb] if verb else [])]) + ": " + " ".join(message.split()) + "\n")
+    return code
+
+
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Writes to whatever sys.stderr is at the time, so that lines and a progress bar do not overwrite one another."""
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: TextIO) -> None:
+        pass
+
+
+def _configure_logging(verb: str) -> None:
+    if not logging.getLogger().handlers:  # a program that calls main() may have its own
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[_Stderr()])
+    logging.getLogger("monobath").setLevel(logging.INFO if verb == "train" else logging.WARNING)

@@ -1,0 +1,275 @@
+"""The verbs: each is a plain function, whose signature and docstring are its help."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from ..errors import UserError
+from .shared import (
+    MAX_PIXELS,
+    DType,
+    count,
+    explained,
+    find_files,
+    find_pictures,
+    in_words,
+    lasting_name,
+    load_tokenizer,
+    open_pixels,
+    out_folder,
+    plain,
+    read_latent,
+    show,
+    target_paths,
+    write,
+    write_latent,
+)
+
+if TYPE_CHECKING:
+    from ..tokenizer import Tokenizer
+
+
+def train(
+    recipe: str,
+    *,
+    data: list[str] | None = None,
+    run: str | None = None,
+    print_config: bool = False,
+    overrides: Sequence[str] = (),
+) -> None:
+    """Train a tokenizer; the same command goes on where it stopped.
+
+    Any value of the recipe can be set by its dotted name: --training.steps 1000 --data.scale "[64, 128]".
+    --print_config shows all of them. On several GPUs: accelerate launch -m monobath train RECIPE …
+
+    Args:
+        recipe: Name of a packaged recipe (cpu-preview), or a YAML file.
+        data: Folders of pictures, .tar shards or shard URLs; instead of the recipe's data.source.
+        run: Run folder; default: runs/NAME.
+        print_config: Print the resolved recipe as YAML and exit.
+    """
+    import json
+
+    from ..training.recipes import dump_recipe, load_recipe
+
+    overrides = list(overrides)
+    if data:
+        overrides.append(f"data.source={json.dumps(data, ensure_ascii=False)}")
+    if run is not None:
+        overrides.append(f"run={run}")
+    resolved = load_recipe(recipe, overrides)
+    if print_config:
+        write(dump_recipe(resolved))
+        return
+    if not resolved.data.source:
+        raise UserError(f"recipe {recipe} names no pictures: add --data FOLDER, or data.source in the file")
+    from ..training.loop import Interrupted
+    from ..training.loop import train as run_training
+
+    try:
+        folder = run_training(resolved)
+    except Interrupted as stopped:
+        raise KeyboardInterrupt(str(stopped)) from None
+    if os.environ.get("RANK", "0") == "0":
+        write(f"model: {folder}\n")
+
+
+def reconstruct(
+    photo: list[str],
+    *,
+    out: str,
+    model: str = "default",
+    size: int | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    noise: Literal["gaussian", "zero"] | None = None,
+    max_pixels: int = MAX_PIXELS,
+    device: str = "auto",
+    dtype: DType = "float32",
+) -> None:
+    """Encode and decode pictures: writes OUT/NAME.png for each, and prints their figures.
+
+    Args:
+        photo: Pictures, or folders of pictures.
+        out: Folder for the results.
+        model: Packaged name, folder, or Hugging Face Hub id.
+        size: Resize the short side to this many pixels and crop the centre square; default: the whole picture.
+        steps: Sampler steps; default: what the model was made for.
+        seed: Noise seed, the same for every picture.
+        noise: What decoding starts from; default: what the model was made for.
+        max_pixels: Largest accepted picture, in pixels.
+        device: cpu, cuda, cuda:1 …; auto: a GPU if there is one.
+        dtype: Arithmetic.
+    """
+    pictures = find_pictures(photo)
+    targets = target_paths(out, pictures, ".png")
+    from rich.table import Table
+
+    from ..evaluation import report
+    from ..files import write_file
+    from ..images import tensor_to_pil
+
+    tokenizer = load_tokenizer(model, device, dtype)
+    table = Table("picture", "size", "PSNR", "encode ms", "decode ms")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    try:
+        for picture, target in zip(pictures, targets, strict=True):
+            pixels = open_pixels(picture, size, max_pixels)
+            with explained(picture):
+                row = report.reconstruct(
+                    tokenizer, pixels, target.name, steps=steps, seed=seed, noise=noise, max_pixels=max_pixels
+                )
+            write_file(target, tensor_to_pil(row.output).save)
+            h, w = row.size
+            figures = (f"{w}×{h}", report.decibels(row.psnr), f"{row.encode_ms:.1f}", f"{row.decode_ms:.1f}")
+            table.add_row(plain(target.name), *figures)
+    finally:
+        if table.row_count:
+            show(table)
+            write(f"{count(table.row_count, 'picture')} in {out}\n")
+
+
+def encode(
+    photo: list[str],
+    *,
+    out: str,
+    model: str = "default",
+    size: int | None = None,
+    sample: bool = False,
+    seed: int = 0,
+    max_pixels: int = MAX_PIXELS,
+    device: str = "auto",
+    dtype: DType = "float32",
+) -> None:
+    """Turn pictures into latents: writes OUT/NAME.safetensors for each, which `monobath decode` reads.
+
+    A file holds `latent` (c, h, w), raw, and as metadata: size "HxW", factor, model and format.
+
+    Args:
+        photo: Pictures, or folders of pictures.
+        out: Folder for the results.
+        model: Packaged name, folder, or Hugging Face Hub id.
+        size: Resize the short side to this many pixels and crop the centre square; default: the whole picture.
+        sample: Draw from the posterior instead of taking its mode.
+        seed: Seed of that draw, the same for every picture.
+        max_pixels: Largest accepted picture, in pixels.
+        device: cpu, cuda, cuda:1 …; auto: a GPU if there is one.
+        dtype: Arithmetic.
+    """
+    pictures = find_pictures(photo)
+    targets = target_paths(out, pictures, ".safetensors")
+    import torch
+
+    tokenizer = load_tokenizer(model, device, dtype)
+    for picture, target in zip(pictures, targets, strict=True):
+        pixels = open_pixels(picture, size, max_pixels)
+        with explained(picture):
+            posterior = tokenizer.encode(pixels, max_pixels=max_pixels)
+        generator = torch.Generator().manual_seed(seed)
+        latent = posterior.sample(generator) if sample else posterior.mode()
+        h, w = posterior.size
+        facts = {"size": f"{h}x{w}", "factor": str(tokenizer.factor), "model": lasting_name(model)}
+        write_latent(target, latent[0], facts)
+    write(f"{count(len(targets), 'latent')} in {out}\n")
+
+
+def decode(
+    latent: list[str],
+    *,
+    out: str,
+    model: str | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    noise: Literal["gaussian", "zero"] | None = None,
+    device: str = "auto",
+    dtype: DType = "float32",
+) -> None:
+    """Turn latents that `monobath encode` wrote into pictures: OUT/NAME.png for each.
+
+    Args:
+        latent: Files, or folders of .safetensors files.
+        out: Folder for the results.
+        model: Packaged name, folder, or Hugging Face Hub id; default: the one that the file names.
+        steps: Sampler steps; default: what the model was made for.
+        seed: Noise seed, the same for every picture.
+        noise: What decoding starts from; default: what the model was made for.
+        device: cpu, cuda, cuda:1 …; auto: a GPU if there is one.
+        dtype: Arithmetic.
+    """
+    sources = find_files(latent, (".safetensors",), "latents", "monobath encode writes them")
+    targets = target_paths(out, sources, ".png")
+    from ..files import write_file
+
+    tokenizers: dict[str, Tokenizer] = {}
+    for source, target in zip(sources, targets, strict=True):
+        z, size, factor, made_by = read_latent(source)
+        name = model or made_by
+        if name not in tokenizers:
+            tokenizers[name] = load_tokenizer(name, device, dtype)
+        tokenizer = tokenizers[name]
+        if tokenizer.factor != factor:
+            raise UserError(f"{source} has factor {factor}, but {name} has {tokenizer.factor}: choose its own model")
+        with explained(source):
+            (picture,) = tokenizer.decode(
+                z[None], size=size, steps=steps, seed=[seed], noise=noise, output="pil"
+            )  # fmt: skip
+        write_file(target, picture.save)
+    write(f"{count(len(targets), 'picture')} in {out}\n")
+
+
+def info(model: str | None = None, *, json: bool = False) -> None:
+    """Say what a model is: networks, sampler, latents, training. Without MODEL: the default, and what is packaged.
+
+    Args:
+        model: Packaged name, folder, or Hugging Face Hub id.
+        json: Print JSON.
+    """
+    from json import dumps
+
+    from .. import resources
+    from ..evaluation.report import describe
+
+    name = model or "default"
+    facts = describe(load_tokenizer(name, "cpu", "float32"), name)
+    if model is None:
+        facts["packaged"] = resources.weights_names()
+    if json:
+        write(dumps(facts, indent=2) + "\n")
+        return
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    for key, value in facts.items():
+        rows = value.items() if isinstance(value, dict) else [("", value)]
+        for part, single in rows:
+            table.add_row(plain(f"{key} {part}".strip().replace("_", " ")), plain(in_words(single)))
+    show(table)
+
+
+def demo(*, out: str = "runs/demo", model: str = "default") -> None:
+    """Run a model on the packaged sample photos: writes pictures, figures and report.html to OUT.
+
+    Args:
+        out: Folder for the results.
+        model: Packaged name, folder, or Hugging Face Hub id.
+    """
+    folder = out_folder(out)
+    from rich.table import Table
+
+    from ..evaluation import demo as demonstration
+    from ..evaluation.report import decibels
+
+    result = demonstration.run_demo(folder, model)
+    table = Table(*demonstration.HEAD, show_footer=True)
+    table.columns[0].footer, table.columns[2].footer = "mean", decibels(demonstration.mean_psnr(result.rows))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in result.rows:
+        table.add_row(*map(plain, demonstration.cells(row)))
+    show(table)
+    if result.preview:
+        write(demonstration.PREVIEW + "\n")
+    write("".join(f"{file}\n" for file in result.files) + f"{result.seconds:.1f} s in all\n")

@@ -1,0 +1,281 @@
+"""Decoding speed of networks with random weights, in ratio to two peers: which decoder is worth training.
+
+Peers: diffusers' `AutoencoderKL` in Stable Diffusion's shape and `AutoencoderTiny` in its default one (TAESD's), both
+for the same latents (factor 8, 4 channels). Decoders draw Gaussian noise and take one Euler step; the noise counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..models.decoder import Decoder, DecoderConfig
+from ..sampling import draw_noise, euler
+from ..tokenizer import Tokenizer, pad_to_multiple
+from .peers import coding_parts, placed, random_autoencoder
+from .report import machine
+from .throughput import Work, conditions, measure, profile
+
+logger = logging.getLogger(__name__)
+
+DECODERS = [f"{size}/{patch}" for size in ("XS", "S", "B", "M") for patch in (1, 2, 4)]
+FACTOR, CHANNELS = 8, 4
+KL, TINY = "AutoencoderKL", "AutoencoderTiny"
+
+
+@dataclass(kw_only=True)
+class BenchRow:
+    """One decoder at one size."""
+
+    name: str
+    size: int
+    """Side of the decoded square, in pixels."""
+    parameters: int
+    gflop: float
+    """10⁹ operations a call (a multiply-add counts two); see `throughput.count_flops` for what is left out."""
+    ms: float
+    """Median milliseconds a call."""
+    ms_low: float
+    """First quartile."""
+    ms_high: float
+    """Third quartile."""
+    peak_mb: float | None
+    """Peak memory above what was held before the call, in 10⁶ bytes; None: cannot be measured here."""
+    speed_to_kl: float
+    """Median time of `AutoencoderKL` over this one's: above 1 is faster."""
+    speed_to_tiny: float
+    """Median time of `AutoencoderTiny` over this one's."""
+
+    @property
+    def gflop_per_second(self) -> float:
+        """Operations a second that were achieved, in 10⁹."""
+        return 1000 * self.gflop / self.ms
+
+
+@dataclass(kw_only=True)
+class Bench:
+    """A whole benchmark; `rows()` under `head` are its tables, one a size."""
+
+    command: str
+    batch: int
+    repeats: int
+    conditions: dict[str, Any]
+    machine: dict[str, Any]
+    results: list[BenchRow]
+    seconds: float
+
+    @property
+    def head(self) -> list[str]:
+        """Column headings."""
+        return [
+            "decoder", "parameters", "GFLOP", "ms", "quartiles, ms", "GFLOP/s", "peak MB", f"speed ÷ {KL}",
+            f"speed ÷ {TINY}",
+        ]  # fmt: skip
+
+    @property
+    def sizes(self) -> list[int]:
+        """Sides of the decoded squares, in the order given."""
+        return list(dict.fromkeys(row.size for row in self.results))
+
+    def rows(self) -> dict[int, list[list[str]]]:
+        """By size: the table's rows, peers first."""
+        tables: dict[int, list[list[str]]] = {size: [] for size in self.sizes}
+        for row in self.results:
+            tables[row.size].append(
+                [
+                    row.name,
+                    f"{row.parameters / 1e6:.2f} M",
+                    f"{row.gflop:.4g}",
+                    f"{row.ms:.4g}",
+                    f"{row.ms_low:.4g}–{row.ms_high:.4g}",
+                    f"{row.gflop_per_second:.3g}",
+                    "–" if row.peak_mb is None else f"{row.peak_mb:.0f}",
+                    f"{row.speed_to_kl:.3g}×",
+                    f"{row.speed_to_tiny:.3g}×",
+                ]
+            )
+        return tables
+
+    @property
+    def notes(self) -> list[str]:
+        """What the figures hold for, a sentence each."""
+        c = self.conditions
+        where = self.machine.get("gpu") or f"{self.machine.get('cpu')}, threads: {c['threads']}"
+        return [
+            f"Batch {self.batch}, {c['dtype']}, {c['device']} ({where}), not compiled, torch {self.machine['torch']}.",
+            f"Median and quartiles of {self.repeats} interleaved rounds after a warm-up, in one process.",
+            f"Decoders: random weights, factor {FACTOR}, {CHANNELS} latent channels, one step from Gaussian noise; "
+            "named models decode as they were made to.",
+            f"{KL}: Stable Diffusion's shape; {TINY}: default shape (TAESD); random weights, decoders only.",
+            "GFLOP: convolutions, matrix products and attention as executed; a multiply-add counts two.",
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        values = dataclasses.asdict(self)
+        for value, row in zip(values["results"], self.results, strict=True):
+            value["gflop_per_second"] = row.gflop_per_second
+        return values | {"notes": self.notes}
+
+    def markdown(self) -> str:
+        """Command, conditions and tables for a document."""
+        parts = [f"```bash\n{self.command}\n```", "\n".join(f"- {note}" for note in self.notes)]
+        for size, rows in self.rows().items():
+            lines = [self.head, ["---"] + ["---:"] * (len(self.head) - 1), *rows]
+            parts.append(f"### {size} × {size}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+        return "\n\n".join(parts) + "\n"
+
+
+def run_bench(
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    sizes: Sequence[int] = (256, 512),
+    decoders: Sequence[str] = tuple(DECODERS),
+    models: Sequence[str] = (),
+    repeats: int = 5,
+    batch: int = 1,
+    progress: Callable[[str], None] | None = None,
+    command: str = "",
+) -> Bench:
+    """Time the decoders next to diffusers' `AutoencoderKL` and `AutoencoderTiny`, all in this process, interleaved.
+
+    Args:
+        device: cpu, cuda …
+        dtype: float32, bfloat16 or float16, of weights and arithmetic.
+        sizes: sides of the decoded squares, in pixels, multiples of 8.
+        decoders: `SIZE/PATCH`, with random weights.
+        models: packaged names, folders or Hub ids of tokenizers whose decoder is timed too.
+        repeats: timed rounds.
+        progress: told in words what comes next.
+        command: what the user typed, kept with the results.
+
+    Raises:
+        UserError: diffusers is not installed, an unknown name, or a size, batch or number of rounds that cannot be.
+    """
+    start = time.perf_counter()
+    _check(sizes, batch, repeats, dtype)
+    say = progress or logger.info
+    place, kind = torch.device(device), getattr(torch, dtype)
+    networks = _networks(decoders, models, place, kind)
+    results: list[BenchRow] = []
+    with torch.no_grad():  # libraries load at the first call, whose memory is not the decoders'
+        for name, (_, make) in networks.items():
+            say(f"warming up {name}")
+            make(1, 64)()
+    for size in sizes:
+        works, costs = {}, {}
+        for name, (_, make) in networks.items():
+            say(f"{size} × {size}: counting operations and memory of {name}")
+            works[name] = make(batch, size)
+            costs[name] = profile(works[name], place)
+        say(f"{size} × {size}: {repeats} rounds of {len(works)} decoders")
+        # That was a whole warm-up for a CPU; a GPU's clocks take longer.
+        timings = measure(works, repeats=repeats, warmup=0 if place.type == "cpu" else 2, device=place)
+        for name, timing in timings.items():
+            gflop, peak = costs[name]
+            low, high = timing.quartiles
+            results.append(
+                BenchRow(
+                    name=name,
+                    size=size,
+                    parameters=sum(p.numel() for p in networks[name][0].parameters()),
+                    gflop=gflop,
+                    ms=timing.median,
+                    ms_low=low,
+                    ms_high=high,
+                    peak_mb=peak,
+                    speed_to_kl=timings[KL].median / timing.median,
+                    speed_to_tiny=timings[TINY].median / timing.median,
+                )
+            )
+    return Bench(
+        command=command,
+        batch=batch,
+        repeats=repeats,
+        conditions=conditions(place, kind),
+        machine=machine(place),
+        results=results,
+        seconds=time.perf_counter() - start,
+    )
+
+
+Maker = Callable[[int, int], Work]
+"""(batch, side) → a call that decodes that."""
+
+
+def _networks(
+    decoders: Sequence[str], models: Sequence[str], device: torch.device, dtype: torch.dtype
+) -> dict[str, tuple[nn.Module, Maker]]:
+    """Each network whose parameters count, and how it is called; peers first."""
+    found: dict[str, tuple[nn.Module, Maker]] = {}
+    for name, kind in ((KL, "kl"), (TINY, "tiny")):
+        peer = placed(random_autoencoder(kind), device, dtype)
+        found[name] = (coding_parts(peer)[1], _peer_maker(peer, device, dtype))
+    for name in decoders:
+        config = DecoderConfig(size=name, factor=FACTOR, latent_channels=CHANNELS)
+        decoder = Decoder(config).to(device, dtype).eval()
+        found[name] = (decoder, _decoder_maker(decoder, device, dtype))
+    for name in models:
+        if name in found:
+            raise UserError(f"{name!r} names two of the benchmark's decoders: give each once")
+        tokenizer = Tokenizer.from_pretrained(name, device=device, dtype=dtype)
+        found[name] = (tokenizer.decoder, _model_maker(tokenizer))
+    return found
+
+
+def _latents(batch: int, side: int, channels: int, factor: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    shape = (channels, -(-side // factor), -(-side // factor))
+    return draw_noise(shape, range(batch)).to(device, dtype)
+
+
+def _peer_maker(peer: Any, device: torch.device, dtype: torch.dtype) -> Maker:
+    def make(batch: int, side: int) -> Work:
+        z = _latents(batch, side, CHANNELS, FACTOR, device, dtype)
+        return lambda: peer.decode(z, return_dict=False)
+
+    return make
+
+
+def _decoder_maker(decoder: Decoder, device: torch.device, dtype: torch.dtype) -> Maker:
+    unit = max(1, decoder.config.token_side // FACTOR)
+
+    def make(batch: int, side: int) -> Work:
+        z = pad_to_multiple(_latents(batch, side, CHANNELS, FACTOR, device, dtype), unit, mode="replicate")
+        shape = (3, z.shape[2] * FACTOR, z.shape[3] * FACTOR)
+
+        def decode() -> Tensor:
+            noise = draw_noise(shape, range(batch)).to(device, dtype)
+            return euler(lambda x, t: decoder(x, t, z), noise, kind=decoder.config.prediction)  # type: ignore[arg-type]
+
+        return decode
+
+    return make
+
+
+def _model_maker(tokenizer: Tokenizer) -> Maker:
+    def make(batch: int, side: int) -> Work:
+        channels, factor = tokenizer.config.encoder.latent_channels, tokenizer.factor
+        z = _latents(batch, side, channels, factor, tokenizer.device, tokenizer.dtype)
+        return lambda: tokenizer.decode(z, size=(side, side))
+
+    return make
+
+
+def _check(sizes: Sequence[int], batch: int, repeats: int, dtype: str) -> None:
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"dtype {dtype!r} is unknown: choose float32, bfloat16 or float16")
+    for size in sizes:
+        if size < FACTOR or size % FACTOR:
+            raise UserError(f"size {size} cannot be benchmarked: give multiples of {FACTOR} pixels")
+    for name, value in (("batch", batch), ("repeats", repeats)):
+        if value < 1:
+            raise UserError(f"{name} is {value}: it must be at least 1")

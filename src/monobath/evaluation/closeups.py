@@ -1,0 +1,179 @@
+"""Pictures side by side, enlarged where the systems differ most."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..images import tensor_to_pil
+from .page import picture_uri
+from .plots import group_of
+from .report import decibels, psnr
+from .results import Evaluation, SystemResult
+
+SIDE, ZOOM, BOX = 64, 3, 7
+"""Side of the enlarged square and of the box filter before the comparison, in pixels."""
+
+STYLE = """
+.cards { display: grid; gap: 1rem .5rem;
+  grid-template-columns: repeat(auto-fill, minmax(max(8.4rem, (99.9% - (var(--n) - 1) * .5rem) / var(--n)), 1fr)) }
+.cards img { border-radius: 0 } .cards .zoom { image-rendering: pixelated; margin-top: .3rem }
+.whole { position: relative } .whole i { position: absolute; border: 2px solid #fff; outline: 1px solid #000 }
+.cards figcaption { line-height: 1.35; margin-top: .25rem; overflow-wrap: anywhere }
+.cards figcaption b { color: var(--ink) }
+"""
+
+
+@dataclass(kw_only=True)
+class Closeup:
+    """One picture, what the systems made of it, and where to look."""
+
+    name: str
+    original: Tensor
+    """uint8 `(3, H, W)`."""
+    outputs: dict[str, Tensor]
+    """By system, uint8 `(3, H, W)`."""
+    top: int
+    left: int
+    side: int
+    """The enlarged square, in pixels."""
+    score: float
+    """How much the systems differ there."""
+
+    def crop(self, pixels: Tensor) -> Tensor:
+        """The enlarged square of a picture."""
+        return pixels[:, self.top : self.top + self.side, self.left : self.left + self.side]
+
+
+def place_of_difference(outputs: Tensor, side: int = SIDE, box: int = BOX) -> tuple[int, int, float]:
+    """Where several versions of a picture differ most: (top, left) of the square, and how much.
+
+    The measure is the variance across the versions after a box filter, so that structure counts and noise does not,
+    averaged over the square and the channels, of values in [0, 1].
+
+    Args:
+        outputs: uint8 `(S, 3, H, W)`, at least two versions.
+        side: of the square, at most H and W.
+        box: side of the filter, odd.
+    """
+    smooth = F.avg_pool2d(outputs.float() / 255, box, 1, box // 2, count_include_pad=False)
+    variance = smooth.var(0, correction=0).mean(0, keepdim=True)
+    local = F.avg_pool2d(variance[None], side, 1)[0, 0]
+    index = int(local.argmax())
+    return index // local.shape[1], index % local.shape[1], float(local.max())
+
+
+def shown_systems(evaluation: Evaluation, limit: int = 9) -> list[SystemResult]:
+    """The systems for pictures and crowded plots: of a codec at several rates, the one nearest to the first's rate."""
+    target = evaluation.systems[0].bits_per_pixel
+    chosen: list[SystemResult] = []
+    for system in evaluation.systems:
+        rivals = [s for s in evaluation.systems if s.family == system.family] if system.family else []
+        if group_of(system.kind) == "codec" and len(rivals) > 1 and target is not None:
+            nearest = min(rivals, key=lambda s: abs((s.bits_per_pixel or 0) - target))
+            if system is not nearest:
+                continue
+        chosen.append(system)
+    return chosen[:limit]
+
+
+def choose(
+    names: Sequence[str],
+    originals: Tensor,
+    outputs: dict[str, Tensor],
+    systems: Sequence[SystemResult],
+    count: int = 4,
+) -> list[Closeup]:
+    """The pictures that the systems differ most on. Plain resampling is shown, but does not vote: it blurs everywhere.
+
+    Args:
+        names: of the n pictures.
+        originals: uint8 `(n, 3, H, W)`.
+        outputs: by system, uint8 `(n, 3, H, W)`.
+        systems: those to show, in order.
+        count: of pictures.
+    """
+    voters = [s for s in systems if group_of(s.kind) != "resampling"]
+    voters = voters if len(voters) > 1 else list(systems)
+    found = []
+    side = min(SIDE, *originals.shape[2:])
+    for index, name in enumerate(names):
+        versions = torch.stack([outputs[s.name][index] for s in voters])
+        if len(voters) == 1:  # a lone system is compared with the original
+            versions = torch.cat([versions, originals[index : index + 1]])
+        top, left, score = place_of_difference(versions, side)
+        shown = {s.name: outputs[s.name][index] for s in systems}
+        place = {"top": top, "left": left, "side": side}
+        found.append(Closeup(name=name, original=originals[index], outputs=shown, score=score, **place))
+    return sorted(found, key=lambda c: -c.score)[:count]
+
+
+def html_closeups(closeups: Sequence[Closeup], budget: int = 5_000_000) -> str:
+    """Escaped grid: the original, then every system, whole (the square marked) and enlarged.
+
+    Pictures stop before the page holds more than `budget` bytes of them; the first is always shown.
+    """
+    parts: list[str] = []
+    for closeup in closeups:
+        part = _html_picture(closeup)
+        if parts and sum(map(len, parts)) + len(part) > budget:
+            break
+        parts.append(part)
+    return "\n".join(parts)
+
+
+def _html_picture(closeup: Closeup) -> str:
+    _, height, width = closeup.original.shape
+    frame = (
+        f"left:{100 * closeup.left / width:.2f}%;top:{100 * closeup.top / height:.2f}%;"
+        f"width:{100 * closeup.side / width:.2f}%;height:{100 * closeup.side / height:.2f}%"
+    )
+    cards = []
+    for system, pixels, caption in _versions(closeup):
+        alt = html.escape(f"{closeup.name}, {system}")
+        zoom = ZOOM * closeup.side
+        cards.append(
+            f'<figure><div class="whole"><img src="{picture_uri(pixels, "WEBP")}" width="{width}" height="{height}" '
+            f'alt="{alt}"><i style="{frame}"></i></div>'
+            f'<img class="zoom" src="{picture_uri(closeup.crop(pixels), "WEBP")}" width="{zoom}" height="{zoom}" '
+            f'alt="{alt}, enlarged"><figcaption><b>{html.escape(system)}</b><br>{caption}</figcaption></figure>'
+        )
+    a_row = len(cards) if len(cards) <= 8 else -(-len(cards) // 2)  # where there is room
+    return f'<h3>{html.escape(closeup.name)}</h3>\n<div class="cards" style="--n:{a_row}">{"".join(cards)}</div>'
+
+
+def _versions(closeup: Closeup) -> list[tuple[str, Tensor, str]]:
+    """(title, pixels, caption) of the original and every system."""
+    found = [("original", closeup.original, f"{closeup.original.shape[2]} × {closeup.original.shape[1]}")]
+    for name, pixels in closeup.outputs.items():
+        found.append((name, pixels, decibels(psnr(closeup.original, pixels))))
+    return found
+
+
+def comparison_sheet(closeups: Sequence[Closeup]) -> Image.Image:
+    """One picture of everything: a row a picture, a column a system, enlarged squares below."""
+    gap, label, font = 8, 36, ImageFont.load_default(14)
+    rows = [(closeup, _versions(closeup)) for closeup in closeups]
+    _, height, width = closeups[0].original.shape
+    zoom = ZOOM * closeups[0].side
+    cell, tall = max(width, zoom) + gap, height + zoom + label + 2 * gap
+    sheet = Image.new("RGB", (gap + cell * len(rows[0][1]), gap + tall * len(rows)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, (closeup, versions) in enumerate(rows):
+        for column, (system, pixels, caption) in enumerate(versions):
+            x, y = gap + column * cell, gap + row * tall
+            title = f"{closeup.name}, {system}" if column == 0 else system
+            words = f"{title}\n{caption}".replace("×", "x").replace("÷", "/")  # the font lacks these
+            draw.text((x, y), words, fill="black", font=font)
+            sheet.paste(tensor_to_pil(pixels), (x, y + label))
+            enlarged = tensor_to_pil(closeup.crop(pixels)).resize((zoom, zoom), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (x, y + label + height + gap))
+            box = (closeup.left, closeup.top, closeup.left + closeup.side - 1, closeup.top + closeup.side - 1)
+            draw.rectangle([x + box[0], y + label + box[1], x + box[2], y + label + box[3]], outline="white", width=1)
+    return sheet

@@ -1,0 +1,298 @@
+"""The report of `monobath eval` and `monobath bench`: one HTML page with tables, plots and pictures."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from . import closeups, plots, tables
+from .closeups import Closeup, shown_systems
+from .page import html_facts, html_table, page
+from .plots import Axis, Point, group_of, key, plot
+from .results import Evaluation, MetricInfo, SystemResult
+
+if TYPE_CHECKING:
+    from .bench import Bench
+
+LIMITS = (
+    "The figures hold for these pictures at this size: other pictures, larger ones, text or "
+    "faces may rank the systems differently. The intervals say how much the choice of pictures matters; they say "
+    "nothing about another training run of the same model.",
+    "No metric is what people see. PSNR and SSIM reward blur; distances between features of a network reward texture "
+    "that looks right and need not be. Look at the pictures. A reconstruction is a guess: do not use it where details "
+    "are evidence.",
+    "Systems that keep more bits a pixel have an easier task; compare along the plot of quality against bits. Times "
+    "depend on the machine named below and on what else it was doing; all systems were timed in turns in one process.",
+)
+
+_STYLE = """
+main { max-width: 84rem } p, .lead { max-width: 46rem }
+th { white-space: normal; vertical-align: bottom; min-width: 5.2rem; font-size: .85rem; line-height: 1.25 }
+td small { display: block; line-height: 1.2 } td { line-height: 1.3 }
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--paper); padding-right: .8rem;
+  white-space: normal; min-width: 7.5rem }
+.best { font-weight: 650 } .better { color: var(--codec) } .worse { color: var(--network) }
+.notes { font-size: .85rem; color: var(--soft); padding-left: 1.1rem; max-width: 60rem } .notes li { margin: .25rem 0 }
+pre { margin: 0 0 .8rem; white-space: pre-wrap; overflow-wrap: anywhere }
+.lead li { margin: .3rem 0 } .lead { padding-left: 1.1rem }
+"""
+
+
+def eval_page(evaluation: Evaluation, pictures: Sequence[Closeup]) -> str:
+    """The whole page of an evaluation."""
+    shown = [
+        "<h2>Result</h2>",
+        '<ul class="lead">' + "".join(f"<li>{html.escape(line)}</li>" for line in tables.verdict(evaluation)) + "</ul>",
+        _main_table(evaluation),
+        _notes([*tables.absent(evaluation), *_skipped(evaluation)]),
+        *_differences(evaluation),
+        *_plots(evaluation),
+    ]
+    if pictures:
+        shown += [
+            "<h2>Pictures</h2>",
+            f"<p>The {len(pictures)} pictures on which the systems differ most, of those kept. Below each, the marked "
+            f"square enlarged: where the systems differ most in structure. Decibels: PSNR of that picture.</p>",
+            closeups.html_closeups(pictures),
+        ]
+    facts = {name.replace("_", " "): value for name, value in evaluation.machine.items()}
+    minutes = f"{evaluation.seconds / 60:.1f} minutes" if evaluation.seconds >= 60 else f"{evaluation.seconds:.0f} s"
+    shown += [
+        "<h2>What the figures are</h2>",
+        f"<p>Pictures: {html.escape(evaluation.data)}, {len(evaluation.names)} of them, short side resized to "
+        f"{evaluation.size} (bicubic, antialiased), centre {evaluation.size} × {evaluation.size} cropped. Every "
+        "system's output is quantised to 8 bit before any metric.</p>",
+        _notes(tables.footnotes(evaluation)),
+        "<h2>Systems</h2>",
+        html_table(*tables.system_rows(evaluation)),
+        "<h2>Speed and memory</h2>",
+        _speeds(evaluation),
+        "<h2>Limits</h2>",
+        *(f"<p>{html.escape(text)}</p>" for text in LIMITS),
+        "<h2>How this was made</h2>",
+        f"<pre>{html.escape(evaluation.command)}</pre>",
+        html_facts({**facts, "time of quality pass": minutes}),
+    ]
+    count = len(evaluation.systems)
+    title = f"{count} system{'' if count == 1 else 's'} on {len(evaluation.names)} pictures at {evaluation.size}²"
+    return page(f"monobath eval: {title}", shown, style=plots.STYLE + closeups.STYLE + _STYLE)
+
+
+def _cell(figure: str, interval: str, style: str = "") -> str:
+    small = f"<small>{html.escape(interval)}</small>" if interval else ""
+    return f"<td{f' class={style}' if style else ''}>{html.escape(figure)}{small}</td>"
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Table of cells that are HTML already."""
+    top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    body = "".join(f"<tr>{''.join(line)}</tr>" for line in lines)
+    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _arrow(metric: MetricInfo) -> str:
+    return f"{metric.label} {'↑' if metric.better == 'higher' else '↓'}"
+
+
+def _main_table(evaluation: Evaluation) -> str:
+    metrics = tables.measured(evaluation)
+    winners = [tables.best(evaluation, metric) for metric in metrics]
+    head = tables.head(evaluation)
+    head[2 : 2 + len(metrics)] = [_arrow(metric) for metric in metrics]
+    lines = []
+    for system, row in zip(evaluation.systems, tables.rows(evaluation), strict=True):
+        styles = ["", "", *("best" if winner is system else "" for winner in winners), "", ""]
+        lines.append([_cell(*cell, style) for cell, style in zip(row, styles, strict=True)])
+    return _table(head, lines) + (
+        "<p><small>Small: the interval. Bold: the best. ↑ higher is better, ↓ lower is better. "
+        "Bits: real bytes of a codec's files, latent values at 16 bit each for the others. "
+        "Times: a picture, at the smallest batch measured.</small></p>"
+    )
+
+
+def _differences(evaluation: Evaluation) -> list[str]:
+    if len(evaluation.systems) < 2:
+        return []
+    metrics, first = tables.measured(evaluation), evaluation.systems[0].name
+    styles = {1: "better", 0: "", -1: "worse"}
+    lines = []
+    for system, row in zip(evaluation.systems[1:], tables.difference_rows(evaluation), strict=True):
+        marks = ["", *(styles[tables.standing(system.differences.get(m.key), m)] for m in metrics)]
+        lines.append([_cell(*cell, style) for cell, style in zip(row, marks, strict=True)])
+    return [
+        f"<h2>Differences to {html.escape(first)}</h2>",
+        f"<p>Each system minus {html.escape(first)}, paired picture by picture (half-sample by half-sample for "
+        "distances between sets). ▲ better, ▼ worse, ≈ the interval includes no difference.</p>",
+        _table(["system", *(_arrow(m) for m in metrics)], lines),
+    ]
+
+
+def _plots(evaluation: Evaluation) -> list[str]:
+    metrics = tables.measured(evaluation)
+    key_line = key([group_of(s.kind) for s in evaluation.systems])
+    sections = []
+    drawn = [m for m in metrics if m.key != "ssim"]  # it says what PSNR says
+    speed = [_speed_plot(evaluation, m) for m in drawn]
+    if any(speed):
+        sections += [
+            "<h2>Quality and speed</h2>",
+            "<p>Up is better, left is faster. Dashed: the Pareto front, on which nothing is both faster and better. "
+            "Vertical lines: the intervals.</p>",
+            key_line,
+            f'<div class="plots">{"".join(speed)}</div>',
+        ]
+    steps = [_steps_plot(evaluation, m) for m in drawn]
+    if any(steps):
+        sections += ["<h2>Quality and sampler steps</h2>", f'<div class="plots">{"".join(steps)}</div>']
+    rates = [_rate_plot(evaluation, m) for m in drawn]
+    if any(rates):
+        sections += [
+            "<h2>Quality and bits</h2>",
+            "<p>Up is better, left is smaller. A codec at several rates is joined by a line; a model is shown "
+            "at one step count.</p>",
+            key_line,
+            f'<div class="plots">{"".join(rates)}</div>',
+        ]
+    return sections
+
+
+def _figure(metric: MetricInfo, drawing: str) -> str:
+    better = f"{metric.better} is better" + (", axis turned round" if metric.better == "lower" else "")
+    title = f"<b>{html.escape(metric.label)}</b>, {better}"
+    return f"<figure><figcaption>{title}</figcaption>{drawing}</figure>"
+
+
+def _mark(system: SystemResult, metric: MetricInfo, x: float, label: str, series: str = "") -> Point:
+    figure = system.figures[metric.key]
+    bounded = math.isfinite(figure.low) and math.isfinite(figure.high)
+    return Point(
+        name=system.name,
+        x=x,
+        y=figure.value,
+        group=group_of(system.kind),
+        interval=(figure.low, figure.high) if bounded else None,
+        label=label,
+        series=series,
+    )
+
+
+def _finite(systems: Sequence[SystemResult], metric: MetricInfo) -> list[SystemResult]:
+    """Those with a figure to draw; random weights have figures that mean nothing."""
+    return [
+        s
+        for s in systems
+        if s.weights != "random" and metric.key in s.figures and math.isfinite(s.figures[metric.key].value)
+    ]
+
+
+def _short(system: SystemResult) -> str:
+    """A name for a crowded plot."""
+    return system.kind if group_of(system.kind) == "codec" else system.name
+
+
+def _quality_axis(metric: MetricInfo) -> Axis:
+    return Axis(label=metric.label, lower_is_better=metric.better == "lower")
+
+
+def _speed_plot(evaluation: Evaluation, metric: MetricInfo) -> str:
+    points = [
+        _mark(s, metric, speed.ms / speed.batch, _short(s), s.family if s.steps is not None else "")
+        for s in _finite(shown_systems(evaluation, limit=16), metric)
+        if (speed := tables.speed_of(s, "decode"))
+    ]
+    if len(points) < 2:
+        return ""
+    return _figure(
+        metric, plot(points, Axis(label="decode time, ms a picture", log=True), _quality_axis(metric), front=True)
+    )
+
+
+def _steps_plot(evaluation: Evaluation, metric: MetricInfo) -> str:
+    systems = [s for s in _finite(evaluation.systems, metric) if s.steps is not None]
+    families: dict[str, list[SystemResult]] = {}
+    for system in systems:
+        families.setdefault(system.family, []).append(system)
+    points = []
+    for family, members in families.items():
+        members.sort(key=lambda s: s.steps or 0)
+        if len({s.steps for s in members}) > 1:
+            for system in members:
+                label = family if system is members[-1] else ""
+                points.append(_mark(system, metric, system.steps or 0, label, family))
+    if not points:
+        return ""
+    ticks = sorted({p.x for p in points})
+    return _figure(metric, plot(points, Axis(label="steps", log=True, ticks=ticks), _quality_axis(metric)))
+
+
+def _rate_plot(evaluation: Evaluation, metric: MetricInfo) -> str:
+    first = {s.family: s for s in reversed(evaluation.systems) if s.steps is not None}  # more steps, the same bits
+    systems = [s for s in _finite(evaluation.systems, metric) if s.bits_per_pixel and first.get(s.family, s) is s]
+    if len(systems) < 2:
+        return ""
+    last = {s.family: s for s in sorted(systems, key=lambda s: s.bits_per_pixel or 0) if group_of(s.kind) == "codec"}
+    points = []
+    for system in systems:
+        codec = group_of(system.kind) == "codec"
+        label = _short(system) if not codec or last[system.family] is system else ""
+        points.append(_mark(system, metric, system.bits_per_pixel or 0, label, system.family if codec else ""))
+    return _figure(metric, plot(points, Axis(label="bits a pixel", log=True), _quality_axis(metric)))
+
+
+def _speeds(evaluation: Evaluation) -> str:
+    head, lines = tables.speed_rows(evaluation)
+    if not lines:
+        return "<p>Speed was not measured.</p>"
+    return html_table(head, lines) + (
+        "<p><small>Median and quartiles of interleaved rounds after a warm-up. GFLOP: 10⁹ operations a call, a "
+        "multiply-add counts two. Peak memory above what was held before the call.</small></p>"
+    )
+
+
+def _skipped(evaluation: Evaluation) -> list[str]:
+    count = evaluation.skipped
+    return [f"{count} unusable picture{'' if count == 1 else 's'} left out."] if count else []
+
+
+def _notes(lines: Sequence[str]) -> str:
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+    return f'<ul class="notes">{items}</ul>' if items else ""
+
+
+def bench_page(bench: Bench) -> str:
+    """The whole page of a benchmark: a table and two plots a size."""
+    shown = []
+    for size, lines in bench.rows().items():
+        found = [row for row in bench.results if row.size == size]
+        drawings = []
+        for title, value in (("speed ÷ AutoencoderKL", "speed_to_kl"), ("speed ÷ AutoencoderTiny", "speed_to_tiny")):
+            points = [
+                Point(
+                    name=row.name,
+                    label=row.name,
+                    x=row.gflop,
+                    y=getattr(row, value),
+                    group="network" if row.name.startswith("Autoencoder") else "ours",
+                )
+                for row in found
+                if row.gflop > 0
+            ]
+            if points:
+                drawing = plot(points, Axis(label="GFLOP a call", log=True), Axis(label=title, log=True))
+                drawings.append(f"<figure><figcaption><b>{title}</b>, higher is faster</figcaption>{drawing}</figure>")
+        shown += [
+            f"<h2>{size} × {size}</h2>",
+            html_table(bench.head, lines),
+            key(["ours", "network"]),
+            f'<div class="plots">{"".join(drawings)}</div>',
+        ]
+    shown += [
+        "<h2>What the figures hold for</h2>",
+        _notes(bench.notes),
+        "<h2>How this was made</h2>",
+        f"<pre>{html.escape(bench.command)}</pre>",
+        html_facts({k.replace("_", " "): v for k, v in bench.machine.items()}),
+    ]
+    return page("monobath bench: decoding speed", shown, style=plots.STYLE + _STYLE)

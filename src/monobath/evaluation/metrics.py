@@ -1,0 +1,362 @@
+"""Metrics of reconstructions, and the text that says what each of them is.
+
+A metric of pictures gives a figure for each (output, original) pair; a metric of sets gives features, of which
+`frechet` makes one figure. All take 8-bit pictures: outputs are quantised before anything is measured. A metric whose
+package or weights are absent is reported as absent, with the reason; it never has a figure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..data.transforms import mix_seed
+from ..errors import UserError
+from ..images import tensor_to_pil, to_float
+from ..losses.perceptual import EffLiteDistance, LpipsDistance, efficientnet_input, load_efficientnet_lite
+from .frechet import HALVES
+from .results import MetricInfo
+
+logger = logging.getLogger(__name__)
+
+RESAMPLES = 2000
+"""Bootstrap resamples behind the interval of a mean."""
+MAX_PSNR = 100.0
+"""Identical pictures have an infinite PSNR, which no mean survives: figures are cut here, in dB."""
+CROPS, CROP_SIDE = 8, 128
+"""Random crops a picture that FD-EffLite sees, and their side in pixels."""
+SSIM_WINDOW = 11
+
+
+@dataclass(kw_only=True)
+class PictureMetric:
+    """A figure for each picture."""
+
+    info: MetricInfo
+    measure: Callable[[Tensor, Tensor], Tensor]
+    """(output, original), uint8 `(B, 3, H, W)` → float `(B,)`."""
+
+
+@dataclass(kw_only=True)
+class SetMetric:
+    """A Fréchet distance between all outputs and all originals."""
+
+    info: MetricInfo
+    features: Callable[[Tensor, Sequence[int]], Tensor]
+    """(images, indices), uint8 `(B, 3, H, W)` and one int a picture → float `(B, n, dim)`, n vectors a picture."""
+    dim: int
+
+
+Metric = PictureMetric | SetMetric
+
+
+@dataclass(kw_only=True)
+class Setting:
+    """What loading a metric depends on."""
+
+    device: torch.device
+    seed: int
+    download: bool
+    """Weights that are in no cache may be downloaded."""
+
+
+def load_metrics(
+    keys: Sequence[str | Metric] | None = None, *, device: torch.device, seed: int = 0
+) -> tuple[list[MetricInfo], list[Metric]]:
+    """Load metrics.
+
+    Args:
+        keys: of `METRICS`, or metrics of your own, which are copied. None: all that can be had without a download;
+            metrics named here download weights that are in no cache, unless HF_HUB_OFFLINE is set.
+        device: of the networks.
+        seed: of the crops.
+
+    Returns:
+        (all asked for, those that can be measured); the others' `absent` says why they cannot.
+
+    Raises:
+        UserError: an unknown key, or nothing can be measured.
+    """
+    setting = Setting(
+        device=device, seed=seed, download=keys is not None and not huggingface_hub.constants.HF_HUB_OFFLINE
+    )
+    infos: list[MetricInfo] = []
+    loaded: list[Metric] = []
+    chosen = list(METRICS) if keys is None else keys
+    for place, key in enumerate(chosen):
+        if isinstance(key, (PictureMetric, SetMetric)):
+            loaded.append(dataclasses.replace(key, info=dataclasses.replace(key.info)))
+            infos.append(loaded[-1].info)
+            continue
+        if key in chosen[:place]:
+            continue
+        if key not in METRICS:
+            near = difflib.get_close_matches(key, METRICS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(METRICS)}"
+            raise UserError(f"metric {key!r} is unknown: {hint}")
+        info, load = METRICS[key]
+        info = dataclasses.replace(info)
+        try:
+            loaded.append(load(info, setting))
+        # Absent packages, files and networks; RuntimeError: damaged weight files.
+        except (UserError, ImportError, OSError, RuntimeError) as error:
+            info.absent = " ".join(str(error).split()) or type(error).__name__
+            logger.info("%s is left out: %s", info.label, info.absent)
+        infos.append(info)
+    if not loaded:
+        reasons = "; ".join(f"{info.key}: {info.absent}" for info in infos)
+        raise UserError(f"no metric to measure ({reasons or 'none was asked for'})")
+    return infos, loaded
+
+
+# ---- metrics of pictures ----------------------------------------------------------------------------
+
+
+def psnr(output: Tensor, original: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each pair over all its 8-bit values, in dB, at most `MAX_PSNR`: float `(B,)`."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    figures = peak_signal_noise_ratio(
+        output.float(), original.float(), data_range=255.0, reduction="none", dim=(1, 2, 3)
+    )
+    return figures.reshape(-1).clamp(max=MAX_PSNR)
+
+
+def ssim(output: Tensor, original: Tensor) -> Tensor:
+    """Structural similarity of each pair (Wang et al. 2004), mean over channels: float `(B,)`.
+
+    Averaged over positions whose window lies inside the picture, as in the paper and in scikit-image; torchmetrics'
+    own average also has windows that reach into reflected borders. Float32 arithmetic: exact to four digits.
+
+    Raises:
+        UserError: pictures smaller than the window.
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    if min(output.shape[2:]) < SSIM_WINDOW:
+        raise UserError(f"SSIM needs pictures of at least {SSIM_WINDOW} pixels a side, these are {output.shape[2:]}")
+    _, positions = structural_similarity_index_measure(
+        output.float() / 255,
+        original.float() / 255,
+        sigma=1.5,
+        kernel_size=SSIM_WINDOW,
+        data_range=1.0,
+        reduction="none",
+        return_full_image=True,
+    )
+    edge = SSIM_WINDOW // 2
+    return positions[..., edge:-edge, edge:-edge].mean((1, 2, 3))
+
+
+def _load_psnr(info: MetricInfo, setting: Setting) -> Metric:
+    _need("torchmetrics", "'monobath[eval]'")
+    return PictureMetric(info=info, measure=psnr)
+
+
+def _load_ssim(info: MetricInfo, setting: Setting) -> Metric:
+    _need("torchmetrics", "'monobath[eval]'")
+    return PictureMetric(info=info, measure=ssim)
+
+
+def _load_efflite(info: MetricInfo, setting: Setting) -> Metric:
+    network = EffLiteDistance("lite2").to(setting.device).to(memory_format=torch.channels_last)
+    return PictureMetric(info=info, measure=lambda a, b: network(to_float(a), to_float(b)))
+
+
+def _load_lpips(info: MetricInfo, setting: Setting) -> Metric:
+    _need("lpips", "lpips")
+    _need_weights("vgg16-397923af.pth", setting, "lpips")
+    network = LpipsDistance("vgg").to(setting.device)
+    return PictureMetric(info=info, measure=lambda a, b: network(to_float(a), to_float(b)))
+
+
+def _load_dreamsim(info: MetricInfo, setting: Setting) -> Metric:
+    _need("dreamsim", "dreamsim")
+    folder = Path(torch.hub.get_dir()) / "dreamsim"
+    if not (folder / "ensemble_lora").is_dir() and not setting.download:
+        raise UserError(f"the weights are not in the torch hub cache (folder dreamsim): {_remedy('dreamsim')}")
+    folder.mkdir(parents=True, exist_ok=True)
+    from dreamsim import dreamsim
+
+    network, preprocess = dreamsim(pretrained=True, device=str(setting.device), cache_dir=str(folder))
+
+    def prepare(images: Tensor) -> Tensor:
+        return torch.cat([preprocess(tensor_to_pil(image)) for image in images]).to(setting.device)
+
+    return PictureMetric(info=info, measure=lambda a, b: network(prepare(a), prepare(b)))
+
+
+# ---- metrics of sets --------------------------------------------------------------------------------
+
+
+def random_crops(images: Tensor, indices: Sequence[int], *, seed: int = 0) -> Tensor:
+    """`CROPS` crops of each picture: `(B, 3, H, W)` → `(B, CROPS, 3, side, side)`, side = min(CROP_SIDE, H, W).
+
+    Where they lie depends on (seed, index, H, W) alone: an output is cropped as its original is.
+    """
+    height, width = images.shape[2:]
+    side = min(CROP_SIDE, height, width)
+    crops = []
+    for image, index in zip(images, indices, strict=True):
+        generator = np.random.default_rng(mix_seed(4, seed, index))
+        tops = generator.integers(0, height - side + 1, CROPS)
+        lefts = generator.integers(0, width - side + 1, CROPS)
+        crops += [image[:, y : y + side, x : x + side] for y, x in zip(tops, lefts, strict=True)]
+    return torch.stack(crops).unflatten(0, (len(images), CROPS))
+
+
+class EffLiteFeatures:
+    """Pooled features of ImageNet-trained EfficientNet-Lite2 of random crops, for FD-EffLite (METHOD.md §10)."""
+
+    dim = 1280
+    side = 260
+    """Of the network's input, in pixels."""
+
+    def __init__(self, device: torch.device, seed: int = 0) -> None:
+        self.network = load_efficientnet_lite("lite2").to(device, memory_format=torch.channels_last)
+        for module in self.network.modules():
+            if isinstance(module, torch.nn.ReLU6):
+                module.inplace = True  # the same numbers, less memory
+        self.chunk = 8 if device.type == "cpu" else 128  # crops at once: on a CPU, what its caches hold
+        self.seed = seed
+
+    def __call__(self, images: Tensor, indices: Sequence[int]) -> Tensor:
+        """uint8 `(B, 3, H, W)` → float32 `(B, CROPS, 1280)`."""
+        crops = random_crops(images, indices, seed=self.seed).flatten(0, 1)
+        found = [self._pooled(part) for part in crops.split(self.chunk)]
+        return torch.cat(found).unflatten(0, (len(images), CROPS))
+
+    @torch.no_grad()
+    def _pooled(self, crops: Tensor) -> Tensor:
+        x = F.interpolate(to_float(crops), size=(self.side, self.side), mode="bicubic", antialias=True)
+        x = efficientnet_input(x).contiguous(memory_format=torch.channels_last)
+        return self.network.extract_features(x).mean((2, 3))
+
+
+def _load_fd_efflite(info: MetricInfo, setting: Setting) -> Metric:
+    features = EffLiteFeatures(setting.device, setting.seed)
+    return SetMetric(info=info, features=features, dim=features.dim)
+
+
+def _load_rfid(info: MetricInfo, setting: Setting) -> Metric:
+    _need("torchmetrics", "'monobath[eval]'")
+    _need("torch_fidelity", "torch-fidelity")
+    _need_weights("weights-inception-2015-12-05-6726825d.pth", setting, "rfid")
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    network: Any = FrechetInceptionDistance(feature=2048).inception.to(setting.device)
+    return SetMetric(info=info, features=lambda images, indices: network(images)[:, None], dim=2048)
+
+
+# ---- what is there, and what it is ------------------------------------------------------------------
+
+
+def _need(module: str, package: str) -> None:
+    if find_spec(module) is None:
+        raise UserError(f"needs the package {module}: pip install {package}")
+
+
+def _need_weights(file: str, setting: Setting, key: str) -> None:
+    if not setting.download and not (Path(torch.hub.get_dir()) / "checkpoints" / file).is_file():
+        raise UserError(f"the weights {file} are not in the torch hub cache: {_remedy(key)}")
+
+
+def _remedy(key: str) -> str:
+    return f"name the metric (--metrics {key}) while online to download them"
+
+
+_MEAN = f"95 % percentile bootstrap interval of the mean over pictures, {RESAMPLES:,} resamples; differences are paired"
+_FRECHET = (
+    f"± 2 standard deviations over {HALVES} half-samples of the pictures, drawn without replacement, whose spread "
+    "estimates the standard error of the whole set's figure; differences are paired half-sample by half-sample"
+)
+_picture = functools.partial(MetricInfo, kind="picture", interval=_MEAN)
+_set = functools.partial(MetricInfo, kind="set", interval=_FRECHET, better="lower")
+_INFOS: list[tuple[MetricInfo, Callable[[MetricInfo, Setting], Metric]]] = [
+    (
+        _picture(
+            key="psnr",
+            label="PSNR (dB)",
+            better="higher",
+            details="8-bit RGB, data range 255, no network, features: pixel values; mean of the pictures' own figures; "
+            f"cut at {MAX_PSNR:g} dB, since identical pictures would be infinite",
+        ),
+        _load_psnr,
+    ),
+    (
+        _picture(
+            key="ssim",
+            label="SSIM",
+            better="higher",
+            details="8-bit RGB, data range 1 (in [0, 1]), no network, features: Gaussian windows of "
+            f"{SSIM_WINDOW}×{SSIM_WINDOW} pixels, σ = 1.5, wholly inside the picture; mean over channels",
+        ),
+        _load_ssim,
+    ),
+    (
+        _picture(
+            key="efflite",
+            label="EffLite distance (EfficientNet-Lite2)",
+            better="lower",
+            details="8-bit RGB, data range [-1, 1] scaled to the network's, network: EfficientNet-Lite2 (ImageNet), "
+            "features: after the stem and the last blocks at strides 4, 8, 16, channel-normalised",
+        ),
+        _load_efflite,
+    ),
+    (
+        _set(
+            key="fd_efflite",
+            label="FD-EffLite (EfficientNet-Lite2)",
+            details="Fréchet distance; not FID. 8-bit RGB, data range [0, 1] scaled to the network's, network: "
+            f"EfficientNet-Lite2 (ImageNet), features: 1280, pooled, of {CROPS} random {CROP_SIDE}² crops a picture "
+            f"(smaller pictures: their short side) resized to {EffLiteFeatures.side}², bicubic with antialias",
+        ),
+        _load_fd_efflite,
+    ),
+    (
+        _picture(
+            key="lpips",
+            label="LPIPS (VGG)",
+            better="lower",
+            details="8-bit RGB, data range [-1, 1], network: VGG-16 (ImageNet) with LPIPS 0.1's linear layers, "
+            "features: five ReLU layers, channel-normalised",
+        ),
+        _load_lpips,
+    ),
+    (
+        _set(
+            key="rfid",
+            label="rFID (Inception-v3)",
+            details="Fréchet distance. 8-bit RGB, data range 255, network: Inception-v3 (torch-fidelity's weights, "
+            "through torchmetrics), features: 2048, pooled, of whole pictures resized to 299² as torchmetrics does",
+        ),
+        _load_rfid,
+    ),
+    (
+        _picture(
+            key="dreamsim",
+            label="DreamSim (ensemble)",
+            better="lower",
+            details="8-bit RGB, data range [0, 1], network: DreamSim's ensemble of DINO, CLIP and OpenCLIP ViT-B/16, "
+            "features: embeddings of the whole picture resized to 224², bicubic; cosine distance",
+        ),
+        _load_dreamsim,
+    ),
+]
+METRICS: dict[str, tuple[MetricInfo, Callable[[MetricInfo, Setting], Metric]]] = {
+    entry[0].key: entry for entry in _INFOS
+}
+"""By key: what a metric is, and the function that loads it."""

@@ -1,0 +1,123 @@
+"""What an evaluation finds: plain dataclasses that become results.json, the tables and the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(kw_only=True)
+class Estimate:
+    """A figure and its uncertainty."""
+
+    value: float
+    low: float
+    """Low end of the uncertainty interval; the metric's `interval` says what it is."""
+    high: float
+
+
+@dataclass(kw_only=True)
+class MetricInfo:
+    """What a column of the table is."""
+
+    key: str
+    """Name in results.json: psnr, ssim, efflite, fd_efflite, lpips, rfid, dreamsim."""
+    label: str
+    """Heading with unit and network, such as "LPIPS (VGG)"."""
+    better: Literal["higher", "lower"]
+    kind: Literal["picture", "set"]
+    """picture: a figure for each picture, averaged. set: one figure for all pictures (a Fréchet distance)."""
+    details: str
+    """Data range, network, features, sample size: everything needed to compare the figure with another's."""
+    interval: str
+    """What `Estimate.low` and `.high` are, such as "95 % bootstrap interval of the mean"."""
+    absent: str = ""
+    """Why the metric could not be measured; then no system has a figure for it."""
+
+
+@dataclass(kw_only=True)
+class Speed:
+    """Time and memory of one part of one system at one size and batch."""
+
+    part: Literal["encode", "decode"]
+    size: tuple[int, int]
+    """(H, W) in pixels."""
+    batch: int
+    ms: float
+    """Median milliseconds a call (a whole batch)."""
+    ms_low: float
+    """First quartile."""
+    ms_high: float
+    """Third quartile."""
+    repeats: int
+    gflop: float | None
+    """10⁹ floating-point operations a call (a multiply-add counts two); None: not a network."""
+    peak_mb: float | None
+    """Peak memory of a call above what was held before it, in 10⁶ bytes; None: cannot be measured here."""
+
+    @property
+    def images_per_second(self) -> float:
+        """batch / median time."""
+        return 1000 * self.batch / self.ms
+
+
+@dataclass(kw_only=True)
+class SystemResult:
+    """One row of the comparison."""
+
+    name: str
+    kind: str
+    """monobath, AutoencoderKL, TAEF2, JPEG, bicubic …"""
+    weights: str
+    """Where the weights come from; "random" says that only speed means anything; "" for systems without any."""
+    family: str = ""
+    """Systems of one family differ in `steps` only, or are one codec at several rates; curves join them."""
+    steps: int | None = None
+    """Sampler steps, for diffusion decoders."""
+    bits_per_pixel: float | None = None
+    """Mean over the pictures: real bytes of a codec's files, latent values at 16 bit for the others."""
+    encoder_parameters: int | None = None
+    decoder_parameters: int | None = None
+    pictures: dict[str, list[float]] = field(default_factory=dict)
+    """Figures of the single pictures, by metric key, in the order of `Evaluation.names`."""
+    figures: dict[str, Estimate] = field(default_factory=dict)
+    """By metric key."""
+    differences: dict[str, Estimate] = field(default_factory=dict)
+    """This system minus the first one, paired picture by picture (half-sample by half-sample for sets)."""
+    speed: list[Speed] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class Evaluation:
+    """A whole comparison."""
+
+    command: str
+    data: str
+    """Where the pictures come from, as the user gave it."""
+    size: int
+    """Side of the centre crops."""
+    names: list[str]
+    """Pictures, in order."""
+    metrics: list[MetricInfo]
+    systems: list[SystemResult]
+    machine: dict[str, Any]
+    seconds: float
+    skipped: int = 0
+    """Unusable pictures left out."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; infinite and undefined figures become null."""
+        values: dict[str, Any] = _finite(dataclasses.asdict(self))
+        return values
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None  # JSON has neither infinity nor NaN
+    return value

@@ -1,0 +1,226 @@
+"""An evaluation in words and figures: the cells of its tables, its footnotes, and the verdict."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from .results import Estimate, Evaluation, MetricInfo, Speed, SystemResult
+
+NONE = "–"
+
+
+def measured(evaluation: Evaluation) -> list[MetricInfo]:
+    """The metrics that at least one system has a figure for."""
+    return [m for m in evaluation.metrics if not m.absent and any(m.key in s.figures for s in evaluation.systems)]
+
+
+def absent(evaluation: Evaluation) -> list[str]:
+    """A sentence for each metric that could not be measured."""
+    return [f"{m.label}: absent, {m.absent.rstrip('.')}." for m in evaluation.metrics if m.absent]
+
+
+def footnotes(evaluation: Evaluation) -> list[str]:
+    """What each measured figure and its interval are: network, data range, features, sample size."""
+    return [
+        f"{m.label}: {m.details.rstrip('.')}. {m.better.capitalize()} is better. Interval: {m.interval.rstrip('.')}."
+        for m in measured(evaluation)
+    ]
+
+
+def head(evaluation: Evaluation) -> list[str]:
+    """Headings of the main table."""
+    return ["system", "bits/pixel", *(m.label for m in measured(evaluation)), "encode ms", "decode ms"]
+
+
+def rows(evaluation: Evaluation) -> list[list[tuple[str, str]]]:
+    """The main table, a row a system: (figure, its interval or "") in each cell."""
+    metrics = measured(evaluation)
+    places = {m.key: decimals([s.figures[m.key] for s in evaluation.systems if m.key in s.figures]) for m in metrics}
+    return [
+        [
+            (system.name, ""),
+            (NONE if system.bits_per_pixel is None else f"{system.bits_per_pixel:.2f}", ""),
+            *(estimate_cell(system.figures.get(m.key), places[m.key]) for m in metrics),
+            (number(_picture_ms(system, "encode")), ""),
+            (number(_picture_ms(system, "decode")), ""),
+        ]
+        for system in evaluation.systems
+    ]
+
+
+def difference_rows(evaluation: Evaluation) -> list[list[tuple[str, str]]]:
+    """What each other system has more or less than the first: (mark and difference, interval) in each cell."""
+    metrics = measured(evaluation)
+    others = evaluation.systems[1:]
+    places = {m.key: decimals([s.differences[m.key] for s in others if m.key in s.differences]) for m in metrics}
+    lines = []
+    for system in others:
+        line = [(system.name, "")]
+        for metric in metrics:
+            found = system.differences.get(metric.key)
+            figure, interval = estimate_cell(found, places[metric.key], signed=True)
+            line.append((f"{_MARKS[standing(found, metric)]} {figure}" if found else figure, interval))
+        lines.append(line)
+    return lines
+
+
+_MARKS = {1: "▲", 0: "≈", -1: "▼"}
+
+
+def standing(difference: Estimate | None, metric: MetricInfo) -> int:
+    """1: better than the first system, -1: worse, 0: the interval includes no difference at all."""
+    if difference is None or not (difference.low > 0 or difference.high < 0):
+        return 0
+    return 1 if (difference.low > 0) == (metric.better == "higher") else -1
+
+
+def best(evaluation: Evaluation, metric: MetricInfo, among: Sequence[SystemResult] | None = None) -> SystemResult:
+    """The system with the best figure; the first of equals. Those without a finite figure take no part."""
+    systems = [
+        s
+        for s in (evaluation.systems if among is None else among)
+        if metric.key in s.figures and not math.isnan(s.figures[metric.key].value)
+    ]
+    sign = 1 if metric.better == "higher" else -1
+    return max(systems, key=lambda s: sign * s.figures[metric.key].value)
+
+
+def verdict(evaluation: Evaluation) -> list[str]:
+    """Sentences, computed: who is best in what; of those that need no more bits than the first, who is; who is fastest.
+
+    "level with" says that the paired difference to the first system includes zero.
+    """
+    first, metrics = evaluation.systems[0], measured(evaluation)
+    if not metrics:
+        return ["No metric could be measured."]
+    count = f"{len(evaluation.names)} picture{'' if len(evaluation.names) == 1 else 's'}"
+    said = [f"Of {len(evaluation.systems)} systems on {count}, {_winners(evaluation, evaluation.systems)}."]
+    frugal = [s for s in evaluation.systems if _no_more_bits(s, first)]
+    if len(frugal) < len(evaluation.systems):
+        bits = f"{first.bits_per_pixel:.2f} bits a pixel"
+        if len(frugal) == 1:
+            said.append(f"No other needs as few bits as {first.name} ({bits}).")
+        else:
+            said.append(f"Of those with no more bits than {first.name} ({bits}), {_winners(evaluation, frugal)}.")
+    timed = [
+        (speed.ms / speed.batch, s) for s in evaluation.systems if (speed := speed_of(s, "decode")) and speed.gflop
+    ]
+    if len(timed) > 1:
+        order = sorted(timed, key=lambda pair: pair[0])
+        times = "; ".join(f"{s.name} {number(ms)} ms" for ms, s in order)
+        said.append(f"Networks by the time to decode a picture: {times}.")
+    return said
+
+
+def _winners(evaluation: Evaluation, among: Sequence[SystemResult]) -> str:
+    """ "X is best in PSNR (28.8, 28.2 to 29.3) and SSIM (…); Y is best in …"."""
+    first = evaluation.systems[0]
+    won: dict[str, list[str]] = {}
+    for metric in measured(evaluation):
+        if not any(metric.key in s.figures for s in among):
+            continue
+        winner = best(evaluation, metric, among)
+        places = decimals([s.figures[metric.key] for s in evaluation.systems if metric.key in s.figures])
+        inside = list(filter(None, estimate_cell(winner.figures[metric.key], places)))
+        rivals = [first] if winner is not first else [s for s in among if s is not first]
+        level = [
+            rival.name
+            for rival in rivals
+            if metric.key in (gap := (rival if winner is first else winner).differences)
+            and standing(gap[metric.key], metric) == 0
+        ]
+        inside += [f"level with {' and '.join(level)}"] if level else []
+        won.setdefault(winner.name, []).append(f"{metric.label.partition(' (')[0]} ({', '.join(inside)})")
+    return "; ".join(f"{name} is best in {_and(entries)}" for name, entries in won.items())
+
+
+def _and(entries: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(entries[:-1]), entries[-1]]))
+
+
+def _no_more_bits(system: SystemResult, first: SystemResult) -> bool:
+    if system.bits_per_pixel is None or first.bits_per_pixel is None:
+        return system is first
+    return system.bits_per_pixel <= 1.02 * first.bits_per_pixel  # files cannot hit a size to the byte
+
+
+def system_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
+    """(headings, rows) of what the systems are."""
+    lines = [
+        [
+            s.name,
+            s.kind,
+            s.weights or NONE,
+            NONE if s.steps is None else str(s.steps),
+            parameters(s.encoder_parameters),
+            parameters(s.decoder_parameters),
+        ]
+        for s in evaluation.systems
+    ]
+    return ["system", "kind", "weights", "steps", "encoder", "decoder"], lines
+
+
+def speed_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
+    """(headings, rows) of all times."""
+    lines = [
+        [
+            s.name,
+            speed.part,
+            f"{speed.batch} × {speed.size[0]} × {speed.size[1]}",
+            number(speed.ms),
+            f"{number(speed.ms_low)} to {number(speed.ms_high)}",
+            number(speed.images_per_second),
+            number(speed.gflop),
+            number(speed.peak_mb),
+        ]
+        for s in evaluation.systems
+        for speed in s.speed
+    ]
+    return ["system", "part", "batch × H × W", "ms", "quartiles", "images/s", "GFLOP", "peak MB"], lines
+
+
+def speed_of(system: SystemResult, part: str) -> Speed | None:
+    """A system's figures at the smallest batch."""
+    return min((s for s in system.speed if s.part == part), key=lambda s: s.batch, default=None)
+
+
+def _picture_ms(system: SystemResult, part: str) -> float | None:
+    speed = speed_of(system, part)
+    return None if speed is None else speed.ms / speed.batch
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, without an exponent."""
+    if value is None:
+        return NONE
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
+
+
+def parameters(count: int | None) -> str:
+    """A number of parameters, for people."""
+    return NONE if count is None else f"{count / 1e6:.2f} M"
+
+
+def decimals(estimates: Sequence[Estimate]) -> int:
+    """Decimal places for a column: two significant digits of the typical half-width of its intervals."""
+    widths = [(e.high - e.low) / 2 for e in estimates if math.isfinite(e.high - e.low) and e.high > e.low]
+    if widths:
+        return min(6, max(0, 1 - math.floor(math.log10(statistics.median(widths)))))
+    sizes = [abs(e.value) for e in estimates if math.isfinite(e.value) and e.value]
+    return min(6, max(0, 3 - math.floor(math.log10(max(sizes))))) if sizes else 2
+
+
+def estimate_cell(estimate: Estimate | None, places: int, *, signed: bool = False) -> tuple[str, str]:
+    """(figure, interval) for people: "28.84", "28.31 to 29.37"; no interval where it has no width."""
+    if estimate is None:
+        return NONE, ""
+
+    def text(value: float) -> str:
+        if not math.isfinite(value):
+            return "undefined" if math.isnan(value) else "∞" if value > 0 else "−∞"
+        return f"{value:{'+' if signed else ''}.{places}f}".replace("-", "−")
+
+    has_width = math.isfinite(estimate.high - estimate.low) and estimate.high > estimate.low
+    return text(estimate.value), f"{text(estimate.low)} to {text(estimate.high)}" if has_width else ""

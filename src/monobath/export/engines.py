@@ -1,0 +1,255 @@
+"""The one-step decoder outside eager torch: ONNX Runtime, OpenVINO (float and int8), torch.compile.
+
+    fast = with_engine(tokenizer, "openvino")
+    pictures = fast.decode(z, output="pil")
+
+Every engine runs the folded decoder of `models/one_step.py` through one ONNX file with free batch, height and width, so
+that one file serves all sizes; `write_export` keeps the file for other programs. Input `latent` (B, c, h, w) and, for
+decoders that start from Gaussian noise, `noise` (B, 3, H, W); output `image` (B, 3, H, W), not clipped, all float32.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stdout
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..files import write_file
+from ..models.decoder import Decoder, DecoderConfig
+from ..models.one_step import OneStep, OneStepDecoder
+from ..sampling import Noise, draw_noise
+from ..tokenizer import Tokenizer
+
+Run = Callable[[dict[str, np.ndarray]], np.ndarray]
+"""Arrays by input name → image array."""
+
+Engine = Literal["torch", "compile", "onnxruntime", "openvino", "openvino-bf16", "openvino-int8"]
+"""torch: the folded decoder, eager. openvino-int8: int8 weights and activations, calibrated on latents."""
+
+FILES: dict[str, str] = {
+    "onnxruntime": "decoder.onnx",
+    "openvino": "decoder.xml",
+    "openvino-bf16": "decoder.xml",
+    "openvino-int8": "decoder-int8.xml",
+}
+"""File of each engine's export. OpenVINO keeps its weights beside it, in a .bin file of the same name."""
+
+
+class EngineDecoder(OneStep):
+    """A one-step decoder that another runtime computes on the CPU.
+
+    Args:
+        run: the runtime's call.
+    """
+
+    def __init__(self, config: DecoderConfig, noise: Noise, run: Run) -> None:
+        super().__init__(config, noise)
+        self.run = run
+
+    def forward(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
+        inputs = {"latent": z.float().cpu().numpy()}
+        if self.noise == "gaussian":
+            assert noise is not None, "this decoder was folded for Gaussian noise: give it"
+            inputs["noise"] = noise.float().cpu().numpy()
+        return torch.from_numpy(self.run(inputs)).to(z.device, z.dtype)
+
+
+def with_engine(
+    tokenizer: Tokenizer, engine: Engine, *, folder: Path | None = None, calibration: Iterable[Tensor] = ()
+) -> Tokenizer:
+    """The same tokenizer, decoding in one step with another engine.
+
+    Args:
+        tokenizer: as loaded; only its decoder is replaced. Its encoder stays in torch.
+        engine: see `Engine`.
+        folder: where `write_export` wrote the engine's file; default: it is made now, in memory.
+        calibration: raw latents `(1, c, h, w)`, for `openvino-int8`.
+
+    Raises:
+        UserError: the engine is unknown, its package is not installed, or it lacks calibration latents.
+    """
+    _check(engine)
+    if engine in ("torch", "compile"):
+        return tokenizer.optimize(compile=engine == "compile")
+    if not isinstance(tokenizer.decoder, Decoder):
+        raise UserError("this tokenizer is optimized already: give the original one to an engine")
+    noise = tokenizer.config.sampler.noise
+    config = tokenizer.decoder.config
+    if folder is not None and (folder / FILES[engine]).is_file():
+        return tokenizer.with_decoder(EngineDecoder(config, noise, _runner(engine, folder / FILES[engine])))
+    with tempfile.TemporaryDirectory() as temporary:
+        file = write_export(tokenizer, engine, Path(temporary), calibration=calibration)
+        return tokenizer.with_decoder(EngineDecoder(config, noise, _runner(engine, file)))
+
+
+def write_export(
+    tokenizer: Tokenizer,
+    engine: Engine,
+    folder: Path,
+    *,
+    calibration: Iterable[Tensor] = (),
+    program: bytes | None = None,
+) -> Path:
+    """Write an engine's file of the one-step decoder into `folder`, atomically; returns its path.
+
+    Args:
+        calibration: raw latents `(1, c, h, w)`, for `openvino-int8`.
+        program: what `onnx_bytes` returned for this tokenizer, to make several files of it.
+
+    Raises:
+        UserError: the engine has no file, a package is missing, there are no calibration latents, or the folder cannot
+            be written.
+    """
+    _check(engine)
+    if engine not in FILES:
+        raise UserError(f"engine {engine!r} has no file: choose from {', '.join(FILES)}")
+    noise, factor = tokenizer.config.sampler.noise, tokenizer.factor
+    samples = []
+    for index, z in enumerate(calibration):
+        samples.append({"latent": z.float().cpu().numpy()})
+        if noise == "gaussian":
+            shape = (3, z.shape[2] * factor, z.shape[3] * factor)
+            samples[-1]["noise"] = draw_noise(shape, [index]).numpy()
+    if engine == "openvino-int8" and not samples:
+        raise UserError("int8 needs latents to calibrate on: give some photos")
+    return _write(program or onnx_bytes(tokenizer), engine, folder / FILES[engine], samples)
+
+
+def onnx_bytes(tokenizer: Tokenizer) -> bytes:
+    """The folded decoder as an ONNX model with free batch, height and width.
+
+    Raises:
+        UserError: onnx or onnxscript is not installed.
+    """
+    source = tokenizer.decoder
+    decoder = OneStepDecoder(source, tokenizer.config.sampler.noise) if isinstance(source, Decoder) else source
+    assert isinstance(decoder, OneStepDecoder), "the program of another engine cannot be exported again"
+    config = decoder.config
+    unit = max(1, config.token_side // config.factor)
+    h, w = 18 * unit, 26 * unit  # unequal, larger than a block, not multiples of one: nothing may specialise
+    inputs = {"latent": torch.zeros(2, config.latent_channels, h, w)}
+    if decoder.noise == "gaussian":
+        inputs["noise"] = torch.zeros(2, 3, h * config.factor, w * config.factor)
+    return module_to_onnx(decoder.cpu().float(), inputs)
+
+
+def module_to_onnx(module: nn.Module, inputs: dict[str, Tensor]) -> bytes:
+    """Any module that maps `(B, …, H, W)` inputs to an `image`, as an ONNX model with free batch, height and width.
+
+    Raises:
+        UserError: onnx or onnxscript is not installed.
+    """
+    for name in ("onnx", "onnxscript"):
+        _package(name)
+    free = torch.export.Dim.DYNAMIC
+    with torch.no_grad(), redirect_stdout(io.StringIO()):  # it prints its progress
+        program = torch.onnx.export(
+            module,
+            tuple(inputs.values()),
+            dynamic_shapes=tuple({0: free, 2: free, 3: free} for _ in inputs),
+            input_names=list(inputs),
+            output_names=["image"],
+            dynamo=True,
+            optimize=False,  # the runtimes do that themselves, and better
+            verbose=False,
+        )
+    assert program is not None
+    return program.model_proto.SerializeToString()
+
+
+def engine_call(
+    module: nn.Module, inputs: dict[str, Tensor], engine: Engine, samples: Sequence[dict[str, np.ndarray]] = ()
+) -> Run:
+    """Any module under an engine of its own, for comparisons: arrays by input name → image array.
+
+    Args:
+        inputs: examples, as for `module_to_onnx`.
+        samples: for int8.
+    """
+    _check(engine)
+    if engine in ("torch", "compile"):
+        ready = torch.compile(module) if engine == "compile" else module
+
+        @torch.no_grad()
+        def run(arrays: dict[str, np.ndarray]) -> np.ndarray:
+            return ready(*(torch.from_numpy(array) for array in arrays.values())).numpy()
+
+        return run
+    with tempfile.TemporaryDirectory() as temporary:
+        file = _write(module_to_onnx(module, inputs), engine, Path(temporary) / FILES[engine], samples)
+        return _runner(engine, file)
+
+
+def _write(program: bytes, engine: Engine, target: Path, samples: Sequence[dict[str, np.ndarray]]) -> Path:
+    if engine == "onnxruntime":
+        write_file(target, lambda path: path.write_bytes(program))
+        return target
+    openvino = _package("openvino")
+    # Not `convert_model`: that reports usage over the network, from a process that runs the caller's script again.
+    model = openvino.Core().read_model(program)
+    if engine == "openvino-int8":
+        model = _quantized(model, samples)
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary) / target.name
+        openvino.save_model(model, file, compress_to_fp16=False)
+        # The weights first: an .xml without its .bin is never seen.
+        for suffix in (".bin", ".xml"):
+            write_file(target.with_suffix(suffix), partial(shutil.copyfile, file.with_suffix(suffix)))
+    return target
+
+
+def _quantized(model: Any, samples: Sequence[dict[str, np.ndarray]]) -> Any:
+    """Post-training int8: weights per channel, activations per tensor, ranges from `samples`."""
+    os.environ.setdefault("NNCF_CI", "1")  # NNCF's own switch against reporting usage over the network
+    nncf = _package("nncf")
+    logging.getLogger("nncf").setLevel(logging.WARNING)
+    return nncf.quantize(
+        model,
+        nncf.Dataset(list(samples)),
+        subset_size=len(samples),
+        preset=nncf.QuantizationPreset.MIXED,
+        model_type=nncf.ModelType.TRANSFORMER,
+    )
+
+
+def _runner(engine: Engine, file: Path) -> Run:
+    if engine == "onnxruntime":
+        runtime = _package("onnxruntime")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = runtime.InferenceSession(file.read_bytes(), options, providers=["CPUExecutionProvider"])
+        return lambda inputs: session.run(None, inputs)[0]
+    openvino = _package("openvino")
+    # Read whole: the file may be in a temporary folder that is gone when the model runs.
+    weights = openvino.Tensor(np.fromfile(file.with_suffix(".bin"), np.uint8))
+    model = openvino.Core().read_model(file.read_bytes(), weights)
+    precision = "bf16" if engine == "openvino-bf16" else "f32"  # by itself OpenVINO takes bfloat16 where it is faster
+    compiled = openvino.compile_model(
+        model, "CPU", {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    )
+    return lambda inputs: compiled(inputs)[0].copy()
+
+
+def _package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(f"this engine needs {name}: pip install 'monobath[export]'") from None
+
+
+def _check(engine: str) -> None:
+    if engine not in get_args(Engine):
+        raise UserError(f"engine {engine!r} is unknown: choose from {', '.join(get_args(Engine))}")
