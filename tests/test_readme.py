@@ -37,10 +37,15 @@ def test_readme_commands_run_in_order(tmp_path, monkeypatch):
         shutil.copy(photos[number % len(photos)], f"my-photos/{number}.png")
     lines = [line for block in blocks(ROOT / "README.md", "") for line in block.splitlines()]
     commands = [shlex.split(line.partition("#")[0])[1:] for line in lines if line.startswith("monobath ")]
-    assert {"reconstruct", "encode", "decode", "info", "train"} <= {command[0] for command in commands}
+    verbs = {"reconstruct", "encode", "decode", "info", "train", "eval", "bench", "export"}
+    assert verbs <= {command[0] for command in commands}
+    smaller = {
+        "train": ["--training.steps", "1", "--training.batch_size", "2", "--training.sample_every", "0"],
+        "eval": ["--limit", "4", "--size", "64", "--repeats", "0", "--no_baselines"],
+        "bench": ["--sizes", "64", "--repeats", "1"],
+    }
     for command in commands:
-        if command[0] == "train":
-            command += ["--training.steps", "1", "--training.batch_size", "2", "--training.sample_every", "0"]
+        command += smaller.get(command[0], [])
         assert main(command) == 0, command
     assert Path("out/photo.png").is_file()
     assert Path("runs/mine/model/model.safetensors").is_file()

@@ -19,10 +19,11 @@ from .._version import __version__
 from ..errors import UserError
 from .arguments import in_one_sentence, parser_of, split_overrides, verb_name
 from .comparing import bench, eval_
+from .exporting import export
 from .verbs import decode, demo, encode, info, reconstruct, train
 
 VERBS: dict[str, Callable[..., None]] = {
-    verb_name(function): function for function in (train, reconstruct, encode, decode, info, demo, eval_, bench)
+    verb_name(function): function for function in (train, reconstruct, encode, decode, info, demo, eval_, bench, export)
 }
 
 

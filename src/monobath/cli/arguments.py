@@ -49,7 +49,9 @@ def parser_of(function: Callable[..., None]) -> ArgumentParser:
         if kind is bool:
             options |= {"action": "store_true"}
         elif typing.get_origin(kind) is list:
-            options |= {"nargs": "+", "type": typing.get_args(kind)[0]}
+            item = typing.get_args(kind)[0]
+            named = typing.get_origin(item) is typing.Literal  # which argparse checks as choices
+            options |= {"nargs": "+"} | ({"choices": typing.get_args(item)} if named else {"type": item})
         else:
             options |= {"type": kind}
         if default is not parameter.empty and default is not False:

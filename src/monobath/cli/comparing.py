@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import UserError
+from .exporting import EngineName, engine_networks
 from .shared import DType, checked_device, out_folder, plain, show, write
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ def bench(
     sizes: list[int] | None = None,
     decoders: list[str] | None = None,
     model: list[str] | None = None,
+    engine: list[EngineName] | None = None,
     repeats: int = 5,
     batch: int = 1,
     out: str = "runs/bench",
@@ -137,6 +139,8 @@ def bench(
         sizes: Sides of the decoded squares, in pixels; default: 256 512.
         decoders: Such as XS/1 S/2; default: XS, S, B and M, each with patch 1, 2 and 4.
         model: Packaged names, folders or Hugging Face Hub ids, whose decoders are timed too.
+        engine: Time these models, and AutoencoderTiny, under these engines too: torch (folded), compile, onnxruntime,
+            openvino, openvino-bf16, openvino-int8.
         repeats: Timed rounds.
         batch: Pictures a call.
         out: Folder for the results.
@@ -145,6 +149,8 @@ def bench(
     """
     if cpu and device not in ("auto", "cpu"):
         raise UserError(f"--cpu and --device {device} contradict one another: give one of them")
+    if engine and not (cpu or device == "cpu"):
+        raise UserError(f"--engine {' '.join(engine)} is timed on the CPU: add --cpu")
     folder = out_folder(out)
     from ..evaluation.bench import run_bench
     from ..evaluation.eval_report import bench_page
@@ -157,6 +163,7 @@ def bench(
             sizes=sizes or [256, 512],
             decoders=DECODERS if decoders is None else decoders,
             models=model or [],
+            extra=engine_networks(model or [], engine) if engine else None,
             repeats=repeats,
             batch=batch,
             progress=progress.words,

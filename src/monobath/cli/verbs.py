@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from ..errors import UserError
+from .exporting import EngineName, on_engine
 from .shared import (
     MAX_PIXELS,
     DType,
@@ -85,6 +86,7 @@ def reconstruct(
     steps: int | None = None,
     seed: int = 0,
     noise: Literal["gaussian", "zero"] | None = None,
+    engine: EngineName | None = None,
     max_pixels: int = MAX_PIXELS,
     device: str = "auto",
     dtype: DType = "float32",
@@ -99,6 +101,8 @@ def reconstruct(
         steps: Sampler steps; default: what the model was made for.
         seed: Noise seed, the same for every picture.
         noise: What decoding starts from; default: what the model was made for.
+        engine: Decode in one step with torch (folded weights), compile, onnxruntime, openvino, openvino-bf16 or
+            openvino-int8; from the file of `monobath export` where the model has one, else made for this run.
         max_pixels: Largest accepted picture, in pixels.
         device: cpu, cuda, cuda:1 …; auto: a GPU if there is one.
         dtype: Arithmetic.
@@ -111,7 +115,7 @@ def reconstruct(
     from ..files import write_file
     from ..images import tensor_to_pil
 
-    tokenizer = load_tokenizer(model, device, dtype)
+    tokenizer = on_engine(load_tokenizer(model, device, dtype), model, engine)
     table = Table("picture", "size", "PSNR", "encode ms", "decode ms")
     for column in table.columns[1:]:
         column.justify = "right"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..sampling import draw_noise, euler
 from ..tokenizer import Tokenizer, pad_to_multiple
 from .peers import coding_parts, placed, random_autoencoder
 from .report import machine
+from .tables import NONE
 from .throughput import Work, conditions, measure, profile
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,9 @@ logger = logging.getLogger(__name__)
 DECODERS = [f"{size}/{patch}" for size in ("XS", "S", "B", "M") for patch in (1, 2, 4)]
 FACTOR, CHANNELS = 8, 4
 KL, TINY = "AutoencoderKL", "AutoencoderTiny"
+
+Maker = Callable[[int, int], Work]
+"""(batch, side) → a call that decodes that."""
 
 
 @dataclass(kw_only=True)
@@ -39,8 +43,9 @@ class BenchRow:
     size: int
     """Side of the decoded square, in pixels."""
     parameters: int
-    gflop: float
-    """10⁹ operations a call (a multiply-add counts two); see `throughput.count_flops` for what is left out."""
+    gflop: float | None
+    """10⁹ operations a call (a multiply-add counts two); see `throughput.count_flops` for what is left out. None:
+    computed outside PyTorch, where they are not counted."""
     ms: float
     """Median milliseconds a call."""
     ms_low: float
@@ -55,9 +60,9 @@ class BenchRow:
     """Median time of `AutoencoderTiny` over this one's."""
 
     @property
-    def gflop_per_second(self) -> float:
+    def gflop_per_second(self) -> float | None:
         """Operations a second that were achieved, in 10⁹."""
-        return 1000 * self.gflop / self.ms
+        return None if self.gflop is None else 1000 * self.gflop / self.ms
 
 
 @dataclass(kw_only=True)
@@ -93,11 +98,11 @@ class Bench:
                 [
                     row.name,
                     f"{row.parameters / 1e6:.2f} M",
-                    f"{row.gflop:.4g}",
+                    NONE if row.gflop is None else f"{row.gflop:.4g}",
                     f"{row.ms:.4g}",
                     f"{row.ms_low:.4g}–{row.ms_high:.4g}",
-                    f"{row.gflop_per_second:.3g}",
-                    "–" if row.peak_mb is None else f"{row.peak_mb:.0f}",
+                    NONE if row.gflop_per_second is None else f"{row.gflop_per_second:.3g}",
+                    NONE if row.peak_mb is None else f"{row.peak_mb:.0f}",
                     f"{row.speed_to_kl:.3g}×",
                     f"{row.speed_to_tiny:.3g}×",
                 ]
@@ -110,10 +115,10 @@ class Bench:
         c = self.conditions
         where = self.machine.get("gpu") or f"{self.machine.get('cpu')}, threads: {c['threads']}"
         return [
-            f"Batch {self.batch}, {c['dtype']}, {c['device']} ({where}), not compiled, torch {self.machine['torch']}.",
+            f"Batch {self.batch}, {c['dtype']}, {c['device']} ({where}), torch {self.machine['torch']}.",
             f"Median and quartiles of {self.repeats} interleaved rounds after a warm-up, in one process.",
             f"Decoders: random weights, factor {FACTOR}, {CHANNELS} latent channels, one step from Gaussian noise; "
-            "named models decode as they were made to.",
+            "named models decode as they were made to; a name after a comma is the engine (none: eager PyTorch).",
             f"{KL}: Stable Diffusion's shape; {TINY}: default shape (TAESD); random weights, decoders only.",
             "GFLOP: convolutions, matrix products and attention as executed; a multiply-add counts two.",
         ]
@@ -141,6 +146,7 @@ def run_bench(
     sizes: Sequence[int] = (256, 512),
     decoders: Sequence[str] = tuple(DECODERS),
     models: Sequence[str] = (),
+    extra: Mapping[str, tuple[nn.Module, Maker]] | None = None,
     repeats: int = 5,
     batch: int = 1,
     progress: Callable[[str], None] | None = None,
@@ -154,6 +160,7 @@ def run_bench(
         sizes: sides of the decoded squares, in pixels, multiples of 8.
         decoders: `SIZE/PATCH`, with random weights.
         models: packaged names, folders or Hub ids of tokenizers whose decoder is timed too.
+        extra: further decoders by name: the network whose parameters count, and how it is called.
         repeats: timed rounds.
         progress: told in words what comes next.
         command: what the user typed, kept with the results.
@@ -165,7 +172,7 @@ def run_bench(
     _check(sizes, batch, repeats, dtype)
     say = progress or logger.info
     place, kind = torch.device(device), getattr(torch, dtype)
-    networks = _networks(decoders, models, place, kind)
+    networks = _networks(decoders, models, place, kind) | dict(extra or {})
     results: list[BenchRow] = []
     with torch.no_grad():  # libraries load at the first call, whose memory is not the decoders'
         for name, (_, make) in networks.items():
@@ -188,7 +195,7 @@ def run_bench(
                     name=name,
                     size=size,
                     parameters=sum(p.numel() for p in networks[name][0].parameters()),
-                    gflop=gflop,
+                    gflop=gflop or None,
                     ms=timing.median,
                     ms_low=low,
                     ms_high=high,
@@ -208,10 +215,6 @@ def run_bench(
     )
 
 
-Maker = Callable[[int, int], Work]
-"""(batch, side) → a call that decodes that."""
-
-
 def _networks(
     decoders: Sequence[str], models: Sequence[str], device: torch.device, dtype: torch.dtype
 ) -> dict[str, tuple[nn.Module, Maker]]:
@@ -228,18 +231,26 @@ def _networks(
         if name in found:
             raise UserError(f"{name!r} names two of the benchmark's decoders: give each once")
         tokenizer = Tokenizer.from_pretrained(name, device=device, dtype=dtype)
-        found[name] = (tokenizer.decoder, _model_maker(tokenizer))
+        found[name] = (tokenizer.decoder, tokenizer_maker(tokenizer))
     return found
 
 
-def _latents(batch: int, side: int, channels: int, factor: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def random_latents(
+    batch: int,
+    side: int,
+    channels: int = CHANNELS,
+    factor: int = FACTOR,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Seeded Gaussian latents for pictures of `side`², `(batch, channels, ⌈side/factor⌉, ⌈side/factor⌉)`."""
     shape = (channels, -(-side // factor), -(-side // factor))
     return draw_noise(shape, range(batch)).to(device, dtype)
 
 
 def _peer_maker(peer: Any, device: torch.device, dtype: torch.dtype) -> Maker:
     def make(batch: int, side: int) -> Work:
-        z = _latents(batch, side, CHANNELS, FACTOR, device, dtype)
+        z = random_latents(batch, side, CHANNELS, FACTOR, device, dtype)
         return lambda: peer.decode(z, return_dict=False)
 
     return make
@@ -249,7 +260,7 @@ def _decoder_maker(decoder: Decoder, device: torch.device, dtype: torch.dtype) -
     unit = max(1, decoder.config.token_side // FACTOR)
 
     def make(batch: int, side: int) -> Work:
-        z = pad_to_multiple(_latents(batch, side, CHANNELS, FACTOR, device, dtype), unit, mode="replicate")
+        z = pad_to_multiple(random_latents(batch, side, CHANNELS, FACTOR, device, dtype), unit, mode="replicate")
         shape = (3, z.shape[2] * FACTOR, z.shape[3] * FACTOR)
 
         def decode() -> Tensor:
@@ -261,10 +272,12 @@ def _decoder_maker(decoder: Decoder, device: torch.device, dtype: torch.dtype) -
     return make
 
 
-def _model_maker(tokenizer: Tokenizer) -> Maker:
+def tokenizer_maker(tokenizer: Tokenizer) -> Maker:
+    """Decoding by the public `Tokenizer.decode`."""
+
     def make(batch: int, side: int) -> Work:
         channels, factor = tokenizer.config.encoder.latent_channels, tokenizer.factor
-        z = _latents(batch, side, channels, factor, tokenizer.device, tokenizer.dtype)
+        z = random_latents(batch, side, channels, factor, tokenizer.device, tokenizer.dtype)
         return lambda: tokenizer.decode(z, size=(side, side))
 
     return make

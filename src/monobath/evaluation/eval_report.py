@@ -277,7 +277,7 @@ def bench_page(bench: Bench) -> str:
                     group="network" if row.name.startswith("Autoencoder") else "ours",
                 )
                 for row in found
-                if row.gflop > 0
+                if row.gflop
             ]
             if points:
                 drawing = plot(points, Axis(label="GFLOP a call", log=True), Axis(label=title, log=True))
