@@ -1,6 +1,7 @@
 """`monobath export`, and decoding with what it wrote."""
 
 import importlib.util
+import json
 import typing
 
 import pytest
@@ -71,3 +72,13 @@ def test_names_of_engines_are_the_engines():
 
     assert set(typing.get_args(exporting.EngineName)) == set(typing.get_args(Engine))
     assert set(typing.get_args(exporting.FileEngine)) <= set(FILES)
+
+
+def test_bench_times_models_and_a_peer_under_an_engine(model, tmp_path, capsys):
+    arguments = ["bench", "--cpu", "--sizes", "32", "--decoders", "XS/4", "--repeats", "1", "--engine", "torch"]
+    assert main([*arguments, "--model", str(model), "--out", str(tmp_path)]) == 0
+    capsys.readouterr()
+    rows = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["results"]
+    named = {row["name"]: row for row in rows}
+    assert set(named) >= {str(model), f"{model}, torch", "AutoencoderTiny, torch"}
+    assert named["AutoencoderTiny, torch"]["parameters"] == named["AutoencoderTiny"]["parameters"]

@@ -237,7 +237,7 @@ def test_bench_reports_itself(result):
     text = found.markdown()
     assert "monobath bench --sizes 16 24" in text
     assert text.count("| XS/4 |") == 2
-    assert "not compiled" in text
+    assert "none: eager PyTorch" in text
 
 
 @pytest.mark.parametrize(
