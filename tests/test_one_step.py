@@ -77,7 +77,10 @@ def test_optimized_tokenizer_decodes_the_same_pictures(tokenizer):
 
 
 def test_optimized_tokenizer_encodes_too_and_is_a_new_one(tokenizer):
+    tokenizer.train()
     fast = tokenizer.optimize()
+    assert tokenizer.encoder.training
+    tokenizer.eval()
     images = torch.rand(1, 3, 22, 30) * 2 - 1
     assert torch.equal(fast.encode(images).mode(), tokenizer.encode(images).mode())
     assert fast(images).shape == images.shape

@@ -233,8 +233,8 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
             compile: also `torch.compile` the decoder: a wait at each new size, faster decoding after it.
 
         Returns:
-            A new tokenizer, in evaluation mode, whose `decode` takes one step from that noise and nothing else; it
-            can be neither trained nor saved. This one stays as it is.
+            A new tokenizer with the same encoder, shared, whose `decode` takes one step from that noise and nothing
+            else; it can be neither trained nor saved. This one stays as it is.
 
         Raises:
             UserError: it is optimized already.
@@ -248,11 +248,12 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
         return self.with_decoder(decoder)
 
     def with_decoder(self, decoder: OneStep) -> Tokenizer:
-        """A tokenizer with the same encoder, which decodes with `decoder`, in evaluation mode."""
+        """A tokenizer with the same encoder, shared, which decodes with `decoder`."""
         other = copy.copy(self)
         other._modules = {"encoder": self.encoder, "decoder": decoder}
         other.config = dataclasses.replace(self.config, sampler=SamplerConfig(steps=1, noise=decoder.noise))
-        return other.eval()
+        other.training = False  # not eval(): the encoder is shared, and its mode is this one's affair
+        return other
 
     # ---- files ----------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ decoders that start from Gaussian noise, `noise` (B, 3, H, W); output `image` (B
 
 from __future__ import annotations
 
+import copy
 import importlib
 import io
 import logging
@@ -143,7 +144,7 @@ def onnx_bytes(tokenizer: Tokenizer) -> bytes:
     inputs = {"latent": torch.zeros(2, config.latent_channels, h, w)}
     if decoder.noise == "gaussian":
         inputs["noise"] = torch.zeros(2, 3, h * config.factor, w * config.factor)
-    return module_to_onnx(decoder.cpu().float(), inputs)
+    return module_to_onnx(copy.deepcopy(decoder).cpu().float(), inputs)
 
 
 def module_to_onnx(module: nn.Module, inputs: dict[str, Tensor]) -> bytes:
