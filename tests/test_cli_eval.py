@@ -107,6 +107,16 @@ def test_table_and_notes_are_printed(prepared, tmp_path, capsys):
     assert "Speed was not measured." in (tmp_path / "out/report.html").read_text(encoding="utf-8")
 
 
+def test_speed_is_measured_at_every_batch_asked_for(prepared, tmp_path):
+    more = ["--no_baselines", "--limit", "2", "--speed_batches", "2", "1", "2"]
+    assert main(command(prepared, tmp_path / "out", *more)) == 0
+    (system,) = json.loads((tmp_path / "out/results.json").read_text(encoding="utf-8"))["systems"]
+    measured = [(speed["batch"], speed["part"]) for speed in system["speed"]]
+    assert measured == [(1, "encode"), (1, "decode"), (2, "encode"), (2, "decode")]
+    gflop = {speed["batch"]: speed["gflop"] for speed in system["speed"] if speed["part"] == "decode"}
+    assert gflop[2] == pytest.approx(2 * gflop[1], rel=0.01)
+
+
 def test_only_the_first_of_two_processes_writes(prepared, tmp_path):
     words = command(prepared, tmp_path / "out", "--no_baselines", "--batch", "1")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "monobath"]
@@ -148,6 +158,7 @@ def test_the_decoders_named_in_the_help_are_the_benchmarks_own():
         (["--size", "4"], "--size is 4: it must be at least 8"),
         (["--batch", "0"], "--batch is 0"),
         (["--repeats", "-1"], "--repeats is -1"),
+        (["--speed_batches", "0"], "--speed_batches is 0"),
         (["--limit", "0"], "limit"),
         (["--steps", "0"], "at least one step"),
         (["--metrics", "pnsr"], "did you mean psnr?"),

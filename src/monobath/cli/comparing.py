@@ -35,6 +35,7 @@ def eval_(
     workers: int = 0,
     seed: int = 0,
     repeats: int = 5,
+    speed_batches: list[int] | None = None,
     out: str = "runs/eval",
     device: str = "auto",
     dtype: DType = "float32",
@@ -60,6 +61,7 @@ def eval_(
         workers: Processes that read pictures; 0: none besides this one.
         seed: Seed of noise, crops and resampling.
         repeats: Timed rounds; 0: no times.
+        speed_batches: Pictures a call when speed is measured; default: 1. The tables show the smallest.
         out: Folder for the results.
         device: cpu, cuda, cuda:1 …; auto: a GPU if there is one.
         dtype: Arithmetic of the networks.
@@ -70,6 +72,7 @@ def eval_(
         ("batch", batch, 1),
         ("workers", workers, 0),
         ("repeats", repeats, 0),
+        *(("speed_batches", number, 1) for number in speed_batches or []),
     ):
         if value < least:
             raise UserError(f"--{name} is {value}: it must be at least {least}")
@@ -103,7 +106,9 @@ def eval_(
         if not is_main:
             return
         if repeats:
-            speeds = system_speeds(systems, (size, size), repeats=repeats, progress=progress.words)
+            speeds = system_speeds(
+                systems, (size, size), sorted(set(speed_batches or [1])), repeats=repeats, progress=progress.words
+            )
             for result in evaluation.systems:
                 result.speed = speeds[result.name]
     chosen = closeups.choose(kept.names, kept.originals, kept.outputs, closeups.shown_systems(evaluation))
