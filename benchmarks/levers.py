@@ -36,7 +36,7 @@ from monobath.evaluation.systems import Code, System
 from monobath.evaluation.throughput import system_speeds
 from monobath.files import write_file, write_text
 from monobath.images import to_float
-from monobath.models.decoder import DecoderConfig, Level, ResBlock
+from monobath.models.decoder import DecoderConfig, Level, ResBlock, _modulate
 from monobath.models.encoder import EncoderConfig
 from monobath.tokenizer import SamplerConfig, TokenizerConfig
 from monobath.training.config import LossConfig, OptimizerConfig, TimesConfig
@@ -121,11 +121,9 @@ class PlainBlock(ResBlock):
 
 
 class SingleBlock(ResBlock):
-    """A residual block merged into one convolution, modulated by latent and time together."""
+    """A residual block merged into one convolution, modulated by the latent; it does not see the time."""
 
     def forward(self, x: Tensor, context: Tensor, time: Tensor) -> Tensor:
-        from monobath.models.decoder import _modulate
-
         return self.shortcut(x) + self.conv1(F.silu(_modulate(self.norm1(x), self.context(context))))
 
 
@@ -203,14 +201,16 @@ LEVERS: dict[str, Lever] = {
     "pixel-norm": Lever(what="RMS norm of single pixels instead of GroupNorm", change=pixel_norms),
     "no-fine-norm": Lever(what="no norm at the finest level", change=no_fine_norms),
     "no-modulation": Lever(what="latent at the input only, no modulation of blocks", change=blocks_as(PlainBlock)),
-    "single-conv": Lever(what="one convolution a residual block", change=blocks_as(SingleBlock)),
+    "single-conv": Lever(what="one convolution a residual block, without the time", change=blocks_as(SingleBlock)),
     "no-fine-blocks": Lever(what="no residual blocks at the finest level", change=no_fine_blocks),
     "gaussian-noise": Lever(what="Gaussian noise only, in training and decoding", zero=0.0, noise="gaussian"),
     "zero-noise-only": Lever(what="t = 1 and zero noise only: a plain regression", ones=1.0, zero=1.0),
     "few-ones": Lever(what="a quarter of the samples at t = 1 instead of three", ones=0.25),
     "no-res-norm": Lever(what="no norm in any residual block", change=no_residual_norms),
     "up-only": Lever(what="no residual blocks at the finest level on the way down", change=no_fine_down_blocks),
-    "no-res-norm+up-only": Lever(what="both", change=all_of(no_residual_norms, no_fine_down_blocks)),
+    "no-res-norm+up-only": Lever(
+        what="no-res-norm and up-only together", change=all_of(no_residual_norms, no_fine_down_blocks)
+    ),
     "no-fine-norm+single-conv": Lever(
         what="no norm at the finest level, one convolution a residual block",
         change=all_of(no_fine_norms, blocks_as(SingleBlock)),

@@ -19,19 +19,13 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from monobath import Tokenizer, UserError
 from monobath.data import PhotoDataset, iterate_eval
+from monobath.evaluation.codecs import Bicubic
+from monobath.evaluation.metrics import psnr
 from monobath.images import to_float, to_uint8
 from monobath.losses.perceptual import EffLiteDistance
-
-
-def bicubic(x: Tensor) -> Tensor:
-    """Keep one RGB pixel per 8×8 block."""
-    size = (x.shape[2], x.shape[3])
-    small = F.interpolate(x, scale_factor=1 / 8, mode="bicubic", antialias=True)
-    return F.interpolate(to_float(to_uint8(small)), size=size, mode="bicubic", antialias=True)
 
 
 def principal_components(x: Tensor, kept: int) -> Tensor:
@@ -57,7 +51,8 @@ def main() -> int:
 
     dataset = PhotoDataset(args.data, size=args.size, augment=False)
     x = to_float(torch.cat([b["image"] for b in iterate_eval(dataset, batch_size=16)]))
-    systems: dict[str, Tensor] = {"bicubic ÷8 ×8": bicubic(x)}
+    scaled = Bicubic(8)
+    systems: dict[str, Tensor] = {scaled.name: scaled.decode(scaled.encode(x), range(len(x)))}
     systems |= {f"pca-{k}": principal_components(x, k) for k in (3, 4)}
     for name in args.model:
         tokenizer = Tokenizer.from_pretrained(name)
@@ -75,12 +70,12 @@ def main() -> int:
     results = {}
     for name, output in systems.items():
         a, b = to_uint8(output), to_uint8(x)
-        psnr = peak_signal_noise_ratio(a.float(), b.float(), data_range=255.0, reduction="none", dim=(1, 2, 3)).mean()
+        mean_psnr = psnr(a, b).mean()
         with torch.no_grad():
             pairs = zip(to_float(a).split(16), to_float(b).split(16), strict=True)
             effl = torch.cat([distance(p, q) for p, q in pairs]).mean()
-        results[name] = {"psnr": psnr.item(), "efflite_lite2": effl.item()}
-        table.add_row(name, f"{psnr:.2f}", f"{effl:.4f}")
+        results[name] = {"psnr": mean_psnr.item(), "efflite_lite2": effl.item()}
+        table.add_row(name, f"{mean_psnr:.2f}", f"{effl:.4f}")
     Console().print(table)
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
