@@ -223,10 +223,10 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
         return self.decode(posterior.mode(), size=posterior.size)
 
     def optimize(self, *, noise: Noise | None = None, compile: bool = False) -> Tokenizer:
-        """The one-step inference form: the same pictures (to rounding) with less work and memory.
+        """The one-step inference form: the same pictures (to rounding) with fewer operations.
 
         Everything that is constant at t = 1 is folded into the weights (see `models/one_step.py`), and images are
-        kept channels-last, which suits convolutions and the transformer alike.
+        kept channels-last. It is what `monobath export` writes; by itself it is hardly faster on a CPU.
 
         Args:
             noise: what decoding will start from; default: what the checkpoint was made for.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import UserError
-from .shared import load_tokenizer, open_pixels, out_folder, write
+from .shared import MAX_PIXELS, load_tokenizer, open_pixels, out_folder, write
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,7 +72,7 @@ def calibration_latents(tokenizer: Tokenizer, pictures: Sequence[str] | None = N
     from .shared import find_pictures
 
     files = find_pictures(pictures) if pictures else resources.sample_paths()
-    return [tokenizer.encode(open_pixels(file, CALIBRATION_SIDE, 64_000_000)).mode() for file in files]
+    return [tokenizer.encode(open_pixels(file, CALIBRATION_SIDE, MAX_PIXELS)).mode() for file in files]
 
 
 def engine_networks(models: Sequence[str], engines: Sequence[str]) -> dict[str, tuple[Any, Any]]:

@@ -106,7 +106,7 @@ class PhotoDataset(_Pictures, Dataset[Item | None]):
     for `images.to_float` on the device), `index` (int, of the picture in `samples`) and, if `labels`,
     `label` (int).
 
-    With `augment=False` the item is METHOD.md §10's evaluation view, has a `name` too, and is None where the
+    With `augment=False` the item is the evaluation view (docs/evaluation.md), has a `name` too, and is None where the
     picture cannot be used: go through `iterate_eval`, which leaves those out.
 
     Args:

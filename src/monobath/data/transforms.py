@@ -92,7 +92,7 @@ def random_crop(
 
 
 def center_crop(image: Image.Image, *, size: int) -> Tensor:
-    """Evaluation transform (METHOD.md §10): RGB image → uint8 `(3, size, size)`.
+    """Evaluation transform (docs/evaluation.md): RGB image → uint8 `(3, size, size)`.
 
     Short side to `size`, bicubic with antialias, then the centre crop; geometry as torchvision's
     `Resize(size)` and `CenterCrop(size)`.

@@ -1,4 +1,4 @@
-"""The comparison: every system reconstructs the same pictures and is measured in the same way (METHOD.md §10).
+"""The comparison: every system reconstructs the same pictures and is measured in the same way.
 
 Systems come one after the other, each in one pass over the pictures, in constant memory but for the figures. Of several
 processes (`processes.group`) each takes every n-th batch; batches are those of a single process, so figures are equal.

@@ -219,7 +219,7 @@ def random_crops(images: Tensor, indices: Sequence[int], *, seed: int = 0) -> Te
 
 
 class EffLiteFeatures:
-    """Pooled features of ImageNet-trained EfficientNet-Lite2 of random crops, for FD-EffLite (METHOD.md §10)."""
+    """Pooled features of ImageNet-trained EfficientNet-Lite2 of random crops, for FD-EffLite."""
 
     dim = 1280
     side = 260

@@ -222,7 +222,7 @@ def sample_images(size: tuple[int, int]) -> Tensor:
 
 
 def conditions(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What a time holds for, besides the machine."""
+    """What the time of an eager network holds for, besides the machine."""
     return {
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),

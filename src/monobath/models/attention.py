@@ -47,7 +47,8 @@ def windowed_attention(
         q, k, v: (B, heads, H·W, d), tokens in row-major order.
         bias: (2r+1, 2r+1, heads), indexed by query minus key, shifted by the reach r.
         grid: (H, W), any sides ≥ 1, also smaller than the window.
-        backend: `auto` (dense on small grids, else blocked), `dense`, `blocked` or `flex`.
+        backend: `auto` (dense on small grids, else blocked), `dense`, `blocked` or `flex`. While a graph is exported
+            it is `blocked`, whatever is asked: the graph must serve any grid.
 
     Returns:
         (B, heads, H·W, d), in autocast's dtype where autocast is on.

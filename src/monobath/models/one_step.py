@@ -10,7 +10,7 @@ linear layer behind it. No branch depends on the picture's size, so that the mod
 
 from __future__ import annotations
 
-import copy
+from copy import deepcopy
 from typing import Literal, TypeVar, cast
 
 import torch
@@ -29,7 +29,6 @@ from .decoder import (
     timestep_embedding,
 )
 
-M = TypeVar("M", bound=nn.Module)
 L = TypeVar("L", nn.Conv2d, nn.Linear)
 
 
@@ -61,9 +60,9 @@ class OneStepDecoder(OneStep):
         config = decoder.config
         super().__init__(config, noise)
         time = F.silu(decoder.time(timestep_embedding(torch.ones(1), config.channels[0]).to(decoder.conv_in.weight)))
-        self.context = _copy(decoder.context)
+        self.context = deepcopy(decoder.context)
         pixels = 3 * config.patch**2
-        self.conv_in = _copy(decoder.conv_in)
+        self.conv_in = deepcopy(decoder.conv_in)
         if noise == "zero":
             self.conv_in = _convolution(decoder.conv_in.weight[:, pixels:], decoder.conv_in.bias)
         parts: list[nn.Conv2d] = []
@@ -72,12 +71,12 @@ class OneStepDecoder(OneStep):
             for level in cast(list[Level], levels):
                 blocks = [FoldedBlock(cast(ResBlock, block), time) for block in level.blocks]
                 parts += [cast(ResBlock, block).context for block in level.blocks]
-                folded.append(nn.ModuleList([nn.ModuleList(blocks), _copy(level.resample or nn.Identity())]))
+                folded.append(nn.ModuleList([nn.ModuleList(blocks), deepcopy(level.resample or nn.Identity())]))
         self.modulation = _merged(parts)
         self.widths = [part.out_channels for part in parts]
         self.middle = FoldedMiddle(decoder.middle)
-        self.norm_out, self.conv_out = _copy(decoder.norm_out), _copy(decoder.conv_out)
-        self.linear_skip = _copy(decoder.linear_skip) if config.linear_skip else None
+        self.norm_out, self.conv_out = deepcopy(decoder.norm_out), deepcopy(decoder.conv_out)
+        self.linear_skip = deepcopy(decoder.linear_skip) if config.linear_skip else None
         self.requires_grad_(False).eval()
 
     def forward(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -122,9 +121,9 @@ class FoldedBlock(nn.Module):
         super().__init__()
         first, second = block.norm1, block.norm2
         self.groups1, self.eps1 = (first.num_groups, first.eps) if isinstance(first, nn.GroupNorm) else (0, 0.0)
-        self.conv1, self.conv2, self.shortcut = _copy(block.conv1), _copy(block.conv2), _copy(block.shortcut)
+        self.conv1, self.conv2, self.shortcut = deepcopy(block.conv1), deepcopy(block.conv2), deepcopy(block.shortcut)
         scale, shift = block.time(time)[0].chunk(2)
-        self.norm2 = _copy(second)
+        self.norm2 = deepcopy(second)
         if isinstance(self.norm2, nn.GroupNorm):
             self.norm2.weight.copy_(self.norm2.weight * (1 + scale))
             self.norm2.bias.copy_(self.norm2.bias * (1 + scale) + shift)
@@ -145,7 +144,7 @@ class FoldedMiddle(nn.Module):
     def __init__(self, middle: Middle) -> None:
         super().__init__()
         blocks = cast(list[TransformerBlock], list(middle.blocks))
-        self.norm, self.linear_in, self.linear_out = map(_copy, (middle.norm, middle.linear_in, middle.linear_out))
+        self.norm, self.linear_in, self.linear_out = map(deepcopy, (middle.norm, middle.linear_in, middle.linear_out))
         self.blocks = nn.ModuleList(FoldedTransformerBlock(block) for block in blocks)
         if blocks:
             weight = torch.cat([block.context.weight for block in blocks])
@@ -168,9 +167,8 @@ class FoldedTransformerBlock(nn.Module):
     def __init__(self, block: TransformerBlock) -> None:
         super().__init__()
         self.heads, self.attention = block.heads, block.attention
-        self.norm1, self.bias, self.out, self.mlp_out = (
-            _copy(block.norm1), nn.Parameter(block.bias.detach().clone()), _copy(block.out), _copy(block.mlp_out),
-        )  # fmt: skip
+        self.norm1, self.out, self.mlp_out = map(deepcopy, (block.norm1, block.out, block.mlp_out))
+        self.bias = nn.Parameter(block.bias.detach().clone())
         self.qkv = _linear(torch.cat([block.q.weight, block.k.weight, block.v.weight]), None)
         affine = block.norm2  # (n·w + b) @ M.T + c = n @ (M·w).T + (M @ b + c)
         self.mlp_in = _linear(
@@ -253,7 +251,3 @@ def _filled(module: L, weight: Tensor, bias: Tensor | None) -> L:
     if bias is not None:
         cast(Tensor, module.bias).copy_(bias)
     return module
-
-
-def _copy(module: M) -> M:
-    return copy.deepcopy(module)
