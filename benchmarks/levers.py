@@ -66,6 +66,7 @@ BASE = {
     "size": "custom", "patch": 4, "channels": [64, 128], "down_blocks": 1, "middle_blocks": 4, "heads": 4,
     "prediction": "x", "linear_skip": True,
 }  # fmt: skip
+LEAN = {"norm": "local", "modulation": False, "middle_blocks": 0, "down": [0, 2], "up": [2, 3]}
 
 
 class PixelNorm(nn.Module):
@@ -232,6 +233,23 @@ LEVERS: dict[str, Lever] = {
     "local+wider": Lever(
         what="norm: local, channels 96-192", decoder={"norm": "local", "channels": [96, 192], "heads": 6}
     ),
+    "lean": Lever(what="local, no transformer, no modulation, no fine blocks on the way down", decoder=LEAN),
+    "lean+modulation": Lever(what="lean, blocks modulated by the latent", decoder=LEAN | {"modulation": True}),
+    "lean+down": Lever(what="lean, a fine residual block on the way down", decoder=LEAN | {"down": [1, 2]}),
+    "lean+transformer": Lever(
+        what="lean, 4 transformer blocks for 2 of 5 residual blocks of the coarse level",
+        decoder=LEAN | {"middle_blocks": 4, "down": [0, 1], "up": [2, 2]},
+    ),
+    "lean-deep": Lever(what="lean, 9 instead of 5 residual blocks at the coarse level",
+                       decoder=LEAN | {"down": [0, 3], "up": [2, 6]}),
+    "lean-wide": Lever(what="lean, channels 96-192", decoder=LEAN | {"channels": [96, 192]}),
+    "lean-64-192": Lever(what="lean, channels 64-192", decoder=LEAN | {"channels": [64, 192]}),
+    "lean-fine": Lever(what="lean, 4 instead of 2 residual blocks at the fine level", decoder=LEAN | {"up": [4, 3]}),
+    "lean-patch-2": Lever(what="lean, patch 2, channels 32-64-128",
+                          decoder=LEAN | {"patch": 2, "channels": [32, 64, 128], "down": [0, 0, 2], "up": [2, 2, 3]}),
+    "lean-patch-8": Lever(what="lean, patch 8, 192 channels, 8 residual blocks: all on the 8×8 grid",
+                          decoder=LEAN | {"patch": 8, "channels": [192], "down": [0], "up": [8]}),
+    "lean+zero-noise-only": Lever(what="lean, t = 1 and zero noise only", decoder=LEAN, ones=1.0, zero=1.0),
     "XS/4": Lever(what="preset XS/4, x-prediction", decoder={"size": "XS/4"}),
     "XS/2": Lever(what="preset XS/2, x-prediction", decoder={"size": "XS/2"}),
     "S/2": Lever(what="preset S/2, x-prediction", decoder={"size": "S/2"}),

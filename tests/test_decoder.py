@@ -210,6 +210,8 @@ def test_linear_skips_start_as_a_low_pass(channels, factor):
         ({"size": "S/2", "norm": "batch"}, ["norm", "'batch'", "local"]),
         ({"size": "S/2", "reach": -1}, ["reach"]),
         ({"size": "S/2", "down_blocks": 0}, ["down_blocks"]),
+        ({"size": "S/2", "down": [1]}, ["decoder.down", "[1]", "3 levels"]),
+        ({"size": "S/2", "up": [1, 0, 1]}, ["decoder.up", "[1, 0, 1]", "at least 1"]),
     ],
 )
 def test_config_cross_checks(changes, words):
@@ -264,3 +266,20 @@ def test_local_norm_bounds_what_a_pixel_depends_on():
             change = (decoder(x_t, t, other) - decoder(x_t, t, z)).abs()
         assert change[..., -8:].max() > 1e-3
         assert bool(change[..., :8].max() > 0) is depends
+
+
+def test_convolutions_alone_have_no_context_and_only_what_they_use():
+    """Without transformer and modulation nothing computes a context; every weight that is left matters."""
+    decoder = tiny_decoder(norm="local", middle_blocks=0, modulation=False, down=[0, 2], up=[2, 3])
+    assert not any("context" in name or "middle" in name for name in decoder.state_dict())
+    assert [len(level.blocks) for level in (*decoder.down, *decoder.up)] == [0, 2, 3, 2]
+    decoder(*inputs()).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in decoder.parameters())
+
+
+@pytest.mark.parametrize(("down", "up"), [([0, 1], [2, 2]), ([2, 1], [1, 1]), ([1, 3], [4, 2])])
+def test_levels_take_any_number_of_blocks(down, up):
+    x_t, t, z = inputs()
+    decoder = tiny_decoder(down=down, up=up)
+    assert decoder(x_t, t, z).shape == x_t.shape
+    assert not torch.equal(decoder(x_t, t, z), decoder(x_t, t, z + 1))

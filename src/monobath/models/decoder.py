@@ -57,6 +57,12 @@ class DecoderConfig:
     """Attention heads."""
     down_blocks: int = 2
     """Residual blocks a level on the way down; one more on the way up."""
+    down: list[int] = field(default_factory=list)
+    """Residual blocks of each level on the way down, finest first; default: `down_blocks` each."""
+    up: list[int] = field(default_factory=list)
+    """Residual blocks of each level on the way up, finest first; default: one more than on the way down."""
+    modulation: bool = True
+    """The latent modulates every residual block. False: it reaches them through the input only. Faster."""
     reach: int = 7
     """A token attends to tokens at most this many rows and columns away."""
     dropout: float = 0.0
@@ -72,16 +78,18 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         if self.size != "custom":
             self._fill_from_size()
-        for name in ("patch", "middle_blocks", "heads"):
+        for name in ("patch", "middle_blocks"):
             if getattr(self, name) < (0 if name == "middle_blocks" else 1):
                 raise UserError(f"decoder.size is custom: give decoder.{name} too")
+        if self.middle_blocks and self.heads < 1:
+            raise UserError("decoder.size is custom: give decoder.heads too")
         if not self.channels:
             raise UserError("decoder.size is custom: give decoder.channels too, such as [64, 128]")
         if self.patch & (self.patch - 1):
             raise UserError(f"decoder.patch is {self.patch}: it must be a power of two")
         if self.factor < 1 or self.factor & (self.factor - 1):
             raise UserError(f"decoder.factor is {self.factor}: it must be a power of two")
-        if self.channels[-1] % self.heads:
+        if self.middle_blocks and self.channels[-1] % self.heads:
             raise UserError(f"decoder.heads={self.heads} does not divide the deepest width {self.channels[-1]}")
         if self.prediction == "":
             self.prediction = "v" if self.patch == 1 else "x"
@@ -96,6 +104,15 @@ class DecoderConfig:
             raise UserError(f'decoder.norm is {self.norm!r}: choose "group" or "local"')
         if self.down_blocks < 1 or self.reach < 0 or self.latent_channels < 1:
             raise UserError("decoder: down_blocks and latent_channels must be at least 1, reach at least 0")
+        self.down = self.down or [self.down_blocks] * len(self.channels)
+        self.up = self.up or [blocks + 1 for blocks in self.down]
+        for name, least in (("down", 0), ("up", 1)):
+            blocks = getattr(self, name)
+            if len(blocks) != len(self.channels) or min(blocks) < least:
+                raise UserError(
+                    f"decoder.{name} is {blocks}: give a number for each of the {len(self.channels)} levels, "
+                    f"at least {least}"
+                )
 
     def _fill_from_size(self) -> None:
         name, _, patch = self.size.partition("/")
@@ -130,6 +147,7 @@ class ResBlock(nn.Module):
     """Residual block modulated by the latent's context (first norm) and by the time (second norm).
 
     Without norms the modulations alone keep the scale; the zero-initialised second convolution starts it quietly.
+    `context` is its width, 0 for a block that the latent does not modulate.
     """
 
     def __init__(
@@ -140,7 +158,7 @@ class ResBlock(nn.Module):
         self.norm1: nn.Module = (
             nn.Identity() if local else nn.GroupNorm(norm_groups(in_channels), in_channels, affine=False)
         )
-        self.context = nn.Conv2d(context, 2 * in_channels, 1)
+        self.context = nn.Conv2d(context, 2 * in_channels, 1) if context else None
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2: nn.Module = nn.Identity() if local else nn.GroupNorm(norm_groups(out_channels), out_channels)
         self.time = nn.Linear(time, 2 * out_channels)
@@ -149,8 +167,10 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, context: Tensor, time: Tensor) -> Tensor:
-        # The 1×1 convolution runs at latent resolution; its result is brought to the feature map.
-        h = _modulate(self.norm1(x), self.context(context))
+        h = self.norm1(x)
+        if self.context is not None:
+            # The 1×1 convolution runs at latent resolution; its result is brought to the feature map.
+            h = _modulate(h, self.context(context))
         h = self.conv1(F.silu(h))
         scale, shift = self.time(time)[:, :, None, None].chunk(2, dim=1)
         h = torch.addcmul(shift, self.norm2(h), 1 + scale)
@@ -242,13 +262,11 @@ def normed_tokens(norm: nn.Module, x: Tensor) -> Tensor:
 class Level(nn.Module):
     """Residual blocks of one resolution, then an optional change of resolution."""
 
-    def __init__(self, widths: list[tuple[int, int]], config: DecoderConfig, resample: str) -> None:
+    def __init__(self, widths: list[tuple[int, int]], out: int, config: DecoderConfig, resample: str) -> None:
         super().__init__()
-        context = config.channels[0]
-        self.blocks = nn.ModuleList(
-            ResBlock(i, o, context, 4 * context, config.dropout, config.norm) for i, o in widths
-        )
-        out = widths[-1][1]
+        width = config.channels[0]
+        context = width if config.modulation else 0
+        self.blocks = nn.ModuleList(ResBlock(i, o, context, 4 * width, config.dropout, config.norm) for i, o in widths)
         self.resample: nn.Conv2d | None = None
         if resample == "down":
             self.resample = nn.Conv2d(out, out, 3, stride=2, padding=1)
@@ -271,29 +289,33 @@ class Decoder(nn.Module):
         context = widths[0]
         time = 4 * context
         self.conv_in = nn.Conv2d(3 * patch**2 + config.latent_channels, widths[0], 3, padding=1)
-        self.context = nn.Sequential(
-            nn.Conv2d(config.latent_channels, context, 3, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(context, context, 3, padding=1),
-        )
+        # Only what reads the context makes it.
+        self.context: nn.Module = nn.Identity()
+        if config.modulation or config.middle_blocks:
+            self.context = nn.Sequential(
+                nn.Conv2d(config.latent_channels, context, 3, padding=1),
+                nn.SiLU(),
+                nn.Conv2d(context, context, 3, padding=1),
+            )
         self.time = nn.Sequential(nn.Linear(context, time), nn.SiLU(), nn.Linear(time, time))
 
-        skips = [widths[0]]
-        self.down = nn.ModuleList()
+        self.down, skips = nn.ModuleList(), [[widths[0]]]
         previous, last = widths[0], len(widths) - 1
-        for i, width in enumerate(widths):
-            pairs = [(previous if j == 0 else width, width) for j in range(config.down_blocks)]
-            self.down.append(Level(pairs, config, "down" if i < last else ""))
-            skips += [width] * (config.down_blocks + (i < last))
-            previous = width
-        self.middle = Middle(config, context)
+        for i, (width, blocks) in enumerate(zip(widths, config.down, strict=True)):
+            pairs = [(previous if j == 0 else width, width) for j in range(blocks)]
+            previous = width if blocks else previous
+            self.down.append(Level(pairs, previous, config, "down" if i < last else ""))
+            skips[-1] += [width] * blocks
+            skips.append([previous])
+        self.middle: nn.Module = Middle(config, context) if config.middle_blocks else nn.Identity()
         self.up = nn.ModuleList()
         for i, width in reversed(list(enumerate(widths))):
             pairs = []
-            for _ in range(config.down_blocks + 1):
-                pairs.append((previous + skips.pop(), width))
+            for _ in range(config.up[i]):
+                # A level's input and the output of each of its blocks on the way down are taken up again, last first.
+                pairs.append((previous + (skips[i].pop() if skips[i] else 0), width))
                 previous = width
-            self.up.append(Level(pairs, config, "up" if i > 0 else ""))
+            self.up.append(Level(pairs, width, config, "up" if i > 0 else ""))
         self.norm_out: nn.Module = (
             nn.Identity() if config.norm == "local" else nn.GroupNorm(norm_groups(widths[0]), widths[0])
         )
@@ -308,21 +330,23 @@ class Decoder(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, z: Tensor) -> Tensor:
         self._check(x_t, t, z)
         context = self.context(z)
-        time = F.silu(self.time(timestep_embedding(t, self.config.channels[0]).to(context.dtype)))
         x = F.pixel_unshuffle(x_t, self.config.patch)
         x = self.conv_in(torch.cat([x, resample_to(z, (x.shape[2], x.shape[3]))], dim=1))
-        skips = [x]
+        time = F.silu(self.time(timestep_embedding(t, self.config.channels[0]).to(x.dtype)))
+        skips = []
         for level in cast(Iterable[Level], self.down):
+            skips.append([x])
             for block in level.blocks:
                 x = self._run(block, x, context, time)
-                skips.append(x)
+                skips[-1].append(x)
             if level.resample is not None:
                 x = level.resample(x)
-                skips.append(x)
-        x = self.middle(x, context)
+        if self.config.middle_blocks:
+            x = self.middle(x, context)
         for level in cast(Iterable[Level], self.up):
+            kept = skips.pop()
             for block in level.blocks:
-                x = self._run(block, torch.cat([x, skips.pop()], dim=1), context, time)
+                x = self._run(block, torch.cat([x, kept.pop()], dim=1) if kept else x, context, time)
             if level.resample is not None:
                 x = level.resample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         x = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.config.patch)
@@ -333,7 +357,9 @@ class Decoder(nn.Module):
 
     def set_checkpointing(self, enabled: bool) -> None:
         """Activation checkpointing: less memory in training, one more forward pass. Same results."""
-        self.checkpointing = self.middle.checkpointing = enabled
+        self.checkpointing = enabled
+        if isinstance(self.middle, Middle):
+            self.middle.checkpointing = enabled
 
     def _run(self, block: nn.Module, x: Tensor, context: Tensor, time: Tensor) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():

@@ -70,11 +70,13 @@ class OneStepDecoder(OneStep):
         for levels, folded in ((decoder.down, self.down), (decoder.up, self.up)):
             for level in cast(list[Level], levels):
                 blocks = [FoldedBlock(cast(ResBlock, block), time) for block in level.blocks]
-                parts += [cast(ResBlock, block).context for block in level.blocks]
+                if config.modulation:
+                    parts += [cast(nn.Conv2d, cast(ResBlock, block).context) for block in level.blocks]
                 folded.append(nn.ModuleList([nn.ModuleList(blocks), deepcopy(level.resample or nn.Identity())]))
-        self.modulation = _merged(parts)
+        if config.modulation:
+            self.modulation = _merged(parts)
         self.widths = [part.out_channels for part in parts]
-        self.middle = FoldedMiddle(decoder.middle)
+        self.middle = FoldedMiddle(decoder.middle) if isinstance(decoder.middle, Middle) else None
         self.norm_out, self.conv_out = deepcopy(decoder.norm_out), deepcopy(decoder.conv_out)
         self.linear_skip = deepcopy(decoder.linear_skip) if config.linear_skip else None
         self.requires_grad_(False).eval()
@@ -82,27 +84,28 @@ class OneStepDecoder(OneStep):
     def forward(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
         config = self.config
         context = self.context(z)
-        modulations = iter(self.modulation(context).split(self.widths, dim=1))
+        modulations = iter(self.modulation(context).split(self.widths, dim=1) if config.modulation else ())
         x = _to_level(z, config.factor, config.patch)
         if self.noise == "gaussian":
             assert noise is not None, "this decoder was folded for Gaussian noise: give it"
             x = torch.cat([F.pixel_unshuffle(noise, config.patch), x], dim=1)
         x = self.conv_in(x)
-        skips = [x]
+        skips = []
         for depth, (blocks, resample) in enumerate(cast(list[tuple[nn.ModuleList, nn.Module]], self.down)):
+            skips.append([x])
             for block in blocks:
-                x = block(x, next(modulations), config.factor, config.patch << depth)
-                skips.append(x)
+                x = block(x, next(modulations, None), config.factor, config.patch << depth)
+                skips[-1].append(x)
             if not isinstance(resample, nn.Identity):
                 x = resample(x)
-                skips.append(x)
-        x = self.middle(x, context, config.factor, config.token_side)
+        if self.middle is not None:
+            x = self.middle(x, context, config.factor, config.token_side)
         depth = len(self.up)
         for blocks, resample in cast(list[tuple[nn.ModuleList, nn.Module]], self.up):
-            depth -= 1
+            depth, kept = depth - 1, skips.pop()
             for block in blocks:
-                x = torch.cat([x, skips.pop()], dim=1)
-                x = block(x, next(modulations), config.factor, config.patch << depth)
+                x = torch.cat([x, kept.pop()], dim=1) if kept else x
+                x = block(x, next(modulations, None), config.factor, config.patch << depth)
             if not isinstance(resample, nn.Identity):
                 x = resample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         x = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), config.patch)
@@ -115,7 +118,7 @@ class OneStepDecoder(OneStep):
 
 
 class FoldedBlock(nn.Module):
-    """`ResBlock` at a fixed time; the modulation arrives computed, scale with its 1 already added."""
+    """`ResBlock` at a fixed time; the modulation, if any, arrives computed, scale with its 1 already added."""
 
     def __init__(self, block: ResBlock, time: Tensor) -> None:
         super().__init__()
@@ -131,8 +134,12 @@ class FoldedBlock(nn.Module):
             self.conv1.weight.mul_((1 + scale)[:, None, None, None])
             cast(Tensor, self.conv1.bias).copy_(cast(Tensor, self.conv1.bias) * (1 + scale) + shift)
 
-    def forward(self, x: Tensor, modulation: Tensor, factor: int, side: int) -> Tensor:
-        h = _modulated_norm(x, modulation, self.groups1, self.eps1, factor, side)
+    def forward(self, x: Tensor, modulation: Tensor | None, factor: int, side: int) -> Tensor:
+        h = x
+        if modulation is not None:
+            h = _modulated_norm(x, modulation, self.groups1, self.eps1, factor, side)
+        elif self.groups1:
+            h = F.group_norm(x, self.groups1, eps=self.eps1)
         h = self.conv1(F.silu(h))
         h = self.conv2(F.silu(self.norm2(h)))
         return self.shortcut(x) + h
