@@ -1,6 +1,7 @@
 """Every engine decodes the pictures that torch decodes, at any size, from one file."""
 
 import importlib.util
+import shutil
 
 import numpy as np
 import pytest
@@ -29,13 +30,13 @@ def exported(tmp_path_factory):
     tokenizer = tiny_tokenizer(decoder={"middle_blocks": 1, "linear_skip": True}, noise="gaussian")
     calibration = [torch.randn(1, 4, 6, 6) for _ in range(3)]
     program = onnx_bytes(tokenizer)
-    for engine in ("onnxruntime", "openvino", "openvino-int8"):
+    for engine in ("onnxruntime", "openvino", "openvino-int8", "torch-export"):
         write_export(tokenizer, engine, folder, calibration=calibration, program=program)
     return tokenizer, folder
 
 
 @pytest.mark.parametrize("shape", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino", "torch-export"])
 def test_engine_gives_the_picture_of_torch_at_any_size(exported, engine, shape):
     tokenizer, folder = exported
     z = torch.randn(2, 4, *shape)
@@ -81,6 +82,20 @@ def test_engine_without_a_file_makes_its_own():
     fast = with_engine(tokenizer, "onnxruntime")
     torch.testing.assert_close(fast.decode(z), tokenizer.decode(z), atol=1e-4, rtol=0)
     assert np.isfinite(fast.decode(z, output="uint8").numpy()).all()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
+def test_compiled_ahead_of_time_any_size_from_one_file(tmp_path):
+    tokenizer = tiny_tokenizer(
+        decoder={"channels": [16], "norm": "local", "middle_blocks": 0, "modulation": False, "down": [0], "up": [1]},
+        noise="zero",
+    )
+    file = write_export(tokenizer, "aotinductor", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    fast = with_engine(tokenizer, "aotinductor", folder=tmp_path)
+    for shape in ((2, 4, 5, 3), (1, 4, 1, 1), (3, 4, 16, 9)):
+        z = torch.randn(shape)
+        torch.testing.assert_close(fast.decode(z), tokenizer.decode(z), atol=1e-4, rtol=0)
 
 
 def test_torch_engine_is_the_optimized_form():

@@ -144,8 +144,8 @@ def bench(
         sizes: Sides of the decoded squares, in pixels; default: 256 512.
         decoders: Such as XS/1 S/2; default: XS, S, B and M, each with patch 1, 2 and 4.
         model: Packaged names, folders or Hugging Face Hub ids, whose decoders are timed too.
-        engine: Time these models, and AutoencoderTiny, under these engines too: torch (folded), compile, onnxruntime,
-            openvino, openvino-bf16, openvino-int8.
+        engine: Time these models, and AutoencoderTiny, under these engines too: torch (folded), compile, torch-export,
+            aotinductor, onnxruntime, openvino, openvino-bf16, openvino-int8.
         repeats: Timed rounds.
         batch: Pictures a call.
         out: Folder for the results.

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from ..tokenizer import Tokenizer
 
 # engines.Engine, which costs an import of torch (a test compares them)
-EngineName = Literal["torch", "compile", "onnxruntime", "openvino", "openvino-bf16", "openvino-int8"]
-FileEngine = Literal["onnxruntime", "openvino", "openvino-int8"]
+EngineName = Literal[
+    "torch", "compile", "torch-export", "aotinductor", "onnxruntime", "openvino", "openvino-bf16", "openvino-int8"
+]
+FileEngine = Literal["torch-export", "aotinductor", "onnxruntime", "openvino", "openvino-int8"]
 CALIBRATION_SIDE = 256
 
 
@@ -29,14 +31,16 @@ def export(
 ) -> None:
     """Write the one-step decoder for other runtimes, with the model beside it, to OUT.
 
-    decoder.onnx (ONNX Runtime and others), decoder.xml (OpenVINO), decoder-int8.xml (OpenVINO, int8): input `latent`
-    (B, c, h, w), output `image` (B, 3, H, W) in [-1, 1] before clipping, any B, h and w. OUT is also a model:
+    decoder.onnx (ONNX Runtime and others), decoder.xml (OpenVINO), decoder-int8.xml (OpenVINO, int8), decoder.pt2
+    (torch.export), decoder-aotinductor.pt2 (the same compiled for this processor): input `latent` (B, c, h, w), output
+    `image` (B, 3, H, W) in [-1, 1] before clipping, any B, h and w. OUT is also a model:
     monobath reconstruct PHOTO --model OUT --engine openvino.
 
     Args:
         model: Packaged name, folder, or Hugging Face Hub id.
         out: Folder for the files.
-        engine: What to write for: onnxruntime, openvino, openvino-int8; default: onnxruntime and openvino.
+        engine: What to write for: onnxruntime, openvino, openvino-int8, torch-export, aotinductor; default: onnxruntime
+            and openvino.
         calibration: Pictures or folders of pictures whose latents int8 takes its ranges from; default: the packaged
             sample photos.
     """
@@ -47,7 +51,7 @@ def export(
     engines: Sequence[FileEngine] = list(dict.fromkeys(engine or ["onnxruntime", "openvino"]))
     latents = calibration_latents(tokenizer, calibration) if "openvino-int8" in engines else []
     tokenizer.save_pretrained(folder)
-    program = onnx_bytes(tokenizer)
+    program = onnx_bytes(tokenizer) if set(engines) - {"torch-export", "aotinductor"} else None
     for name in engines:
         write(f"{write_export(tokenizer, name, folder, calibration=latents, program=program)}\n")
 

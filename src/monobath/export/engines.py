@@ -1,10 +1,11 @@
-"""The one-step decoder outside eager torch: ONNX Runtime, OpenVINO (float and int8), torch.compile.
+"""The one-step decoder outside eager torch: ONNX Runtime, OpenVINO (float to int8), torch.compile, torch.export.
 
     fast = with_engine(tokenizer, "openvino")
     pictures = fast.decode(z, output="pil")
 
-Every engine runs the folded decoder of `models/one_step.py` through one ONNX file with free batch, height and width, so
-that one file serves all sizes; `write_export` keeps the file for other programs. Input `latent` (B, c, h, w) and, for
+Every engine runs the folded decoder of `models/one_step.py` from one file with free batch, height and width: an ONNX
+model, or what `torch.export` makes, as it is or compiled ahead of time by AOTInductor (which needs a C++ compiler).
+`write_export` keeps the file for other programs. Input `latent` (B, c, h, w) and, for
 decoders that start from Gaussian noise, `noise` (B, 3, H, W); output `image` (B, 3, H, W), not clipped, all float32.
 """
 
@@ -37,10 +38,14 @@ from ..tokenizer import Tokenizer
 Run = Callable[[dict[str, np.ndarray]], np.ndarray]
 """Arrays by input name → image array."""
 
-Engine = Literal["torch", "compile", "onnxruntime", "openvino", "openvino-bf16", "openvino-int8"]
+Engine = Literal[
+    "torch", "compile", "torch-export", "aotinductor", "onnxruntime", "openvino", "openvino-bf16", "openvino-int8"
+]
 """torch: the folded decoder, eager. openvino-int8: int8 weights and activations, calibrated on latents."""
 
 FILES: dict[str, str] = {
+    "torch-export": "decoder.pt2",
+    "aotinductor": "decoder-aotinductor.pt2",
     "onnxruntime": "decoder.onnx",
     "openvino": "decoder.xml",
     "openvino-bf16": "decoder.xml",
@@ -126,7 +131,10 @@ def write_export(
             samples[-1]["noise"] = draw_noise(shape, [index]).numpy()
     if engine == "openvino-int8" and not samples:
         raise UserError("int8 needs latents to calibrate on: give some photos")
-    return _write(program or onnx_bytes(tokenizer), engine, folder / FILES[engine], samples)
+    target = folder / FILES[engine]
+    if engine in ("torch-export", "aotinductor"):
+        return _write_torch(_exported(*_folded(tokenizer)), engine, target)
+    return _write(program or onnx_bytes(tokenizer), engine, target, samples)
 
 
 def onnx_bytes(tokenizer: Tokenizer) -> bytes:
@@ -135,6 +143,11 @@ def onnx_bytes(tokenizer: Tokenizer) -> bytes:
     Raises:
         UserError: onnx or onnxscript is not installed.
     """
+    return module_to_onnx(*_folded(tokenizer))
+
+
+def _folded(tokenizer: Tokenizer) -> tuple[OneStepDecoder, dict[str, Tensor]]:
+    """The folded decoder on the CPU, and example inputs."""
     source = tokenizer.decoder
     decoder = OneStepDecoder(source, tokenizer.config.sampler.noise) if isinstance(source, Decoder) else source
     assert isinstance(decoder, OneStepDecoder), "the program of another engine cannot be exported again"
@@ -144,7 +157,7 @@ def onnx_bytes(tokenizer: Tokenizer) -> bytes:
     inputs = {"latent": torch.zeros(2, config.latent_channels, h, w)}
     if decoder.noise == "gaussian":
         inputs["noise"] = torch.zeros(2, 3, h * config.factor, w * config.factor)
-    return module_to_onnx(copy.deepcopy(decoder).cpu().float(), inputs)
+    return copy.deepcopy(decoder).cpu().float(), inputs
 
 
 def module_to_onnx(module: nn.Module, inputs: dict[str, Tensor]) -> bytes:
@@ -155,12 +168,11 @@ def module_to_onnx(module: nn.Module, inputs: dict[str, Tensor]) -> bytes:
     """
     for name in ("onnx", "onnxscript"):
         _package(name)
-    free = torch.export.Dim.DYNAMIC
     with torch.no_grad(), redirect_stdout(io.StringIO()):  # it prints its progress
         program = torch.onnx.export(
             module,
             tuple(inputs.values()),
-            dynamic_shapes=tuple({0: free, 2: free, 3: free} for _ in inputs),
+            dynamic_shapes=_free(inputs),
             input_names=list(inputs),
             output_names=["image"],
             dynamo=True,
@@ -190,8 +202,46 @@ def engine_call(
 
         return run
     with tempfile.TemporaryDirectory() as temporary:
-        file = _write(module_to_onnx(module, inputs), engine, Path(temporary) / FILES[engine], samples)
-        return _runner(engine, file)
+        target = Path(temporary) / FILES[engine]
+        if engine in ("torch-export", "aotinductor"):
+            return _runner(engine, _write_torch(_exported(module, inputs), engine, target))
+        return _runner(engine, _write(module_to_onnx(module, inputs), engine, target, samples))
+
+
+def _free(inputs: dict[str, Tensor]) -> tuple[dict[int, Any], ...]:
+    """Batch, height and width of every input are free."""
+    free = torch.export.Dim.DYNAMIC
+    return tuple({0: free, 2: free, 3: free} for _ in inputs)
+
+
+def _exported(module: nn.Module, inputs: dict[str, Tensor]) -> torch.export.ExportedProgram:
+    from torch.utils._sympy.numbers import int_oo
+    from torch.utils._sympy.value_ranges import ValueRanges
+
+    with torch.no_grad():
+        program = torch.export.export(module, tuple(inputs.values()), dynamic_shapes=_free(inputs))
+    # Tracing notes down which way each comparison of sizes went, as a smallest size. The graph itself holds for every
+    # size (tests/test_engines.py), so that the smallest is 1.
+    for symbol in program.range_constraints:
+        program.range_constraints[symbol] = ValueRanges(1, int_oo)
+    return program
+
+
+def _write_torch(program: torch.export.ExportedProgram, engine: Engine, target: Path) -> Path:
+    if engine == "torch-export":
+        write_file(target, lambda path: torch.export.save(program, path))
+        return target
+    from torch._inductor import aoti_compile_and_package
+
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary) / target.name
+        try:
+            aoti_compile_and_package(program, package_path=str(file))
+        except Exception as error:  # any compiler's, of any kind
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(f"AOTInductor could not compile the decoder ({reason}): it needs a C++ compiler") from None
+        write_file(target, partial(shutil.copyfile, file))
+    return target
 
 
 def _write(program: bytes, engine: Engine, target: Path, samples: Sequence[dict[str, np.ndarray]]) -> Path:
@@ -227,6 +277,8 @@ def _quantized(model: Any, samples: Sequence[dict[str, np.ndarray]]) -> Any:
 
 
 def _runner(engine: Engine, file: Path) -> Run:
+    if engine in ("torch-export", "aotinductor"):
+        return _torch_runner(engine, file)
     if engine == "onnxruntime":
         runtime = _package("onnxruntime")
         options = runtime.SessionOptions()
@@ -242,6 +294,21 @@ def _runner(engine: Engine, file: Path) -> Run:
         model, "CPU", {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     )
     return lambda inputs: compiled(inputs)[0].copy()
+
+
+def _torch_runner(engine: Engine, file: Path) -> Run:
+    if engine == "torch-export":
+        call: Any = torch.export.load(file).module(check_guards=False)
+    else:
+        from torch._inductor import aoti_load_package
+
+        call = aoti_load_package(str(file))
+
+    @torch.no_grad()
+    def run(arrays: dict[str, np.ndarray]) -> np.ndarray:
+        return call(*(torch.from_numpy(array) for array in arrays.values())).numpy()
+
+    return run
 
 
 def _package(name: str) -> Any:
