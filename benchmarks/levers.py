@@ -36,7 +36,7 @@ from monobath.evaluation.systems import Code, System
 from monobath.evaluation.throughput import system_speeds
 from monobath.files import write_file, write_text
 from monobath.images import to_float
-from monobath.models.decoder import DecoderConfig, Level, ResBlock, _modulate
+from monobath.models.decoder import DecoderConfig, Level, ResBlock, TransformerBlock, _modulate
 from monobath.models.encoder import EncoderConfig
 from monobath.tokenizer import SamplerConfig, TokenizerConfig
 from monobath.training.config import LossConfig, OptimizerConfig, TimesConfig
@@ -145,6 +145,27 @@ def blocks_as(kind: type[ResBlock]) -> Callable[[nn.Module], None]:
     return change
 
 
+class DepthwiseBlock(TransformerBlock):
+    """A transformer block whose attention is a 7×7 convolution of each channel by itself."""
+
+    def forward(self, x: Tensor, context: Tensor, grid: tuple[int, int]) -> Tensor:
+        h = self.norm1(x).transpose(1, 2).unflatten(2, grid)
+        x = x + self.out(self.depthwise(h).flatten(2).transpose(1, 2))
+        value, gate = self.mlp_in(self.norm2(x)).chunk(2, dim=-1)
+        return x + self.mlp_out(value * F.gelu(gate))
+
+
+def depthwise(decoder: nn.Module) -> None:
+    """Depthwise convolutions for attention; the latent does not modulate them."""
+    for block in decoder.middle.blocks:
+        dim = block.out.in_features
+        block.__class__ = DepthwiseBlock
+        block.depthwise = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
+        for name in ("context", "q", "k", "v", "bias"):
+            delattr(block, name)
+    decoder.context = nn.Identity()
+
+
 def no_fine_blocks(decoder: nn.Module) -> None:
     """The finest level keeps its input and output convolutions only: all work at 8×8 pixels."""
     _without_blocks(decoder.down[0])
@@ -172,6 +193,12 @@ def all_of(*changes: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]
             each(decoder)
 
     return change
+
+
+def quiet_output(decoder: nn.Module) -> None:
+    """The last convolution starts at zero: training begins at the linear skip."""
+    nn.init.zeros_(decoder.conv_out.weight)
+    nn.init.zeros_(decoder.conv_out.bias)
 
 
 def _without_blocks(level: Level) -> None:
@@ -244,11 +271,25 @@ LEVERS: dict[str, Lever] = {
                        decoder=LEAN | {"down": [0, 3], "up": [2, 6]}),
     "lean-wide": Lever(what="lean, channels 96-192", decoder=LEAN | {"channels": [96, 192]}),
     "lean-64-192": Lever(what="lean, channels 64-192", decoder=LEAN | {"channels": [64, 192]}),
+    "lean+depthwise": Lever(
+        what="lean+transformer, depthwise 7×7 convolutions for attention",
+        decoder=LEAN | {"middle_blocks": 4, "down": [0, 1], "up": [2, 2]}, change=depthwise,
+    ),
+    "lean-128-256": Lever(what="lean, channels 128-256", decoder=LEAN | {"channels": [128, 256]}),
     "lean-fine": Lever(what="lean, 4 instead of 2 residual blocks at the fine level", decoder=LEAN | {"up": [4, 3]}),
     "lean-patch-2": Lever(what="lean, patch 2, channels 32-64-128",
                           decoder=LEAN | {"patch": 2, "channels": [32, 64, 128], "down": [0, 0, 2], "up": [2, 2, 3]}),
     "lean-patch-8": Lever(what="lean, patch 8, 192 channels, 8 residual blocks: all on the 8×8 grid",
                           decoder=LEAN | {"patch": 8, "channels": [192], "down": [0], "up": [8]}),
+    "lean+shuffle": Lever(what="lean, shuffled upsampling", decoder=LEAN | {"upsampling": "shuffle"}),
+    "lean+quiet": Lever(what="lean, the last convolution starts at zero", decoder=LEAN, change=quiet_output),
+    "local+zero-noise-only": Lever(
+        what="norm: local, t = 1 and zero noise only", decoder={"norm": "local"}, ones=1.0, zero=1.0
+    ),
+    "local+shuffle+quiet": Lever(
+        what="norm: local, shuffled upsampling, the last convolution starts at zero",
+        decoder={"norm": "local", "upsampling": "shuffle"}, change=quiet_output,
+    ),
     "lean+zero-noise-only": Lever(what="lean, t = 1 and zero noise only", decoder=LEAN, ones=1.0, zero=1.0),
     "XS/4": Lever(what="preset XS/4, x-prediction", decoder={"size": "XS/4"}),
     "XS/2": Lever(what="preset XS/2, x-prediction", decoder={"size": "XS/2"}),

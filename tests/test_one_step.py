@@ -19,6 +19,7 @@ SHAPES = {
     "several blocks, other groups": {"channels": [24, 40], "down_blocks": 2},
     "without global norms": {"norm": "local", "patch": 2, "linear_skip": True},
     "convolutions only": {"norm": "local", "middle_blocks": 0, "modulation": False, "down": [0, 2], "up": [2, 3]},
+    "shuffled up": {"channels": [16, 24, 32], "upsampling": "shuffle", "patch": 2},
     "group norms, not modulated": {"modulation": False},
     "fewer blocks up than down": {"down": [2, 1], "up": [1, 1]},
     "narrow reach": {"factor": 4, "reach": 1},

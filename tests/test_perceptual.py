@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+import types
 
 import pytest
 import torch
@@ -121,6 +123,57 @@ def test_distance_by_name(lite0):
     assert torch.equal(perceptual_distance("efflite")(a, b), lite0(a, b))
     with pytest.raises(UserError, match="vgg-ish"):
         perceptual_distance("vgg-ish")
+
+
+class TinyLpips(torch.nn.Module):
+    """Stands for the `lpips` package's network, whose weights a test cannot download: trainable, with dropout."""
+
+    def __init__(self, net, verbose):
+        super().__init__()
+        self.net = net
+        self.layers = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.ReLU(), torch.nn.Dropout(0.5))
+
+    def forward(self, a, b):
+        return (self.layers(a) - self.layers(b)).square().mean((1, 2, 3), keepdim=True)
+
+
+def test_lpips_keeps_the_promises_of_the_interface(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=TinyLpips))
+    distance = perceptual_distance("lpips-vgg")
+    assert distance.model.net == "vgg"
+    torch.nn.Sequential(distance).train()
+    assert not any(module.training for module in distance.modules())
+    a, b = picture().requires_grad_(), picture().flip(0)
+    expected = distance(a, b)
+    assert expected.shape == (2,)
+    assert torch.equal(distance(b, b), torch.zeros(2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(distance(a, b), expected)
+        assert distance(a.bfloat16(), b.bfloat16()).dtype == torch.float32
+    expected.sum().backward()
+    assert a.grad.abs().max() > 0
+    assert b.grad is None
+    assert all(not p.requires_grad and p.grad is None for p in distance.parameters())
+
+
+def test_lpips_without_its_weights_says_what_to_do(monkeypatch):
+    def offline(net, verbose):
+        raise OSError("no route to host")
+
+    monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=offline))
+    with pytest.raises(UserError, match=r"vgg weights .*no route to host.* efflite, which works offline"):
+        perceptual_distance("lpips-vgg")
+
+
+def test_gradients_are_those_of_float32_under_autocast(lite0):
+    a, b = picture(1, 32, 48), picture(1, 32, 48).flip(3)
+    found = []
+    for enabled in (False, True):
+        leaf = a.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            lite0(leaf, b).sum().backward()
+        found.append(leaf.grad)
+    assert torch.equal(*found)
 
 
 def hide(monkeypatch, package):

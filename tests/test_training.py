@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 from monobath import Tokenizer, UserError
 from monobath.losses.perceptual import EffLiteDistance
@@ -36,6 +37,7 @@ from monobath.training.config import (
 from monobath.training.ema import EMA
 from monobath.training.loop import learning_rate, train
 from monobath.training.objectives import AutoencoderObjective, Draws
+from monobath.training.optimizers import make_optimizer
 
 
 @pytest.fixture(scope="session")
@@ -161,6 +163,69 @@ def test_resumed_equals_uninterrupted(tmp_path, photos, monkeypatch, workers):
     assert strip == expected
 
 
+@pytest.mark.parametrize("kind", ["adamw", "radam_schedulefree"])
+def test_resumed_equals_uninterrupted_with_a_projector_and_either_optimizer(tmp_path, photos, kind):
+    """Also when the interrupted run saved at steps where the other did not: saving moves no weight."""
+
+    def recipe(name, steps, every):
+        made = tiny_recipe(tmp_path / name, photos, loss={"repa": 0.25}, steps=steps, checkpoint_every=every, ema=0.9)
+        made.optimizer = OptimizerConfig(kind=kind, lr=1e-2, schedule="constant", clip=0.1)
+        made.training.ema_start = 0.0
+        return made
+
+    whole, cut = train(recipe("whole", 9, 9)), recipe("cut", 7, 7)
+    train(cut)
+    begun = torch.load(tmp_path / "cut" / "checkpoints" / "step-00000007" / "trainer.pt", weights_only=True)
+    assert same(weights(train(recipe("cut", 9, 2))), weights(whole))
+    ends = [
+        torch.load(tmp_path / name / "checkpoints" / "step-00000009" / "trainer.pt", weights_only=True)
+        for name in ("whole", "cut")
+    ]
+    assert same(ends[0]["losses"], ends[1]["losses"])
+    assert not same(begun["losses"], ends[0]["losses"])
+    assert {name.split(".")[0] for name in begun["losses"]} == {"repa"}
+    assert not [name for name in weights(whole) if "repa" in name or "projector" in name]
+
+
+def test_schedule_free_saves_and_averages_the_weights_to_evaluate(tmp_path, photos):
+    recipe = tiny_recipe(tmp_path / "run", photos, steps=8, ema=0.0)
+    recipe.optimizer = OptimizerConfig(kind="radam_schedulefree", lr=1e-2)
+    run = loop._Run(recipe)
+    begin = [p.detach().clone() for p in run.objective.parameters()]
+    model = weights(run.go())
+    optimizer = run.optimizer.optimizer
+    beta = recipe.optimizer.betas[0]
+    saved = load_file(tmp_path / "run" / "checkpoints" / "step-00000008" / "model.safetensors")
+    for (name, y), start in zip(run.tokenizer.named_parameters(), begin, strict=True):
+        x = torch.lerp(y, optimizer.state[y]["z"], 1 - 1 / beta)
+        torch.testing.assert_close(saved[name], x.detach(), rtol=1e-5, atol=1e-6)
+        assert torch.equal(model[name], saved[name])
+        assert not torch.equal(x, y), name
+        assert not torch.equal(y, start), name
+    assert {row["lr"] for row in rows(tmp_path / "run") if "lr" in row} == {1e-2}
+
+
+@pytest.mark.parametrize("change", ["kind", "repa", "features"])
+def test_a_run_keeps_its_optimizer_and_what_its_losses_train(tmp_path, photos, monkeypatch, change):
+    recipe = tiny_recipe(tmp_path / "run", photos, loss={"repa": 0.25}, steps=1)
+    train(recipe)
+    recipe.training.steps = 2
+    if change == "kind":
+        recipe.optimizer.kind = "radam_schedulefree"
+    elif change == "repa":
+        recipe.loss.repa = 0.0
+    else:
+        monkeypatch.setattr("monobath.losses.alignment.HIDDEN", 16)  # a projector of another shape
+    with pytest.raises(UserError, match=r"step-00000001 does not fit this recipe \(its .* choose another --run"):
+        train(recipe)
+
+
+def test_without_its_package_schedule_free_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "schedulefree", None)
+    with pytest.raises(UserError, match=r"pip install 'monobath\[train\]', or use adamw"):
+        make_optimizer(torch.nn.Linear(1, 1), OptimizerConfig(kind="radam_schedulefree"))
+
+
 def run_command(run: Path, photos: Path, recipe_file: Path, **popen: object) -> subprocess.Popen:
     command = [sys.executable, "-m", "monobath", "train", str(recipe_file), "--data", str(photos), "--run", str(run)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -254,7 +319,7 @@ sys.path.insert(0, sys.argv[1])
 from test_training import tiny_recipe
 from monobath.training import loop
 out, photos = Path(sys.argv[2]), Path(sys.argv[3])
-recipe = tiny_recipe(out / "run", photos, steps=1, sample_every=0, batch_size=8, loss={"perceptual": 0.1})
+recipe = tiny_recipe(out / "run", photos, steps=1, sample_every=0, batch_size=8, loss={"perceptual": 0.1, "repa": 0.25})
 recipe.optimizer.clip = 0.0
 run = loop._Run(recipe)
 kept = {}
@@ -344,25 +409,29 @@ def spoil(monkeypatch, bad_steps):
     monkeypatch.setattr(AutoencoderObjective, "forward", spoiled)
 
 
-def test_a_non_finite_step_is_skipped_and_counted(tmp_path, photos, monkeypatch):
-    recipe = tiny_recipe(tmp_path / "run", photos, steps=4, sample_every=0, ema=0.0)
+@pytest.mark.parametrize(("kind", "bad"), [("adamw", 1), ("radam_schedulefree", 5)])  # RAdam begins with its 5th step
+def test_a_non_finite_step_is_skipped_and_counted(tmp_path, photos, monkeypatch, kind, bad):
+    recipe = tiny_recipe(tmp_path / "run", photos, steps=bad + 3, sample_every=0, ema=0.0)
+    recipe.optimizer.kind = kind
     run = loop._Run(recipe)
     before = {}
     step = loop._Run._step
 
     def spy(self, batches):
         before[self.step] = {k: v.clone() for k, v in self.tokenizer.state_dict().items()}
+        moments = self.optimizer.optimizer.state.values()
+        before[self.step] |= {f"{i}.{k}": v.clone() for i, m in enumerate(moments) for k, v in m.items()}
         step(self, batches)
 
-    spoil(monkeypatch, {1})
+    spoil(monkeypatch, {bad})
     monkeypatch.setattr(loop._Run, "_step", spy)
     run.go()
-    assert same(before[1], before[2])
-    assert not same(before[0], before[1])
-    assert not same(before[2], before[3])
+    assert same(before[bad], before[bad + 1])
+    assert not same(before[bad - 1], before[bad])
+    assert not same(before[bad + 1], before[bad + 2])
     logged = rows(tmp_path / "run")
-    assert [row["skipped_steps"] for row in logged] == [0, 1, 1, 1]
-    assert "loss" not in logged[1]
+    assert [row["skipped_steps"] for row in logged] == [0] * bad + [1] * 3
+    assert "loss" not in logged[bad]
     assert all(torch.isfinite(v).all() for v in weights(tmp_path / "run" / "model").values())
 
 
@@ -486,6 +555,7 @@ def test_learning_rate_warms_up_then_falls_to_zero():
     assert rates[110] == pytest.approx(0.0)
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
     assert learning_rate(OptimizerConfig(lr=1.0, schedule="constant"), 10_000, 20_000) == 1.0
+    assert learning_rate(OptimizerConfig(lr=1.0, kind="radam_schedulefree"), 0, 20_000) == 1.0
 
 
 def test_ema_follows_the_formula_and_copies_buffers():

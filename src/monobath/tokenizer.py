@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from huggingface_hub import ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from PIL import Image
@@ -29,16 +28,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import resources
+from . import resources, tiling
 from ._version import __version__
 from .errors import UserError
 from .files import write_folder
 from .images import MAX_PIXELS, check_pixels, pil_to_tensor, tensor_to_pil, to_float, to_uint8
 from .models.decoder import Decoder, DecoderConfig
 from .models.encoder import Encoder, EncoderConfig, Posterior
+from .models.kl_decoder import KLDecoder
 from .models.loading import load_strictly
 from .models.one_step import OneStep, OneStepDecoder
-from .sampling import Noise, draw_noise, euler, seeds_for
+from .sampling import Noise, seeds_for
+from .tiling import pad_to_multiple as pad_to_multiple  # kept under this name too
 
 Images = Tensor | np.ndarray | Image.Image | Sequence[Any]
 FORMAT = "monobath-tokenizer-1"
@@ -73,12 +74,26 @@ class TokenizerConfig:
     """1 / std of the latents. Published for generators and diffusers pipelines; `encode` and `decode` ignore it."""
     shift_factor: float = 0.0
     """Mean of the latents, likewise."""
+    latent_mean: list[float] = field(default_factory=list)
+    """Mean of each channel of the latents, likewise; empty: never measured (`monobath stats` does)."""
+    latent_std: list[float] = field(default_factory=list)
+    """Standard deviation of each channel, likewise."""
+    kl_decoder: list[int] = field(default_factory=list)
+    """Channels of a KL-VAE decoder (diffusers'), finest first, in place of ours: the baseline; empty: ours."""
 
     def __post_init__(self) -> None:
         for name in ("factor", "latent_channels"):
             a, b = getattr(self.encoder, name), getattr(self.decoder, name)
             if a != b:
                 raise UserError(f"encoder.{name}={a} and decoder.{name}={b} must be equal")
+        if self.kl_decoder and (self.sampler.steps, self.sampler.noise) != (1, "zero"):
+            raise UserError('kl_decoder needs sampler.steps 1 and sampler.noise "zero": it takes no noise')
+        for name in ("latent_mean", "latent_std"):
+            if len(getattr(self, name)) not in (0, self.encoder.latent_channels):
+                raise UserError(
+                    f"{name} is {getattr(self, name)}: give one number for each of the "
+                    f"{self.encoder.latent_channels} latent channels, or none"
+                )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TokenizerConfig:
@@ -104,7 +119,11 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
         super().__init__()
         self.config = config
         self.encoder = Encoder(config.encoder)
-        self.decoder: Decoder | OneStep = Decoder(config.decoder)
+        self.decoder: Decoder | OneStep
+        if config.kl_decoder:
+            self.decoder = KLDecoder(config.decoder, config.kl_decoder)
+        else:
+            self.decoder = Decoder(config.decoder)
 
     @property
     def factor(self) -> int:
@@ -122,26 +141,33 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
         return self.encoder.conv_in.weight.dtype
 
     @torch.no_grad()
-    def encode(self, images: Images, *, max_pixels: int = MAX_PIXELS) -> Posterior:
+    def encode(
+        self, images: Images, *, tile: int | None = None, overlap: int | None = None, max_pixels: int = MAX_PIXELS
+    ) -> Posterior:
         """Images → distribution over latents.
 
         Args:
             images: float tensor in [-1, 1] or uint8 tensor, `(B, 3, H, W)` or `(3, H, W)`; uint8 array `(H, W, 3)`
                 or `(B, H, W, 3)`; a PIL image of any mode; or a list of equally sized ones. Any H and W: sides are
                 padded to a multiple of f by reflection (replication where reflection cannot).
+            tile: encode in squares of this many pixels a side, one at a time, which bounds the memory of a large
+                picture; default: at once. A tile that covers the picture changes nothing.
+            overlap: pixels that neighbouring tiles share, over which they are blended; default: see `monobath.tiling`.
             max_pixels: largest accepted H × W.
 
         Returns:
             The posterior; `.mode()` is `(B, c, ceil(H/f), ceil(W/f))`, `.size` is (H, W) for `decode`.
 
         Raises:
-            UserError: another type, range, shape, or too many pixels; the message says what was given.
+            UserError: another type, range, shape, too many pixels, or a tile that cannot be; the message says what was
+                given.
         """
         # One memory layout for all forms, so that the same picture takes the same kernels: equal to the last bit.
         x = images_to_tensor(images, max_pixels=max_pixels).contiguous()
-        size = (x.shape[2], x.shape[3])
-        x = pad_to_multiple(x.to(self.device), self.factor).to(self.dtype)
-        return Posterior(self.encoder(x), size)
+        moments = tiling.encode(
+            lambda part: self.encoder(part.to(self.device).to(self.dtype)), x, self.factor, tile=tile, overlap=overlap
+        )
+        return Posterior(moments, (x.shape[2], x.shape[3]))
 
     @torch.no_grad()
     def decode(
@@ -152,6 +178,8 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
         steps: int | None = None,
         seed: int | Sequence[int] = 0,
         noise: Noise | None = None,
+        tile: int | None = None,
+        overlap: int | None = None,
         output: Literal["tensor", "pil", "uint8"] = "tensor",
     ) -> Any:
         """Latents → images.
@@ -163,10 +191,17 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
             seed: one int a sample, or an int s meaning s, s + 1, …. Noise is drawn per sample on the CPU, so an image
                 depends on neither its batch nor the device.
             noise: "gaussian" or "zero"; default: what the checkpoint was made for.
+            tile: decode in squares of this many pixels a side, one at a time, which bounds the memory of a large
+                picture; default: at once. A tile that covers the picture changes nothing. All tiles share one noise
+                field.
+            overlap: pixels that neighbouring tiles share, over which they are blended. Tiles of a decoder without
+                statistics over the picture (`norm: local`) are exactly the whole where the overlap suffices, which is
+                then the default. See `monobath.tiling`.
             output: "tensor", float32 `(B, 3, H, W)` clipped to [-1, 1]; "uint8", the same in 0…255; "pil", a list.
 
         Raises:
-            UserError: latents of another shape, non-finite latents, a size that does not fit, or an unknown option.
+            UserError: latents of another shape, non-finite latents, a size that does not fit, a tile that cannot be, or
+                an unknown option.
         """
         c, f, sampler = self.config.encoder.latent_channels, self.factor, self.config.sampler
         if not isinstance(z, Tensor) or z.ndim != 4 or z.shape[1] != c or 0 in z.shape:
@@ -180,42 +215,29 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
             raise UserError(f"size={tuple(size)} does not fit latents of {tuple(z.shape)}: at most {full}")
         if output not in ("tensor", "pil", "uint8"):
             raise UserError(f'output={output!r}: choose "tensor", "pil" or "uint8"')
+        steps = sampler.steps if steps is None else steps
+        noise = sampler.noise if noise is None else noise
+        if isinstance(self.decoder, OneStep) and (steps != 1 or noise != self.decoder.noise):
+            raise UserError(
+                f"this tokenizer was optimized for 1 step from {self.decoder.noise} noise, not {steps} from {noise}: "
+                "use the original one"
+            )
         try:
-            seeds = seeds_for(seed, len(z))
-            x = self._sample(
-                z, seeds, sampler.steps if steps is None else steps, sampler.noise if noise is None else noise
+            pixels = tiling.sample(
+                self.decoder,
+                z.to(self.device, self.dtype),
+                seeds_for(seed, len(z)),
+                steps=steps,
+                power=sampler.power,
+                noise=noise,
+                size=size,
+                tile=tile,
+                overlap=overlap,
+                finish=_clipped if output == "tensor" else to_uint8,
             )
         except ValueError as error:
             raise UserError(str(error)) from None
-        x = x[:, :, : size[0], : size[1]].float().clamp(-1, 1)
-        if output == "tensor":
-            return x
-        pixels = to_uint8(x)
-        return pixels if output == "uint8" else [tensor_to_pil(p) for p in pixels]
-
-    def _sample(self, z: Tensor, seeds: list[int], steps: int, noise: Noise) -> Tensor:
-        decoder: nn.Module = self.decoder
-        if isinstance(decoder, OneStep) and (steps != 1 or noise != decoder.noise):
-            raise UserError(
-                f"this tokenizer was optimized for 1 step from {decoder.noise} noise, not {steps} from {noise}: "
-                "use the original one"
-            )
-        # A token may be larger than a latent position: then whole tokens are decoded and the excess cropped.
-        unit = max(1, self.config.decoder.token_side // self.factor)
-        z = pad_to_multiple(z.to(self.device, self.dtype), unit, mode="replicate")
-        shape = (3, z.shape[2] * self.factor, z.shape[3] * self.factor)
-        if isinstance(decoder, OneStep) and noise == "zero":
-            return decoder(z)
-        start = draw_noise(shape, seeds, noise).to(self.device, self.dtype)
-        if isinstance(decoder, OneStep):
-            return decoder(z, start)
-        return euler(
-            lambda x_t, t: decoder(x_t, t, z),
-            start,
-            kind=self.config.decoder.prediction,  # type: ignore[arg-type]
-            steps=steps,
-            power=self.config.sampler.power,
-        )
+        return [tensor_to_pil(p) for p in pixels] if output == "pil" else pixels
 
     def forward(self, images: Tensor) -> Tensor:
         """Reconstruct `(B, 3, H, W)` in [-1, 1] with the posterior's mode."""
@@ -240,7 +262,8 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
             UserError: it is optimized already.
         """
         if isinstance(self.decoder, OneStep):
-            raise UserError("this tokenizer is optimized already: use it as it is")
+            why = "has a KL-VAE decoder" if self.decoder.trains else "is optimized already"
+            raise UserError(f"this tokenizer {why}: use it as it is")
         decoder = OneStepDecoder(self.decoder, noise or self.config.sampler.noise)
         decoder.to(memory_format=torch.channels_last)
         if compile:
@@ -279,7 +302,7 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
         """
         if push_to_hub_kwargs and not push_to_hub:
             raise TypeError(f"save_pretrained got {sorted(push_to_hub_kwargs)}, which need push_to_hub=True")
-        if isinstance(self.decoder, OneStep):
+        if isinstance(self.decoder, OneStep) and not self.decoder.trains:
             raise UserError("an optimized tokenizer cannot be saved: save the original, and optimize after loading")
         config = self._config_dict(extra)
         text = json.dumps(config, indent=2)
@@ -368,14 +391,8 @@ def images_to_tensor(images: Images, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     return x
 
 
-def pad_to_multiple(x: Tensor, multiple: int, mode: Literal["reflect", "replicate"] = "reflect") -> Tensor:
-    """Pad right and bottom so that both sides are multiples; replicate where a side is too short to reflect."""
-    for dim in (2, 3):
-        pad = -x.shape[dim] % multiple
-        if pad:
-            way = mode if pad < x.shape[dim] else "replicate"
-            x = F.pad(x, (0, 0, 0, pad) if dim == 2 else (0, pad, 0, 0), mode=way)
-    return x
+def _clipped(x: Tensor) -> Tensor:
+    return x.float().clamp(-1, 1)
 
 
 def _download(

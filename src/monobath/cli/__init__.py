@@ -17,14 +17,19 @@ from typing import Any, TextIO
 
 from .._version import __version__
 from ..errors import UserError
-from .arguments import in_one_sentence, parser_of, split_overrides, verb_name
+from .arguments import in_one_sentence, parser_of, split_overrides, verb_name, with_underscores
 from .comparing import bench, eval_
 from .exporting import export
-from .verbs import decode, demo, encode, info, reconstruct, train
+from .latents import cache_latents, import_ssdd, stats
+from .verbs import decode, demo, distill, encode, info, reconstruct, train
 
 VERBS: dict[str, Callable[..., None]] = {
-    verb_name(function): function for function in (train, reconstruct, encode, decode, info, demo, eval_, bench, export)
-}
+    verb_name(function): function
+    for function in (
+        train, distill, reconstruct, encode, decode, info, demo, eval_, bench, export, import_ssdd, stats,
+        cache_latents,
+    )
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(verb: str, arguments: list[str]) -> None:
     function = VERBS[verb]
     parser = parser_of(function)
+    arguments = with_underscores(parser, arguments)
     extra: dict[str, Any] = {}
     parameters = inspect.signature(function).parameters
     if "command" in parameters:
@@ -111,4 +117,4 @@ class _Stderr(logging.StreamHandler[TextIO]):
 def _configure_logging(verb: str) -> None:
     if not logging.getLogger().handlers:  # a program that calls main() may have its own
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[_Stderr()])
-    logging.getLogger("monobath").setLevel(logging.INFO if verb == "train" else logging.WARNING)
+    logging.getLogger("monobath").setLevel(logging.INFO if verb in ("train", "distill") else logging.WARNING)

@@ -21,8 +21,8 @@ ADDED = ("overrides", "command")
 
 
 def verb_name(function: Callable[..., None]) -> str:
-    """What the user types: the function's name, less the underscore that keeps a builtin's name free."""
-    return function.__name__.rstrip("_")
+    """What the user types: the function's name, with dashes, less the underscore that keeps a builtin's name free."""
+    return function.__name__.rstrip("_").replace("_", "-")
 
 
 def parser_of(function: Callable[..., None]) -> ArgumentParser:
@@ -90,6 +90,18 @@ def split_overrides(parser: ArgumentParser, arguments: list[str]) -> tuple[list[
             value = following
         overrides.append(f"{option[2:]}={value}")
     return others, overrides
+
+
+def with_underscores(parser: ArgumentParser, arguments: list[str]) -> list[str]:
+    """Options that the parser knows, typed with dashes (--in-place), as it spells them (--in_place)."""
+    known = {option for action in parser._actions for option in action.option_strings}
+
+    def spelled(argument: str) -> str:
+        option, separator, value = argument.partition("=")
+        own = "--" + option[2:].replace("-", "_")
+        return own + separator + value if option.startswith("--") and option not in known and own in known else argument
+
+    return [spelled(argument) for argument in arguments]
 
 
 def in_one_sentence(message: str) -> str:

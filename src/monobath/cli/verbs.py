@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import UserError
 from .exporting import EngineName, on_engine
@@ -51,6 +53,44 @@ def train(
         run: Run folder; default: runs/NAME.
         print_config: Print the resolved recipe as YAML and exit.
     """
+    _train(recipe, data, run, print_config, overrides)
+
+
+def distill(
+    recipe: str,
+    *,
+    teacher: str | None = None,
+    data: list[str] | None = None,
+    run: str | None = None,
+    print_config: bool = False,
+    overrides: Sequence[str] = (),
+) -> None:
+    """Distil a many-step teacher into a student of one step; the same command goes on where it stopped.
+
+    The student starts from the teacher and learns, from the same noise, what the teacher samples in many steps. Any
+    value of the recipe can be set by its dotted name: --distill.steps 8 --training.steps 1000.
+
+    Args:
+        recipe: Name of a packaged recipe (cpu-distill), or a YAML file.
+        teacher: Packaged name, folder or Hugging Face Hub id; instead of the recipe's distill.teacher.
+        data: Folders of pictures, .tar shards or shard URLs; instead of the recipe's data.source.
+        run: Run folder; default: runs/NAME.
+        print_config: Print the resolved recipe as YAML and exit.
+    """
+    given = list(overrides)
+    if teacher is not None:
+        given.append(f"distill.teacher={teacher}")
+    _train(recipe, data, run, print_config, given, distillation=True)
+
+
+def _train(
+    recipe: str,
+    data: list[str] | None,
+    run: str | None,
+    print_config: bool,
+    overrides: Sequence[str],
+    distillation: bool = False,
+) -> None:
     import json
 
     from ..training.recipes import dump_recipe, load_recipe
@@ -64,6 +104,8 @@ def train(
     if print_config:
         write(dump_recipe(resolved))
         return
+    if distillation and not resolved.distill.teacher:
+        raise UserError(f"recipe {recipe} names no teacher: add --teacher MODEL, or distill.teacher in the file")
     if not resolved.data.source:
         raise UserError(f"recipe {recipe} names no pictures: add --data FOLDER, or data.source in the file")
     from ..training.loop import Interrupted
@@ -86,6 +128,7 @@ def reconstruct(
     steps: int | None = None,
     seed: int = 0,
     noise: Literal["gaussian", "zero"] | None = None,
+    tile: int | None = None,
     engine: EngineName | None = None,
     max_pixels: int = MAX_PIXELS,
     device: str = "auto",
@@ -101,8 +144,10 @@ def reconstruct(
         steps: Sampler steps; default: what the model was made for.
         seed: Noise seed, the same for every picture.
         noise: What decoding starts from; default: what the model was made for.
-        engine: Decode in one step with torch (folded weights), compile, onnxruntime, openvino, openvino-bf16 or
-            openvino-int8; from the file of `monobath export` where the model has one, else made for this run.
+        tile: Work in overlapping squares of this many pixels a side: large pictures in bounded memory, without seams.
+        engine: Decode in one step with torch (folded weights), compile, torch-export, aotinductor, onnxruntime,
+            openvino, openvino-bf16 or openvino-int8; from the file of `monobath export` where the model has one, else
+            made for this run.
         max_pixels: Largest accepted picture, in pixels.
         device: cpu, cuda, cuda:1 …; auto: a GPU if there is one.
         dtype: Arithmetic.
@@ -115,7 +160,7 @@ def reconstruct(
     from ..files import write_file
     from ..images import tensor_to_pil
 
-    tokenizer = on_engine(load_tokenizer(model, device, dtype), model, engine)
+    tokenizer = _in_tiles(on_engine(load_tokenizer(model, device, dtype), model, engine), tile)
     table = Table("picture", "size", "PSNR", "encode ms", "decode ms")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -136,6 +181,17 @@ def reconstruct(
             write(f"{count(table.row_count, 'picture')} in {out}\n")
 
 
+def _in_tiles(tokenizer: Tokenizer, tile: int | None) -> Any:
+    """What `reconstruct` needs of a tokenizer, working in tiles."""
+    if tile is None:
+        return tokenizer
+    return SimpleNamespace(
+        device=tokenizer.device,
+        encode=partial(tokenizer.encode, tile=tile),
+        decode=partial(tokenizer.decode, tile=tile),
+    )
+
+
 def encode(
     photo: list[str],
     *,
@@ -144,6 +200,7 @@ def encode(
     size: int | None = None,
     sample: bool = False,
     seed: int = 0,
+    tile: int | None = None,
     max_pixels: int = MAX_PIXELS,
     device: str = "auto",
     dtype: DType = "float32",
@@ -159,6 +216,7 @@ def encode(
         size: Resize the short side to this many pixels and crop the centre square; default: the whole picture.
         sample: Draw from the posterior instead of taking its mode.
         seed: Seed of that draw, the same for every picture.
+        tile: Work in overlapping squares of this many pixels a side: large pictures in bounded memory.
         max_pixels: Largest accepted picture, in pixels.
         device: cpu, cuda, cuda:1 …; auto: a GPU if there is one.
         dtype: Arithmetic.
@@ -171,7 +229,7 @@ def encode(
     for picture, target in zip(pictures, targets, strict=True):
         pixels = open_pixels(picture, size, max_pixels)
         with explained(picture):
-            posterior = tokenizer.encode(pixels, max_pixels=max_pixels)
+            posterior = tokenizer.encode(pixels, tile=tile, max_pixels=max_pixels)
         generator = torch.Generator().manual_seed(seed)
         latent = posterior.sample(generator) if sample else posterior.mode()
         h, w = posterior.size
@@ -188,6 +246,7 @@ def decode(
     steps: int | None = None,
     seed: int = 0,
     noise: Literal["gaussian", "zero"] | None = None,
+    tile: int | None = None,
     device: str = "auto",
     dtype: DType = "float32",
 ) -> None:
@@ -200,6 +259,7 @@ def decode(
         steps: Sampler steps; default: what the model was made for.
         seed: Noise seed, the same for every picture.
         noise: What decoding starts from; default: what the model was made for.
+        tile: Work in overlapping squares of this many pixels a side: large pictures in bounded memory, without seams.
         device: cpu, cuda, cuda:1 …; auto: a GPU if there is one.
         dtype: Arithmetic.
     """
@@ -218,7 +278,7 @@ def decode(
             raise UserError(f"{source} has factor {factor}, but {name} has {tokenizer.factor}: choose its own model")
         with explained(source):
             (picture,) = tokenizer.decode(
-                z[None], size=size, steps=steps, seed=[seed], noise=noise, output="pil"
+                z[None], size=size, steps=steps, seed=[seed], noise=noise, tile=tile, output="pil"
             )  # fmt: skip
         write_file(target, picture.save)
     write(f"{count(len(targets), 'picture')} in {out}\n")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from .dataset import PhotoDataset, StreamDataset, make_dataset
-from .loader import SeededSampler, iterate_eval, make_loader
+from .latents import LatentDataset
+from .loader import SeededSampler, iterate_copies, iterate_eval, make_loader
 from .sources import Sample, Source, find_samples, is_remote
 
 __all__ = [
+    "LatentDataset",
     "PhotoDataset",
     "Sample",
     "SeededSampler",
@@ -14,6 +16,7 @@ __all__ = [
     "StreamDataset",
     "find_samples",
     "is_remote",
+    "iterate_copies",
     "iterate_eval",
     "make_dataset",
     "make_loader",

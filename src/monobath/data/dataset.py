@@ -172,10 +172,14 @@ class PhotoDataset(_Pictures, Dataset[Item | None]):
         if not self.augment:
             picture = self._picture(index)
             return None if picture is None else self._item(picture, epoch, index, index)
+        return self.crops(index, [epoch])[0]
+
+    def crops(self, index: int, epochs: Iterable[int]) -> list[Item]:
+        """`[dataset[epoch, index] for epoch in epochs]` of a training dataset, decoding the picture once."""
         for used in (*range(index, len(self)), *range(index)):
             picture = self._picture(used)
             if picture is not None:
-                return self._item(picture, epoch, index, used)
+                return [self._item(picture, epoch, index, used) for epoch in epochs]
         raise self.all_unusable()
 
     @property

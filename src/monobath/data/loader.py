@@ -9,15 +9,16 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count, islice
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import UserError
 from .dataset import Item, PhotoDataset, StreamDataset
+from .latents import LatentDataset
 from .transforms import mix_seed
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ class SeededSampler(Sampler[list[tuple[int, int]]]):
 
 
 def make_loader(
-    dataset: PhotoDataset | StreamDataset,
+    dataset: PhotoDataset | StreamDataset | LatentDataset,
     *,
     batch_size: int,
     num_workers: int = 0,
@@ -94,9 +95,9 @@ def make_loader(
     """Endless loader of training batches.
 
     Yields dicts of `image` (uint8 `(B, 3, size, size)`), `index` (int64 `(B,)`) and, if the dataset has
-    labels, `label` (int64 `(B,)`).
-    For a `PhotoDataset` the batches are those of `SeededSampler`, whatever the number of workers, and a cache
-    is filled before workers start. It is sharded by `rank` already: do not pass it to `accelerate.prepare`.
+    labels, `label` (int64 `(B,)`); of a `LatentDataset` also `moments` (float16 `(B, 2c, h, w)`).
+    Unless streamed, the batches are those of `SeededSampler`, whatever the number of workers, and a cache
+    is filled before workers start. The loader is sharded by `rank` already: do not pass it to `accelerate.prepare`.
     The global random state is neither read nor changed.
 
     Args:
@@ -190,6 +191,50 @@ def iterate_eval(
         if isinstance(dataset, PhotoDataset):
             raise dataset.all_unusable()
         raise UserError(f"no usable picture found in {dataset.source} ({dataset.skipped_count} skipped)")
+
+
+def iterate_copies(
+    dataset: PhotoDataset, pictures: Sequence[int], copies: int, *, num_workers: int = 0
+) -> Iterator[list[Item]]:
+    """For each of the pictures, in order: its training crops of epochs 0 … copies−1, decoded once.
+
+    Args:
+        dataset: with `augment=True`.
+        pictures: indices.
+        copies: crops of each.
+        num_workers: decoding processes; they change nothing in what comes.
+
+    Raises:
+        UserError: no picture is usable.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        _Copies(dataset, copies),
+        batch_size=None,
+        sampler=pictures,
+        num_workers=num_workers,
+        generator=torch.Generator(),
+        worker_init_fn=_init_worker,
+    )
+    for items in loader:
+        if isinstance(items, UserError):
+            raise items
+        yield items
+
+
+class _Copies(Dataset[list[Item] | UserError]):
+    """All crops of a picture at a time. A mistake is returned: a worker that raises it adds its traceback."""
+
+    def __init__(self, dataset: PhotoDataset, copies: int) -> None:
+        self.dataset, self.copies = dataset, copies
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> list[Item] | UserError:
+        try:
+            return self.dataset.crops(index, range(self.copies))
+        except UserError as error:
+            return error
 
 
 def _usable(items: list[Item | None]) -> list[Item]:

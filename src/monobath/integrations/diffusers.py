@@ -1,9 +1,9 @@
-"""Encoders of diffusers' `AutoencoderKL` → our `Encoder`, weight for weight.
+"""The bridge to diffusers: `AutoencoderMonobath` for pipelines, and encoders of `AutoencoderKL` → our `Encoder`.
 
 A latent space that already exists keeps its encoder: only the decoder is replaced. State dicts are accepted
 under diffusers' names (`encoder.down_blocks.0.resnets.0.…` with `quant_conv`; attention new and old style) and
 under those of latent diffusion, which the published SSDD checkpoints use (`encoder.down.0.block.0.…` with
-`quant_conv` or `encoder.out_proj`). diffusers itself is not imported.
+`quant_conv` or `encoder.out_proj`). diffusers itself is imported for `AutoencoderMonobath` only.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from ..errors import UserError
 from ..models.blocks import norm_groups
 from ..models.encoder import Encoder, EncoderConfig
 from ..models.loading import load_strictly
+
+if TYPE_CHECKING:
+    from .autoencoder import AutoencoderMonobath as AutoencoderMonobath
 
 # (foreign name, our name), applied in order. diffusers first, then latent diffusion.
 _ENCODER_NAMES: list[tuple[str, str]] = [
@@ -43,6 +47,14 @@ _ENCODER_NAMES: list[tuple[str, str]] = [
     (r"^middle_attention\.(?:to_out\.0|proj_attn|proj_out)\.", "middle_attention.out."),
 ]
 _NOT_OURS = "not an AutoencoderKL encoder"
+
+
+def __getattr__(name: str) -> Any:
+    if name != "AutoencoderMonobath":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .autoencoder import AutoencoderMonobath  # diffusers is an extra
+
+    return AutoencoderMonobath
 
 
 def encoder_from_diffusers(source: nn.Module | Mapping[str, Tensor]) -> Encoder:

@@ -1,56 +1,82 @@
-"""Published SSDD decoders: names and shapes of their state dicts → our `Decoder`.
+"""Published SSDD checkpoints: names and shapes of their state dicts → our `Decoder`, or a whole `Tokenizer`.
 
-The published network and ours are the same function under other names. Only names and shapes are used here; the
-published weights themselves are licensed for non-commercial use.
+The published networks and ours are the same functions under other names. Only names and shapes are used here; the
+published weights themselves are licensed for non-commercial use (`NOTICE`).
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from ..errors import UserError
-from ..models.decoder import Decoder, DecoderConfig
+from ..models.decoder import SIZES, Decoder, DecoderConfig
+from ..models.encoder import EncoderConfig
 from ..models.loading import load_strictly
+from ..tokenizer import SamplerConfig, Tokenizer, TokenizerConfig
 
-# (published name, our name), applied in order
+NOTICE = (
+    "published SSDD weights are licensed for non-commercial use only; a model made from them stays under that license"
+)
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+GROUPS = 32
+"""Of every GroupNorm in the published networks: their widths are multiples of it."""
+
+# (our name, published name), applied in order
 _DECODER_NAMES: list[tuple[str, str]] = [
-    (r"^time_embedding\.linear_1\.", "time.0."),
-    (r"^time_embedding\.linear_2\.", "time.2."),
-    (r"^ada_ctx_proj\.", "context."),
-    (r"^conv_norm_out\.", "norm_out."),
-    (r"^(down|up)_blocks\.(\d+)\.resnets\.", r"\1.\2.blocks."),
-    (r"^(down|up)_blocks\.(\d+)\.(?:down|up)samplers\.0\.conv\.", r"\1.\2.resample."),
-    (r"\.norm1\.ctx_proj\.", ".context."),
-    (r"\.time_emb_proj\.", ".time."),
-    (r"\.conv_shortcut\.", ".shortcut."),
-    (r"^mid_block\.transformer_blocks\.", "middle.blocks."),
-    (r"^mid_block\.proj_in\.", "middle.linear_in."),
-    (r"^mid_block\.proj_out\.", "middle.linear_out."),
-    (r"^mid_block\.", "middle."),
-    (r"\.norm1\.linear\.", ".context."),
-    (r"\.attn1\.to_([qkv])\.", r".\1."),
-    (r"\.attn1\.out_proj\.", ".out."),
-    (r"\.ff\.proj_in_act\.proj\.", ".mlp_in."),
-    (r"\.ff\.proj_out\.", ".mlp_out."),
-    (r"\.relative_position_bias\.relative_bias_table$", ".bias"),
+    (r"^middle\.blocks\.(\d+)\.context\.", r"mid_block.transformer_blocks.\1.norm1.linear."),
+    (r"^middle\.blocks\.(\d+)\.([qkv])\.", r"mid_block.transformer_blocks.\1.attn1.to_\2."),
+    (r"^middle\.blocks\.(\d+)\.out\.", r"mid_block.transformer_blocks.\1.attn1.out_proj."),
+    (r"^middle\.blocks\.(\d+)\.mlp_in\.", r"mid_block.transformer_blocks.\1.ff.proj_in_act.proj."),
+    (r"^middle\.blocks\.(\d+)\.mlp_out\.", r"mid_block.transformer_blocks.\1.ff.proj_out."),
+    (r"^middle\.blocks\.(\d+)\.norm2\.", r"mid_block.transformer_blocks.\1.norm2."),
+    (r"^middle\.blocks\.(\d+)\.bias$", r"mid_block.transformer_blocks.\1.relative_position_bias.relative_bias_table"),
+    (r"^middle\.linear_(in|out)\.", r"mid_block.proj_\1."),
+    (r"^middle\.norm\.", "mid_block.norm."),
+    (r"^(down|up)\.(\d+)\.resample\.", r"\1_blocks.\2.\1samplers.0.conv."),
+    (r"^(down|up)\.(\d+)\.blocks\.(\d+)\.context\.", r"\1_blocks.\2.resnets.\3.norm1.ctx_proj."),
+    (r"^(down|up)\.(\d+)\.blocks\.(\d+)\.time\.", r"\1_blocks.\2.resnets.\3.time_emb_proj."),
+    (r"^(down|up)\.(\d+)\.blocks\.(\d+)\.shortcut\.", r"\1_blocks.\2.resnets.\3.conv_shortcut."),
+    (r"^(down|up)\.(\d+)\.blocks\.", r"\1_blocks.\2.resnets."),
+    (r"^time\.0\.", "time_embedding.linear_1."),
+    (r"^time\.2\.", "time_embedding.linear_2."),
+    (r"^context\.", "ada_ctx_proj."),
+    (r"^norm_out\.", "conv_norm_out."),
+]
+_ENCODER_NAMES: list[tuple[str, str]] = [
+    (r"^levels\.(\d+)\.blocks\.", r"down.\1.block."),
+    (r"^levels\.(\d+)\.down\.", r"down.\1.downsample."),
+    (r"^middle_in\.", "mid.block_1."),
+    (r"^middle_out\.", "mid.block_2."),
+    (r"^middle_attention\.out\.", "mid.attn_1.proj_out."),
+    (r"^middle_attention\.", "mid.attn_1."),
+    (r"\.shortcut\.", ".nin_shortcut."),
+    (r"^moments\.", "out_proj."),
 ]
 
 
-def _rename(name: str) -> str:
-    for pattern, replacement in _DECODER_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
+def published_name(name: str) -> str:
+    """The published name of an entry of a tokenizer's state dict, such as `encoder.moments.weight`."""
+    part, _, rest = name.partition(".")
+    return f"{part}.{_renamed(rest, _ENCODER_NAMES if part == 'encoder' else _DECODER_NAMES)}"
 
 
-def decoder_from_ssdd(state: Mapping[str, Tensor], *, prefix: str = "") -> Decoder:
+def decoder_from_ssdd(state: Mapping[str, Tensor], *, prefix: str = "", factor: int = 8) -> Decoder:
     """Build a decoder from a published-style state dict; every size is read from the shapes.
 
     Args:
         state: names and tensors of the published decoder, any float type.
         prefix: what precedes the decoder's names, such as `decoder.`; other entries are left out.
+        factor: side of the pixel square behind one latent position, which the weights do not tell.
 
     Returns:
         A float32 v-predicting `Decoder` in evaluation mode.
@@ -58,23 +84,176 @@ def decoder_from_ssdd(state: Mapping[str, Tensor], *, prefix: str = "") -> Decod
     Raises:
         UserError: entries are missing, unexpected or misshapen (all are named).
     """
-    renamed = {_rename(k[len(prefix) :]): v.float() for k, v in state.items() if k.startswith(prefix)}
-    try:
-        levels = 1 + max(int(k.split(".")[1]) for k in renamed if k.startswith("down."))
-        channels = [renamed[f"down.{i}.blocks.0.conv1.weight"].shape[0] for i in range(levels)]
-        table = renamed["middle.blocks.0.bias"]
-        config = DecoderConfig(
-            size="custom",
-            patch=1,
-            prediction="v",
-            channels=channels,
-            latent_channels=renamed["context.0.weight"].shape[1],
-            middle_blocks=1 + max(int(k.split(".")[2]) for k in renamed if k.startswith("middle.blocks.")),
-            heads=table.shape[2],
-            reach=table.shape[0] // 2,
-        )
-    except (KeyError, ValueError, IndexError) as error:
-        raise UserError(f"not a published SSDD decoder: {error} is missing from the state dict") from None
-    decoder = Decoder(config)
-    load_strictly(decoder, renamed, "not a published SSDD decoder: the state dict")
+    what = "not a published SSDD decoder"
+    own = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
+    decoder = Decoder(_decoder_config(_Shapes(own, "", what), factor))
+    load_strictly(_Published(decoder, lambda name: _renamed(name, _DECODER_NAMES)), own, f"{what}: the state dict")
     return decoder.eval()
+
+
+def tokenizer_from_ssdd(state: Mapping[str, Tensor], *, steps: int = 1, power: float = 2.0) -> Tokenizer:
+    """Build a tokenizer from a whole published-style checkpoint; every size and the scale are read from the shapes.
+
+    Args:
+        state: entries `encoder.…` and `decoder.…`, any float type: see `read_ssdd`.
+        steps: sampler steps. The weights do not tell: 1 for a distilled decoder, such as 8 for another.
+        power: exponent of the sampler's time grid; 2 in the published recipe.
+
+    Returns:
+        A float32 tokenizer in evaluation mode.
+
+    Raises:
+        UserError: entries are missing, unexpected or misshapen (all are named), or widths that the published networks
+            cannot have.
+    """
+    what = "not a published SSDD checkpoint"
+    encoder = _encoder_config(_Shapes(state, "encoder.", what))
+    decoder = _decoder_config(_Shapes(state, "decoder.", what), encoder.factor)
+    for width in (*(encoder.base * m for m in encoder.multipliers), *decoder.channels):
+        if width % GROUPS:
+            # Group counts are not in the weights: another width would load, and compute something else.
+            raise UserError(f"{what}: a width of {width} channels, where all are multiples of {GROUPS}")
+    if encoder.latent_channels != decoder.latent_channels:
+        c, d = encoder.latent_channels, decoder.latent_channels
+        raise UserError(f"{what}: encoder.out_proj.weight is for {c} latent channels, decoder.ada_ctx_proj for {d}")
+    sampler = SamplerConfig(steps=steps, power=power)
+    tokenizer = Tokenizer(TokenizerConfig(encoder=encoder, decoder=decoder, sampler=sampler))
+    load_strictly(_Published(tokenizer, published_name), state, f"{what}: it")
+    return tokenizer.eval()
+
+
+def read_ssdd(path: Path) -> dict[str, Tensor]:
+    """The entries `encoder.…` and `decoder.…` of a checkpoint file, and whatever lies beside them.
+
+    Nested dictionaries (`state_dict`, `model`, `ema`) and prefixes of names (`module.`, `_orig_mod.`) are seen
+    through; of several copies of the networks the averaged one is taken (`ema` in its name), else the largest.
+    Pickles are read with `weights_only=True`: tensors and plain values, no code.
+
+    Raises:
+        UserError: no such file, another kind of file, one that cannot be read, or one that holds no such entries.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}: give the checkpoint file")
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"{path} is not a checkpoint by its name: expected one of {', '.join(SUFFIXES)}")
+    try:
+        if path.suffix.lower() == ".safetensors":
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # broken and foreign pickles make torch.load raise nearly anything
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"{path} cannot be read ({reason}): fetch it again; a pickle must hold tensors and plain values only"
+        ) from None
+    entries = list(_entries(content))
+    prefixes = Counter(found[1] for name, _, _ in entries if (found := _NETWORK.match(name)))
+    if not prefixes:
+        shown = ", ".join(name for name, _, _ in entries[:4]) or "nothing"
+        raise UserError(
+            f"{path} is not a published SSDD checkpoint: no entry encoder.… or decoder.… among its {len(entries)} "
+            f"tensors ({shown} …)"
+        )
+    prefix = max(prefixes, key=lambda p: ("ema" in re.split(r"[._]", p), prefixes[p], -len(p)))
+    # Optimizer states and the like lie in dictionaries of their own; what lies among the weights belongs to them.
+    homes = {home for name, home, _ in entries if (found := _NETWORK.match(name)) and found[1] == prefix}
+    return {name.removeprefix(prefix): tensor for name, home, tensor in entries
+            if name.startswith(prefix) and home in homes}  # fmt: skip
+
+
+_NETWORK = re.compile(r"((?:[^.]+\.)*?)(?:encoder|decoder)\.")
+
+
+def _entries(content: Any, name: str = "", home: str = "") -> Iterator[tuple[str, str, Tensor]]:
+    """(dotted name, name of the dictionary that holds it, tensor) of nested dictionaries."""
+    if isinstance(content, Tensor):
+        yield name, home, content
+    elif isinstance(content, Mapping):
+        for key, value in content.items():
+            yield from _entries(value, f"{name}.{key}" if name else str(key), name)
+
+
+def _renamed(name: str, rules: list[tuple[str, str]]) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+class _Published(nn.Module):
+    """A network as `load_strictly` sees it, under its published names and with the published shapes."""
+
+    def __init__(self, network: nn.Module, rename: Callable[[str], str]) -> None:
+        super().__init__()
+        self.network = network
+        self.names = {rename(name): name for name in network.state_dict()}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        own = self.network.state_dict()
+        shown = {name: own[ours] for name, ours in self.names.items()}
+        # The attention's linear maps are 1×1 convolutions there.
+        return {n: t[:, :, None, None] if ".mid.attn_1." in n and t.ndim == 2 else t for n, t in shown.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        own = self.network.state_dict()
+        return self.network.load_state_dict(
+            {ours: state_dict[name].float().reshape(own[ours].shape) for name, ours in self.names.items()}
+        )
+
+
+class _Shapes:
+    """What the entries of one network say about its sizes; an entry that is needed and absent is a `UserError`."""
+
+    def __init__(self, state: Mapping[str, Tensor], prefix: str, what: str) -> None:
+        self.state, self.prefix, self.what = state, prefix, what
+
+    def count(self, stem: str) -> int:
+        """How many numbered parts there are: 1 + the largest number after `stem`."""
+        pattern = re.compile(re.escape(f"{self.prefix}{stem}.") + r"(\d+)\.")
+        numbers = [int(found[1]) for name in self.state if (found := pattern.match(name))]
+        if not numbers:
+            raise UserError(f"{self.what}: {self.prefix}{stem}.0.… is missing from the state dict")
+        return 1 + max(numbers)
+
+    def size(self, name: str, dim: int, dims: int) -> int:
+        """Length of a dimension of an entry that has `dims` of them."""
+        name = self.prefix + name
+        if name not in self.state:
+            raise UserError(f"{self.what}: {name} is missing from the state dict")
+        shape = tuple(self.state[name].shape)
+        if len(shape) != dims or 0 in shape:
+            raise UserError(f"{self.what}: misshapen: {name} is {shape}, expected {dims} dimensions")
+        return shape[dim]
+
+
+def _decoder_config(shapes: _Shapes, factor: int) -> DecoderConfig:
+    levels, table = shapes.count("down_blocks"), "relative_position_bias.relative_bias_table"
+    table = f"mid_block.transformer_blocks.0.{table}"
+    read: dict[str, Any] = {
+        "channels": [shapes.size(f"down_blocks.{i}.resnets.0.conv1.weight", 0, 4) for i in range(levels)],
+        "latent_channels": shapes.size("ada_ctx_proj.0.weight", 1, 4),
+        "middle_blocks": shapes.count("mid_block.transformer_blocks"),
+        "heads": shapes.size(table, 2, 3),
+        "reach": shapes.size(table, 0, 3) // 2,
+        "factor": factor,
+    }
+    for size in SIZES:  # a size by its name, if it is one of the paper's
+        config = DecoderConfig(size=f"{size}/1", latent_channels=read["latent_channels"], factor=factor)
+        if all(getattr(config, name) == value for name, value in read.items()):
+            return config
+    try:
+        return DecoderConfig(size="custom", patch=1, prediction="v", **read)
+    except UserError as error:
+        raise UserError(f"{shapes.what}: {error}") from None
+
+
+def _encoder_config(shapes: _Shapes) -> EncoderConfig:
+    levels = shapes.count("down")
+    widths = [shapes.size(f"down.{i}.block.0.conv1.weight", 0, 4) for i in range(levels)]
+    base = math.gcd(*widths)
+    return EncoderConfig(
+        factor=2 ** (levels - 1),
+        latent_channels=max(1, shapes.size("out_proj.weight", 0, 4) // 2),
+        base=base,
+        multipliers=[width // base for width in widths],
+        blocks=shapes.count("down.0.block"),
+    )

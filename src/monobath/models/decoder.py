@@ -72,6 +72,9 @@ class DecoderConfig:
     norm: Literal["group", "local"] = "group"
     """group: GroupNorm throughout (the paper's). local: no statistics over the picture, so that a pixel depends on its
     neighbourhood only: no norm in residual blocks, LayerNorm of single tokens before the transformer. Faster."""
+    upsampling: Literal["nearest", "shuffle"] = "nearest"
+    """Between levels on the way up. nearest: enlarged, then a convolution (the paper's). shuffle: a convolution of the
+    coarse map, whose channels become pixels: half the operations, and each of the four pixels has its own weights."""
     attention: str = "auto"
     """Windowed attention backend: auto, dense, blocked or flex. All give the same result."""
 
@@ -102,6 +105,8 @@ class DecoderConfig:
             raise UserError('decoder.linear_skip needs decoder.prediction "x"')
         if self.norm not in ("group", "local"):
             raise UserError(f'decoder.norm is {self.norm!r}: choose "group" or "local"')
+        if self.upsampling not in ("nearest", "shuffle"):
+            raise UserError(f'decoder.upsampling is {self.upsampling!r}: choose "nearest" or "shuffle"')
         if self.down_blocks < 1 or self.reach < 0 or self.latent_channels < 1:
             raise UserError("decoder: down_blocks and latent_channels must be at least 1, reach at least 0")
         self.down = self.down or [self.down_blocks] * len(self.channels)
@@ -259,10 +264,26 @@ def normed_tokens(norm: nn.Module, x: Tensor) -> Tensor:
     return norm(x).flatten(2).transpose(1, 2)
 
 
-class Level(nn.Module):
-    """Residual blocks of one resolution, then an optional change of resolution."""
+def enlarged(x: Tensor, convolution: nn.Module, upsampling: str) -> Tensor:
+    """Twice the height and width, see `DecoderConfig.upsampling`."""
+    if upsampling == "shuffle":
+        return F.pixel_shuffle(convolution(x), 2)
+    return convolution(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
-    def __init__(self, widths: list[tuple[int, int]], out: int, config: DecoderConfig, resample: str) -> None:
+
+class Level(nn.Module):
+    """Residual blocks of one resolution, then an optional change of resolution.
+
+    Args:
+        widths: (in, out) channels of each block.
+        out: channels of the level.
+        resample: "down", "up" or "".
+        finer: channels that "up" with shuffling gives.
+    """
+
+    def __init__(
+        self, widths: list[tuple[int, int]], out: int, config: DecoderConfig, resample: str, finer: int = 0
+    ) -> None:
         super().__init__()
         width = config.channels[0]
         context = width if config.modulation else 0
@@ -271,7 +292,7 @@ class Level(nn.Module):
         if resample == "down":
             self.resample = nn.Conv2d(out, out, 3, stride=2, padding=1)
         elif resample == "up":
-            self.resample = nn.Conv2d(out, out, 3, padding=1)
+            self.resample = nn.Conv2d(out, 4 * finer if config.upsampling == "shuffle" else out, 3, padding=1)
 
 
 class Decoder(nn.Module):
@@ -315,7 +336,9 @@ class Decoder(nn.Module):
                 # A level's input and the output of each of its blocks on the way down are taken up again, last first.
                 pairs.append((previous + (skips[i].pop() if skips[i] else 0), width))
                 previous = width
-            self.up.append(Level(pairs, width, config, "up" if i > 0 else ""))
+            self.up.append(Level(pairs, width, config, "up" if i > 0 else "", widths[i - 1]))
+            if config.upsampling == "shuffle":
+                previous = widths[i - 1]
         self.norm_out: nn.Module = (
             nn.Identity() if config.norm == "local" else nn.GroupNorm(norm_groups(widths[0]), widths[0])
         )
@@ -348,7 +371,7 @@ class Decoder(nn.Module):
             for block in level.blocks:
                 x = self._run(block, torch.cat([x, kept.pop()], dim=1) if kept else x, context, time)
             if level.resample is not None:
-                x = level.resample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+                x = enlarged(x, level.resample, self.config.upsampling)
         x = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.config.patch)
         if self.config.linear_skip:
             linear = F.pixel_shuffle(self.linear_skip(z), self.config.factor)

@@ -25,6 +25,7 @@ from .decoder import (
     Middle,
     ResBlock,
     TransformerBlock,
+    enlarged,
     normed_tokens,
     timestep_embedding,
 )
@@ -40,7 +41,10 @@ class OneStep(nn.Module):
     Attributes:
         config: of the decoder it was made from.
         noise: "zero" takes no noise input; "gaussian" needs one.
+        trains: whether it can be trained and saved; a folded decoder can be neither.
     """
+
+    trains = False
 
     def __init__(self, config: DecoderConfig, noise: Literal["gaussian", "zero"]) -> None:
         super().__init__()
@@ -107,7 +111,7 @@ class OneStepDecoder(OneStep):
                 x = torch.cat([x, kept.pop()], dim=1) if kept else x
                 x = block(x, next(modulations, None), config.factor, config.patch << depth)
             if not isinstance(resample, nn.Identity):
-                x = resample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+                x = enlarged(x, resample, config.upsampling)
         x = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), config.patch)
         if self.linear_skip is not None:
             x = x + F.pixel_shuffle(self.linear_skip(z), config.factor)

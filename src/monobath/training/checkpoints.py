@@ -39,8 +39,8 @@ def save(
 ) -> Path:
     """Write `checkpoints/step-N/` and remove all but the newest `keep`.
 
-    Holds `model.safetensors`, `ema.safetensors`, `trainer.pt` (tensors and plain values: optimizer, gradient scaler)
-    and `state.json`. A killed process leaves the previous checkpoint whole.
+    Holds `model.safetensors`, `ema.safetensors`, `trainer.pt` (tensors and plain values: optimizer, gradient
+    scaler, what losses train) and `state.json`. A killed process leaves the previous checkpoint whole.
     """
     state = {"step": step, "ema_updates": ema.updates, "recipe": recipe}
     path = run / "checkpoints" / f"step-{step:08d}"

@@ -6,6 +6,7 @@ and in every model it writes.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,6 +31,8 @@ class DataConfig:
     """Mirror half of the crops."""
     cache: bool = False
     """Keep decoded pictures in memory, their short side at most the high end of `scale`."""
+    latents: bool = False
+    """`source` is what `monobath cache-latents` wrote: crops that are encoded already. Needs a frozen encoder."""
     workers: int = 2
     """Loader processes; 0 decodes in the training process. The crops are the same for any number."""
     max_pixels: int = MAX_PIXELS
@@ -62,7 +65,7 @@ class TimesConfig:
 
 @dataclass(kw_only=True)
 class LossConfig:
-    """Weights of the objective: SSDD section 3, flow + perceptual + KL."""
+    """Weights of the objective: SSDD section 3, flow + perceptual + REPA + KL."""
 
     flow: float = 1.0
     """Weight of the flow-matching loss."""
@@ -74,22 +77,46 @@ class LossConfig:
     """efflite (EfficientNet-Lite0) works offline; lpips-vgg is the paper's."""
     kl: float = 1e-6
     """Weight of the KL term, summed over a latent's dimensions; counts only while the encoder trains."""
+    repa: float = 0.0
+    """Weight of the cosine distance between hidden tokens and frozen features of the image; the paper's is 0.25."""
+    repa_features: Literal["efflite", "dinov2"] = "efflite"
+    """efflite (EfficientNet-Lite0) works offline; dinov2 is the paper's and needs the extra `repa`."""
+    repa_model: str = "facebook/dinov2-base"
+    """DINOv2 weights: a Hub id or a local folder."""
+    repa_block: int = 0
+    """Transformer block that is aligned, counted from 1; 0: block 4, or the middle one of fewer."""
+    adversarial: float = 0.0
+    """Weight of a discriminator's opinion, relative to the other losses at the last layer. SSDD does without; KL-VAEs
+    take 0.5."""
+    adversarial_start: float = 0.5
+    """The decoder hears of the discriminator after this fraction of the run; the discriminator learns from step 0."""
+    adversarial_lr: float = 1e-4
+    """The discriminator's learning rate."""
+
+    def __post_init__(self) -> None:
+        for name in ("flow", "perceptual", "kl", "repa", "adversarial", "adversarial_lr"):
+            if getattr(self, name) < 0:
+                raise UserError(f"loss.{name} is {getattr(self, name)}: it must be at least 0")
+        if not 0 <= self.adversarial_start <= 1:
+            raise UserError(f"loss.adversarial_start is {self.adversarial_start}: it is a fraction, in [0, 1]")
 
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay to zero."""
+    """AdamW with linear warm-up and cosine decay to zero, or schedule-free RAdam at a constant rate."""
 
+    kind: Literal["adamw", "radam_schedulefree"] = "adamw"
+    """radam_schedulefree is the paper's: no warm-up, no decay; what it averages is what is evaluated and saved."""
     lr: float = 1e-4
     """Peak learning rate."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
-    """AdamW's decay rates."""
+    """The optimizer's decay rates."""
     weight_decay: float = 0.01
     """Decoupled weight decay, on matrices and convolutions only (not on biases and norms)."""
     warmup: int = 100
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up (adamw)."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """After the warm-up."""
+    """After the warm-up (adamw)."""
     clip: float = 1.0
     """Largest global gradient norm; 0: no clipping."""
 
@@ -150,6 +177,30 @@ class TrainingConfig:
 
 
 @dataclass(kw_only=True)
+class DistillConfig:
+    """Distillation: the student learns what a frozen teacher samples in many steps (SSDD, section 3.3)."""
+
+    teacher: str = ""
+    """The teacher: a packaged name, a path such as runs/stage2/model, or a Hub id. Empty: no distillation."""
+    steps: int = 12
+    """Euler steps of the teacher, N."""
+    power: float = 0.0
+    """Exponent of the teacher's time grid; 0: what its checkpoint says."""
+    student_steps: int = 1
+    """Steps that the student is made for."""
+    cache: str = ""
+    """Folder to keep the teacher's samples in: a second student on the same images, draws and teacher finds them there.
+    Empty: none are kept. A sample takes 2 bytes a number, 24 KiB for 64² pixels."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "student_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"distill.{name} is {getattr(self, name)}: it must be at least 1")
+        if self.power < 0:
+            raise UserError(f"distill.power is {self.power}: it must be above 0, or 0 for the teacher's own")
+
+
+@dataclass(kw_only=True)
 class Recipe:
     """A whole training run."""
 
@@ -158,16 +209,28 @@ class Recipe:
     run: str = ""
     """Run folder; default: runs/NAME. The same command on the same folder resumes."""
     init: str = ""
-    """Start from this model (a name or path, such as runs/stage1/model) instead of random weights."""
+    """Start from this model (a name or path, such as runs/stage1/model) instead of random weights; default: the
+    teacher, in a distillation. A recipe that says nothing of `model` takes that model's shape."""
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     times: TimesConfig = field(default_factory=TimesConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
 
     def __post_init__(self) -> None:
         self.run = self.run or f"runs/{self.name}"
+        if self.distill.teacher:
+            self.init = self.init or self.distill.teacher
+            self.model.sampler = dataclasses.replace(self.model.sampler, steps=self.distill.student_steps)
+            if self.training.train_encoder:
+                raise UserError(
+                    "distill.teacher is given, but training.train_encoder is true: the latents are the teacher's, so "
+                    "set it to false"
+                )
+        if self.loss.adversarial and self.training.precision == "fp16":
+            raise UserError('loss.adversarial needs training.precision "bf16" or "fp32"')
         decoder = self.model.decoder
         unit = max(self.model.encoder.factor, decoder.token_side)
         if self.data.size % unit:

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,16 +23,26 @@ import yaml
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from ..data import iterate_eval, make_dataset, make_loader
+from ..data import LatentDataset, PhotoDataset, StreamDataset, iterate_eval, make_dataset, make_loader
 from ..errors import UserError
 from ..files import write_file, write_text
 from ..images import tensor_to_pil, to_float
 from ..models.decoder import Decoder
-from ..tokenizer import Tokenizer
+from ..tokenizer import Tokenizer, TokenizerConfig
 from . import checkpoints
+from .adversary import Adversary
 from .config import OptimizerConfig, Recipe
+from .distillation import DistillationObjective, SampleCache
 from .ema import EMA
+from .latents import check_encoder, open_cache, weights_sha256
 from .objectives import AutoencoderObjective, Draws
+from .optimizers import (
+    evaluation_weights,
+    is_schedule_free,
+    make_optimizer,
+    restore_training_weights,
+    training_weights,
+)
 from .progress import Progress
 
 log = logging.getLogger(__name__)
@@ -56,7 +66,9 @@ def train(recipe: Recipe) -> Path:
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Rate of step 0 … steps−1: linear warm-up, then a cosine to zero or a constant."""
+    """Rate of step 0 … steps−1: linear warm-up, then a cosine to zero or a constant; schedule-free always constant."""
+    if config.kind == "radam_schedulefree":
+        return config.lr
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     if config.schedule == "constant":
@@ -83,10 +95,14 @@ class _Run:
 
         # Data first: a wrong path should say so at once, and leave nothing behind.
         data = recipe.data
-        self.dataset = make_dataset(
-            data.source, size=data.size, scale=(data.scale[0], data.scale[1]), flip=data.flip, seed=training.seed,
-            max_pixels=data.max_pixels, min_side=data.min_side, cache=data.cache,
-        )  # fmt: skip
+        self.dataset: PhotoDataset | StreamDataset | LatentDataset
+        if data.latents:
+            self.dataset = open_cache(data, seed=training.seed, train_encoder=training.train_encoder)
+        else:
+            self.dataset = make_dataset(
+                data.source, size=data.size, scale=(data.scale[0], data.scale[1]), flip=data.flip, seed=training.seed,
+                max_pixels=data.max_pixels, min_side=data.min_side, cache=data.cache,
+            )  # fmt: skip
         self.examples = self._examples() if self.main and training.sample_every else None
         if self.main:
             self._claim_folder()
@@ -98,17 +114,24 @@ class _Run:
         elif not training.train_encoder and self.main:
             log.warning("training.train_encoder is false without init: the decoder learns a random encoder's latents")
         self.tokenizer.train()
-        self.objective = AutoencoderObjective(self.tokenizer, recipe.loss, train_encoder=training.train_encoder)
+        self.objective = self._objective()
         self.objective.to(self.device)
         if training.channels_last:
             self.objective.to(memory_format=torch.channels_last)
         self.tokenizer.encoder.checkpointing = training.checkpointing
-        assert isinstance(self.tokenizer.decoder, Decoder)
-        self.tokenizer.decoder.set_checkpointing(training.checkpointing)
+        if isinstance(self.tokenizer.decoder, Decoder):
+            self.tokenizer.decoder.set_checkpointing(training.checkpointing)
         self.ema = EMA(self.tokenizer, training.ema)
-        self.optimizer: Any = _optimizer(self.objective, recipe.optimizer)
+        self.optimizer: Any = make_optimizer(self.objective, recipe.optimizer)
+        self.schedule_free = is_schedule_free(self.optimizer)
         self.step = 0
+        self.adversary = None
+        if recipe.loss.adversarial:
+            self.adversary = Adversary(recipe.loss, self.accelerator, recipe.optimizer.clip)
+            self.objective.judge = self.adversary.judge
         self._resume()
+        if isinstance(self.dataset, LatentDataset):
+            check_encoder(self.dataset, self.tokenizer.encoder)
         if training.compile:
             self.tokenizer.encoder.compile()
             self.tokenizer.decoder.compile()
@@ -170,21 +193,32 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
+        if self.adversary is not None:
+            self.adversary.begin_step(self.step, training.steps)
         totals: dict[str, Tensor] = {}
         for micro in range(accumulation):
-            x = to_float(next(batches)["image"].to(self.device, non_blocking=True))
+            batch = next(batches)
+            x = to_float(batch["image"].to(self.device, non_blocking=True))
+            moments = batch["moments"].to(self.device, non_blocking=True) if "moments" in batch else None
             if training.channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)
-            seed = _mix(training.seed, self.step * accumulation + micro)
+            position = self.step * accumulation + micro
+            seed = _mix(training.seed, position)
             draws = Draws.make(
-                seed, tuple(x.shape), self._latent_shape(x), self.recipe.times,
+                seed, tuple(x.shape), self._latent_shape(x), self.recipe.times, grid=self.grid,
                 rank=self.rank, world=self.world, device=self.device,
             )  # fmt: skip
+            target = self.samples.read(position, self.rank) if self.samples is not None else None
+            target = None if target is None else target.to(self.device)
             torch.manual_seed(seed + self.rank)  # dropout
             syncing = micro == accumulation - 1
             with contextlib.nullcontext() if syncing else self.accelerator.no_sync(self.prepared):
-                losses = self.prepared(x, draws.t, draws.noise, draws.latent_noise)
+                losses = self.prepared(x, draws.t, draws.noise, draws.latent_noise, moments, target)
                 self.accelerator.backward(losses["loss"] / accumulation)
+            if self.samples is not None and target is None:
+                self.samples.write(position, self.rank, self.objective.target)
+            if self.adversary is not None:
+                losses["discriminator"] = self.adversary.learn(x, self.objective.generated, accumulation)
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0) + value.detach() / accumulation
         self._update(totals, rate)
@@ -192,22 +226,29 @@ class _Run:
     def _update(self, totals: dict[str, Tensor], rate: float) -> None:
         training = self.recipe.training
         self.accelerator.unscale_gradients(self.optimizer)
+        if self.adversary is not None:
+            self.adversary.end_step()
         clip = self.recipe.optimizer.clip or float("inf")
         parameters = [p for p in self.objective.parameters() if p.requires_grad]
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
         # Gradients are averaged over processes, so all of them see the same norm and decide alike.
         finite = torch.isfinite(norm)
-        if self.accelerator.scaler is None:
-            # Fused AdamW leaves weights and moments alone when told that infinities were found: no host sync.
-            self.optimizer.optimizer.found_inf = (~finite).float()
-        self.optimizer.step()
+        if self.accelerator.scaler is None and self.schedule_free:
+            if finite:  # waits for the device: this optimizer cannot skip by itself
+                self.optimizer.step()
+        else:
+            if self.accelerator.scaler is None:
+                # Fused AdamW leaves weights and moments alone when told that infinities were found: no host sync.
+                self.optimizer.optimizer.found_inf = (~finite).float()
+            self.optimizer.step()
         bad = (~finite).float()
         in_a_row = (self.bad[0] + 1) * bad
         self.bad = torch.stack([in_a_row, torch.maximum(self.bad[1], in_a_row), self.bad[2] + bad])
-        if self.step < training.ema_start * training.steps:
-            self.ema.copy(self.tokenizer)
-        else:
-            self.ema.update(self.tokenizer)
+        with evaluation_weights(self.optimizer.optimizer):
+            if self.step < training.ema_start * training.steps:
+                self.ema.copy(self.tokenizer)
+            else:
+                self.ema.update(self.tokenizer)
         totals["grad_norm"] = norm.detach()
         for name, value in totals.items():
             kept = torch.where(finite, value.float(), 0.0)
@@ -257,19 +298,26 @@ class _Run:
 
     def _save(self) -> None:
         if self.main:
-            scaler = self.accelerator.scaler
-            checkpoints.save(
-                self.run,
-                self.step,
-                model=self.tokenizer,
-                ema=self.ema,
-                trainer={
-                    "optimizer": self.optimizer.optimizer.state_dict(),
-                    "scaler": scaler.state_dict() if scaler is not None else None,
-                },
-                recipe=dataclasses.asdict(self.recipe),
-                keep=self.recipe.training.keep,
-            )
+            scaler, optimizer = self.accelerator.scaler, self.optimizer.optimizer
+            # A checkpoint holds the weights to evaluate; where those to train are others, it holds them too.
+            weights = [p.cpu() for p in training_weights(optimizer)] if self.schedule_free else None
+            with evaluation_weights(optimizer):
+                checkpoints.save(
+                    self.run,
+                    self.step,
+                    model=self.tokenizer,
+                    ema=self.ema,
+                    trainer={
+                        "kind": self.recipe.optimizer.kind,
+                        "optimizer": optimizer.state_dict(),
+                        "training_weights": weights,
+                        "losses": {name: p.detach().cpu() for name, p in self._loss_parameters().items()},
+                        "scaler": scaler.state_dict() if scaler is not None else None,
+                        "adversary": self.adversary.state() if self.adversary is not None else None,
+                    },
+                    recipe=dataclasses.asdict(self.recipe),
+                    keep=self.recipe.training.keep,
+                )
         self.accelerator.wait_for_everyone()
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -285,7 +333,7 @@ class _Run:
                 before = yaml.safe_load(file.read_text(encoding="utf-8"))
             except (yaml.YAMLError, UnicodeDecodeError) as error:
                 raise UserError(f"{file} is corrupt ({error}): choose another --run") from None
-            if checkpoints.latest(self.run) and before.get("model") != json.loads(json.dumps(resolved["model"])):
+            if checkpoints.latest(self.run) and not _same_model(before, self.recipe):
                 raise UserError(f"{self.run} holds a run of another model: choose another --run, or delete that folder")
             changed = [k for k, v in resolved.items() if before.get(k) != json.loads(json.dumps(v))]
             if changed:
@@ -302,6 +350,32 @@ class _Run:
         parts = iterate_eval(fixed, batch_size=8, limit=self.recipe.training.samples)
         return torch.cat([part["image"] for part in parts])
 
+    def _objective(self) -> AutoencoderObjective:
+        """What is minimised; for a distillation, also the times of the student and the cache of the teacher."""
+        recipe, config = self.recipe, self.recipe.distill
+        self.grid: list[float] = []
+        self.samples: SampleCache | None = None
+        if not config.teacher:
+            return AutoencoderObjective(self.tokenizer, recipe.loss, train_encoder=recipe.training.train_encoder)
+        teacher = Tokenizer.from_pretrained(config.teacher)
+        objective = DistillationObjective(self.tokenizer, teacher, recipe.loss, config)
+        self.grid = objective.grid
+        if config.cache:
+            facts = {
+                "teacher": weights_sha256(teacher),
+                "teacher_steps": objective.steps,
+                "power": objective.power,
+                "grid": objective.grid,
+                "noise": dataclasses.asdict(recipe.times),
+                "data": dataclasses.asdict(recipe.data),
+                "pictures": len(self.dataset) if isinstance(self.dataset, Sized) else None,
+                "batch": [self.world, self.micro],
+                "seed": recipe.training.seed,
+                "precision": recipe.training.precision,
+            }
+            self.samples = SampleCache(Path(config.cache), facts)
+        return objective
+
     def _start_from(self, name: str) -> None:
         """Take encoder and decoder from another model; a decoder of another shape starts from random weights.
 
@@ -314,9 +388,14 @@ class _Run:
                 f"but the recipe says {self.recipe.model.encoder}"
             )
         self.tokenizer.encoder.load_state_dict(source.encoder.state_dict())
-        ours, theirs = self.recipe.model.decoder, source.config.decoder
+        if not self.recipe.training.train_encoder:
+            names = ("scaling_factor", "shift_factor", "latent_mean", "latent_std")
+            kept = {name: getattr(source.config, name) for name in names}
+            self.tokenizer.config = dataclasses.replace(self.tokenizer.config, **kept)
+        ours, theirs = self.recipe.model, source.config
         free = {"size": "custom", "attention": "auto", "dropout": 0.0}  # these change no weight's shape
-        if dataclasses.replace(ours, **free) == dataclasses.replace(theirs, **free):  # type: ignore[arg-type]
+        same = dataclasses.replace(ours.decoder, **free) == dataclasses.replace(theirs.decoder, **free)  # type: ignore[arg-type]
+        if same and ours.kl_decoder == theirs.kl_decoder:
             self.tokenizer.decoder.load_state_dict(source.decoder.state_dict())
         elif self.main:
             log.info("init: the encoder comes from %s; its decoder has another shape, so ours starts anew", name)
@@ -328,13 +407,32 @@ class _Run:
             return
         state, trainer = checkpoints.load(path, model=self.tokenizer, ema=self.ema)
         try:
+            if trainer.get("kind", "adamw") != self.recipe.optimizer.kind:
+                raise ValueError(f"its optimizer is {trainer.get('kind', 'adamw')}")
+            own, saved = self._loss_parameters(), trainer.get("losses", {})
+            if {n: p.shape for n, p in own.items()} != {n: p.shape for n, p in saved.items()}:
+                raise ValueError("its losses train other parameters")
+            if (self.adversary is None) != (trainer.get("adversary") is None):
+                raise ValueError("only one of them has an adversarial loss")
+            if self.adversary is not None:
+                self.adversary.load(trainer["adversary"])
+            for name, parameter in own.items():
+                parameter.data.copy_(saved[name])
             self.optimizer.load_state_dict(trainer["optimizer"])
         except (ValueError, KeyError) as error:
             raise UserError(f"checkpoint {path} does not fit this recipe ({error}): choose another --run") from None
+        if self.schedule_free:
+            restore_training_weights(self.optimizer, trainer["training_weights"])
         self._scaler_state = trainer["scaler"]
         self.step = state["step"]
         if self.main:
             log.info("resuming %s at step %d", self.run, self.step)
+
+    def _loss_parameters(self) -> dict[str, Tensor]:
+        """What trains but is no part of the tokenizer, such as REPA's projector: kept in checkpoints only."""
+        tokenizer = {id(p) for p in self.tokenizer.parameters()}
+        trained = ((n, p) for n, p in self.objective.named_parameters() if p.requires_grad)
+        return {name: p for name, p in trained if id(p) not in tokenizer}
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -379,13 +477,12 @@ def _accelerator(recipe: Recipe) -> Any:
     )
 
 
-def _optimizer(objective: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    trained = [p for p in objective.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), fused=True)
+def _same_model(before: Any, recipe: Recipe) -> bool:
+    """Whether a stored recipe has this one's model; a field that came after it has its default."""
+    try:
+        return TokenizerConfig.from_dict(before["model"]) == recipe.model
+    except (UserError, TypeError, KeyError, AttributeError):
+        return False
 
 
 def _mix(seed: int, position: int) -> int:

@@ -1,18 +1,25 @@
 """What is minimised: one `nn.Module` per objective, so that DDP and compile wrap exactly what runs.
 
-SSDD (arXiv 2510.04961), section 3: total = L_FM + λ·perceptual(x̂₀, x) + 1e-6·KL, without a discriminator.
+SSDD (arXiv 2510.04961), section 3: total = L_FM + λ·perceptual(x̂₀, x) + μ·REPA + 1e-6·KL, without a
+discriminator.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .. import flow
+from ..errors import UserError
+from ..losses.alignment import Alignment, alignment_features
 from ..losses.perceptual import perceptual_distance
+from ..models.decoder import Decoder
 from ..models.encoder import Posterior
+from ..models.one_step import OneStep
 from ..tokenizer import Tokenizer
 from .config import LossConfig, TimesConfig
 
@@ -33,6 +40,7 @@ class Draws:
         latents: tuple[int, ...],
         times: TimesConfig,
         *,
+        grid: Sequence[float] = (),
         rank: int = 0,
         world: int = 1,
         device: torch.device | str = "cpu",
@@ -44,11 +52,16 @@ class Draws:
 
         Args:
             images, latents: shapes of this process' batch.
+            grid: the only times there are, each as likely; default: logit-normal ones and those of `times`.
         """
         generator = torch.Generator(device).manual_seed(seed)
         batch = images[0]
         total, own = batch * world, slice(rank * batch, (rank + 1) * batch)
-        t = flow.sample_times(total, generator=generator, ones=times.ones)
+        if grid:
+            chosen = torch.randint(len(grid), (total,), generator=generator, device=device)
+            t = torch.tensor(grid, device=device)[chosen]
+        else:
+            t = flow.sample_times(total, generator=generator, ones=times.ones)
         noise = torch.randn(total, *images[1:], generator=generator, device=device)
         # Of the samples at t = 1, every (1 / zero_noise)-th starts from zero.
         order = (t == 1).cumsum(0) * times.zero_noise
@@ -58,43 +71,111 @@ class Draws:
         return cls(t[own], noise[own], latent_noise[own])
 
 
+def make_alignment(decoder: nn.Module, loss: LossConfig) -> Alignment | None:
+    """REPA for a decoder, as the recipe says; None at weight 0.
+
+    Use: call the decoder within `tap(alignment, decoder)`, then `alignment(images).mean()`.
+
+    Raises:
+        UserError: the decoder has no such block, or the frozen network cannot be loaded.
+    """
+    if not loss.repa:
+        return None
+    if not isinstance(decoder, Decoder):
+        raise UserError(f"loss.repa is {loss.repa}, but a KL-VAE decoder has no block to align: set it to 0")
+    return Alignment(decoder, alignment_features(loss.repa_features, loss.repa_model), loss.repa_block)
+
+
+def tap(alignment: Alignment | None, decoder: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """`alignment.tap(decoder)`, or nothing where there is no alignment."""
+    if alignment is None:
+        return contextlib.nullcontext()
+    assert isinstance(decoder, Decoder)
+    return alignment.tap(decoder)
+
+
 class AutoencoderObjective(nn.Module):
-    """Flow matching + perceptual distance + KL for a whole tokenizer, or for its decoder alone.
+    """What a tokenizer, or its decoder alone, learns from images: flow matching + perceptual distance + REPA + KL.
+
+    A KL-VAE decoder (`TokenizerConfig.kl_decoder`) has no flow: it learns the image from the latent by L1 instead.
 
     Args:
         tokenizer: what trains.
         loss: weights.
         train_encoder: False runs the encoder without gradients and leaves out the KL.
+
+    Attributes:
+        judge: gives the adversarial loss of generated images (see `adversary.py`); None: there is none.
+        generated: the last batch's predicted clean images, without gradients.
+        target: what they should have been.
     """
+
+    judge: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    generated: Tensor
+    target: Tensor
 
     def __init__(self, tokenizer: Tokenizer, loss: LossConfig, *, train_encoder: bool) -> None:
         super().__init__()
         self.tokenizer, self.loss, self.train_encoder = tokenizer, loss, train_encoder
         self.perceptual = perceptual_distance(loss.perceptual_backbone) if loss.perceptual else None
+        self.repa = make_alignment(tokenizer.decoder, loss)
         tokenizer.encoder.requires_grad_(train_encoder)
 
-    def forward(self, x: Tensor, t: Tensor, noise: Tensor, latent_noise: Tensor) -> dict[str, Tensor]:
-        """Losses of a batch: float32 scalars `loss` (the weighted sum), `flow`, `perceptual`, `kl`.
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        latent_noise: Tensor,
+        moments: Tensor | None = None,
+        target: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Losses of a batch: float32 scalars `loss` (the weighted sum), `flow` or `l1`, and those of `LossConfig`.
 
         Args:
             x: images `(B, 3, H, W)` in [-1, 1].
             t, noise, latent_noise: see `Draws`.
+            moments: `(B, 2c, H/f, W/f)`, what the frozen encoder made of x before; default: it runs.
+            target: what the decoder should give; default: x.
         """
-        config = self.tokenizer.config
         with torch.set_grad_enabled(self.train_encoder and torch.is_grad_enabled()):
-            posterior = Posterior(self.tokenizer.encoder(x), (x.shape[2], x.shape[3]))
+            encoded = self.tokenizer.encoder(x) if moments is None else moments
+            posterior = Posterior(encoded, (x.shape[2], x.shape[3]))
             z = posterior.mean + posterior.std * latent_noise
-        kind = config.decoder.prediction
-        x_t = flow.interpolate(x, noise, t)
-        prediction = self.tokenizer.decoder(x_t, t, z)
-        space = self.loss.space or kind
-        losses = {"flow": flow.flow_loss(prediction, x, noise, x_t, t, kind, space)}  # type: ignore[arg-type]
-        total = self.loss.flow * losses["flow"]
-        if self.perceptual is not None:
-            clean = flow.to_clean(prediction.float(), x_t, t, kind)  # type: ignore[arg-type]
-            losses["perceptual"] = self.perceptual(clean, x).mean()
-            total = total + self.loss.perceptual * losses["perceptual"]
+        target = self.target_of(x, noise, z) if target is None else target
+        losses = self._decoder_losses(x, target, t, noise, z)
         if self.train_encoder:
             losses["kl"] = posterior.kl().mean()
-            total = total + self.loss.kl * losses["kl"]
+            losses["loss"] = losses["loss"] + self.loss.kl * losses["kl"]
+        return losses
+
+    def target_of(self, x: Tensor, noise: Tensor, z: Tensor) -> Tensor:
+        """What the decoder should give from (noise, z): the image itself."""
+        return x
+
+    def _decoder_losses(self, x: Tensor, target: Tensor, t: Tensor, noise: Tensor, z: Tensor) -> dict[str, Tensor]:
+        decoder = self.tokenizer.decoder
+        if isinstance(decoder, OneStep):
+            clean = decoder(z).float()
+            losses = {"l1": (clean - target.float()).abs().mean()}
+            total = self.loss.flow * losses["l1"]
+        else:
+            kind = self.tokenizer.config.decoder.prediction
+            x_t = flow.interpolate(target, noise, t)
+            with tap(self.repa, decoder):
+                prediction = decoder(x_t, t, z)
+            space = self.loss.space or kind
+            losses = {"flow": flow.flow_loss(prediction, target, noise, x_t, t, kind, space)}  # type: ignore[arg-type]
+            clean = flow.to_clean(prediction.float(), x_t, t, kind)  # type: ignore[arg-type]
+            total = self.loss.flow * losses["flow"]
+        if self.perceptual is not None:
+            losses["perceptual"] = self.perceptual(clean, target).mean()
+            total = total + self.loss.perceptual * losses["perceptual"]
+        if self.judge is not None:
+            losses["adversarial"] = self.judge(clean, total, decoder.conv_out.weight)  # type: ignore[union-attr,arg-type]
+            total = total + losses["adversarial"]
+        if self.repa is not None:
+            losses["repa"] = self.repa(x).mean()
+            total = total + self.loss.repa * losses["repa"]
+        self.generated, self.target = clean.detach(), target.detach()
         return {"loss": total, **losses}

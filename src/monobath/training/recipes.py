@@ -21,6 +21,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from .. import resources
 from ..errors import UserError
+from ..tokenizer import Tokenizer
 from .config import Recipe
 
 
@@ -54,7 +55,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         if not separator:
             raise UserError(f"{key} has no value: write {key}=VALUE")
         values[key] = schema.parse(key, given)
-    return _build(Recipe, values)
+    return _build(Recipe, _inherited(values) | values)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -68,6 +69,28 @@ def _read(name: str) -> tuple[Path, str]:
         return path, path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}): a recipe is a YAML file in UTF-8") from None
+
+
+def _inherited(values: dict[str, Any]) -> dict[str, Any]:
+    """Shapes that the recipe leaves to the model it starts from: whole parts (encoder, decoder, sampler) only."""
+    source = values.get("init") or values.get("distill.teacher")
+    if not source:
+        return {}
+    parts = ("encoder", "decoder", "sampler", "kl_decoder")
+    missing = [part for part in parts if not any(f"{key}.".startswith(f"model.{part}.") for key in values)]
+    if not {"encoder", "decoder"} & set(missing):
+        return {}
+    model = Tokenizer.from_pretrained(source).config
+    if "decoder" not in missing:  # another decoder: how the old one is sampled says nothing about it
+        missing = ["encoder"]
+    found: dict[str, Any] = {}
+    for part in missing:
+        value = getattr(model, part)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            found |= {f"model.{part}.{name}": inner for name, inner in dataclasses.asdict(value).items()}
+        else:
+            found[f"model.{part}"] = value
+    return found
 
 
 class _Schema:

@@ -1,0 +1,193 @@
+"""The verbs `import-ssdd`, `stats` and `cache-latents`: foreign weights, and latents of whole data sets."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import UserError
+from .shared import MAX_PIXELS, DType, count, explained, lasting_name, load_tokenizer, out_folder, show, write
+
+
+def import_ssdd(file: str, *, out: str, power: float = 2.0, steps: int = 1) -> None:
+    """Turn a published SSDD checkpoint into a model in OUT.
+
+    Every size and the scale are read from the weights. Published SSDD weights are licensed for non-commercial use only;
+    the model says so in its config.
+
+    Args:
+        file: The checkpoint: .safetensors, or .pt, .pth, .ckpt, .bin that hold tensors and plain values only.
+        out: Folder for the model.
+        power: Exponent of the sampler's time grid; 2 is the published one.
+        steps: Sampler steps. The weights do not tell: 1 for a distilled decoder, such as 8 for another.
+    """
+    folder = out_folder(out)
+    import hashlib
+
+    from ..integrations.ssdd import NOTICE, read_ssdd, tokenizer_from_ssdd
+
+    source = Path(file)
+    state = read_ssdd(source)
+    with explained(source):
+        tokenizer = tokenizer_from_ssdd(state, steps=steps, power=power)
+    with open(source, "rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    # The name of the recipe is what `monobath info` shows.
+    recipe = {"name": "published SSDD checkpoint, for non-commercial use only"}
+    tokenizer.save_pretrained(
+        folder, extra={"recipe": recipe, "imported_from": source.name, "sha256": digest, "license": NOTICE}
+    )
+    config = tokenizer.config
+    size = config.decoder.size if config.decoder.size != "custom" else f"channels {config.decoder.channels}"
+    write(f"notice: {NOTICE}\nencoder {config.encoder.name}, decoder {size}: {folder}\n")
+
+
+def stats(
+    *,
+    data: list[str],
+    model: str = "default",
+    size: int = 256,
+    limit: int | None = None,
+    out: str | None = None,
+    in_place: bool = False,
+    batch: int = 16,
+    workers: int = 0,
+    max_pixels: int = MAX_PIXELS,
+    device: str = "auto",
+) -> None:
+    """Measure the mean and standard deviation of a model's latents over pictures, and store them with the model.
+
+    They are those of posterior samples, of each channel and overall: the mean of the means, and the variance of the
+    means plus the mean of the posterior variances. The config gets them as latent_mean and latent_std, and overall as
+    shift_factor (the mean) and scaling_factor (1 / std), which generators of latents need. Without --out or --in_place
+    they are printed only.
+
+    Args:
+        data: Folders of pictures, .tar shards or shard URLs.
+        model: Packaged name, folder, or Hugging Face Hub id.
+        size: The short side is resized to this many pixels and the centre square cropped.
+        limit: At most so many pictures.
+        out: New folder for a copy of the model that has them.
+        in_place: Write them into the model's own folder instead.
+        batch: Pictures at once.
+        workers: Processes that read pictures; 0: none besides this one.
+        max_pixels: Larger pictures are left out, in pixels.
+        device: cpu, cuda, cuda:1 …; auto: a GPU if there is one.
+    """
+    _at_least(1, size=size, limit=limit, batch=batch)
+    _at_least(0, workers=workers)
+    if out is not None and in_place:
+        raise UserError(f"--out {out} and --in_place contradict one another: give one of them")
+    folder = None if out is None else out_folder(out)
+    if folder is not None and (folder / "model.safetensors").exists():
+        raise UserError(f"--out {out} holds a model already: choose a new folder, or --in_place for the model's own")
+    from rich.table import Table
+
+    from ..training.latents import check_writable, latent_statistics, store_statistics
+
+    if in_place:
+        folder = check_writable(model)
+    tokenizer = load_tokenizer(model, device, "float32")
+    with _progress("pictures") as progress:
+        statistics = latent_statistics(
+            tokenizer, data, size=size, limit=limit, batch_size=batch, workers=workers, max_pixels=max_pixels,
+            progress=progress,
+        )  # fmt: skip
+    table = Table("latents", "mean", "std")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    rows = [("all", statistics.overall_mean, statistics.overall_std)]
+    rows += [(f"channel {i}", *v) for i, v in enumerate(zip(statistics.mean, statistics.std, strict=True))]
+    for name, mean, std in rows:
+        table.add_row(name, f"{mean:.6f}", f"{std:.6f}")
+    show(table)
+    write(
+        f"{count(statistics.pictures, 'picture')} at {size}²; std² = variance of posterior means + mean of posterior "
+        f"variances\nshift_factor {statistics.overall_mean:.6f}, scaling_factor {1 / statistics.overall_std:.6f}\n"
+    )
+    if folder is not None:
+        store_statistics(model, statistics, folder, data=data, size=size, model=lasting_name(model))
+        write(f"model: {folder}\n")
+
+
+def cache_latents(
+    *,
+    data: list[str],
+    model: str = "default",
+    out: str,
+    size: int = 64,
+    scale: list[int] | None = None,
+    copies: int = 1,
+    seed: int = 0,
+    no_flip: bool = False,
+    shard_mb: float = 256,
+    batch: int = 32,
+    workers: int = 0,
+    max_pixels: int = MAX_PIXELS,
+    min_side: int = 16,
+    device: str = "auto",
+    dtype: DType = "float32",
+) -> None:
+    """Encode augmented crops of every picture once, for training with a frozen encoder; the same command goes on.
+
+    Writes OUT/latents-000000.tar …, each sample a crop, its moments and facts, and OUT/latents.json. Train from it with
+    monobath train RECIPE --data OUT --data.latents true --training.train_encoder false --init MODEL.
+
+    Args:
+        data: Folders of pictures or .tar shards.
+        model: Packaged name, folder, or Hugging Face Hub id: whose encoder.
+        out: Folder for the shards.
+        size: Side of the crops, in pixels: the recipe's data.size.
+        scale: LOW HIGH: the short side is resized to a random length in between before cropping, in pixels: the
+            recipe's data.scale; default: SIZE and twice SIZE.
+        copies: Crops of each picture: those of so many epochs, after which they come again.
+        seed: Of the crops: the recipe's training.seed for the crops of that run.
+        no_flip: Mirror none of the crops; default: half of them.
+        shard_mb: Largest size of a shard, in MiB.
+        batch: Crops at once.
+        workers: Processes that read and crop pictures; 0: none besides this one.
+        max_pixels: Larger pictures are replaced by others, in pixels.
+        min_side: Pictures with a shorter side likewise, in pixels.
+        device: cpu, cuda, cuda:1 …; auto: a GPU if there is one.
+        dtype: Arithmetic of the encoder.
+    """
+    _at_least(1, size=size, copies=copies, batch=batch)
+    _at_least(0, workers=workers)
+    if scale is not None and len(scale) != 2:
+        raise UserError(f"--scale is {' '.join(map(str, scale))}: give two lengths, LOW HIGH")
+    folder = out_folder(out)
+    import torch
+
+    from ..training.latents import cache_latents as write_cache
+
+    tokenizer = load_tokenizer(model, device, "float32")
+    with _progress("crops") as progress:
+        facts = write_cache(
+            tokenizer, data, folder, size=size, scale=None if scale is None else (scale[0], scale[1]), copies=copies,
+            seed=seed, flip=not no_flip, shard_mb=shard_mb, batch_size=batch, workers=workers, max_pixels=max_pixels,
+            min_side=min_side, model=lasting_name(model), dtype=getattr(torch, dtype), progress=progress,
+        )  # fmt: skip
+    crops, pictures, shards = facts.pictures * facts.copies, facts.pictures, facts.shards
+    write(f"{count(crops, 'crop')} of {count(pictures, 'picture')} in {count(shards, 'shard')}: {folder}\n")
+
+
+def _at_least(least: int, **options: int | None) -> None:
+    for name, value in options.items():
+        if value is not None and value < least:
+            raise UserError(f"--{name} is {value}: it must be at least {least}")
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int | None], None]]:
+    """Within: a bar on stderr where that is a terminal; call what is yielded with (done, in all)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(
+        *columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
+    ) as progress:  # fmt: skip
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -1,0 +1,312 @@
+"""Run an encoder or a decoder over a picture of any size: whole, or in overlapping tiles with bounded memory.
+
+Tiles are squares on the grid of latent positions and transformer tokens. Neighbours overlap; the middle half of an
+overlap is a linear ramp from one to the other, and the outer quarters, where a tile's own border is near, are dropped.
+All tiles of a picture start from one noise field, so that they draw the same texture where they overlap. A tile that
+covers the picture is the untiled picture, bit for bit.
+
+A decoder without statistics over the picture (`norm: local`) sees only so far: `receptive_field` says how far, to the
+pixel. Where half of the overlap covers that, nothing is blended: the overlap is cut through the middle, and the tiles
+are equal to the untiled picture up to the order of additions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import UserError
+from .models.decoder import Decoder, DecoderConfig
+from .models.kl_decoder import KLDecoder
+from .models.one_step import OneStep
+from .sampling import Noise, draw_noise, euler
+
+Interval = tuple[int, int]
+"""First and last pixel, both included."""
+
+
+def sample(
+    decoder: Decoder | OneStep,
+    z: Tensor,
+    seeds: Sequence[int],
+    *,
+    steps: int = 1,
+    power: float = 2.0,
+    noise: Noise = "gaussian",
+    size: tuple[int, int] | None = None,
+    tile: int | None = None,
+    overlap: int | None = None,
+    finish: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Tensor:
+    """Latents → pictures, from noise that is drawn per sample on the CPU.
+
+    Args:
+        decoder: with `OneStep`, steps and noise must be those it was folded for.
+        z: `(B, c, h, w)`, raw, on the decoder's device and of its type.
+        seeds: one a sample.
+        size: (H, W) to crop to; default h·f, w·f.
+        tile: side of the squares to decode one at a time, in pixels, rounded down to whole tokens; default: one go.
+        overlap: pixels that neighbouring tiles share, rounded up to whole tokens; default: what makes the tiles exact,
+            if there is such a number and it is at most half a tile, else 64 or an eighth of the tile, whichever is
+            more, up to a quarter.
+        finish: applied to each finished part (float, not clipped), such as clipping or rounding to 8 bit: in tiles
+            only its results are kept for the whole picture. Must work pixel by pixel.
+
+    Returns:
+        `(B, 3, H, W)`, of the type that `finish` returns.
+
+    Raises:
+        UserError: a tile or an overlap that cannot be.
+        ValueError: see `euler` and `draw_noise`.
+    """
+    config = decoder.config
+    f = config.factor
+    size = size or (z.shape[2] * f, z.shape[3] * f)
+    unit = max(f, config.token_side)
+    # A token may be larger than a latent position: then whole tokens are decoded and the excess cropped.
+    z = pad_to_multiple(z, unit // f, mode="replicate")
+    full = (z.shape[2] * f, z.shape[3] * f)
+    needs_start = not (isinstance(decoder, OneStep) and noise == "zero")
+
+    def run(z: Tensor, start: Tensor | None) -> Tensor:
+        if isinstance(decoder, OneStep):
+            return decoder(z, start)
+        assert start is not None
+        kind = config.prediction
+        return euler(lambda x_t, t: decoder(x_t, t, z), start, kind=kind, steps=steps, power=power)  # type: ignore[arg-type]
+
+    reach = None if isinstance(decoder, KLDecoder) else decoder_reach(config, steps)
+    layout = None if tile is None else plan(full, tile, overlap, unit, reach)
+    if layout is None:
+        start = draw_noise((3, *full), seeds, noise).to(z) if needs_start else None
+        return finish(run(z, start)[:, :, : size[0], : size[1]])
+
+    def picture(i: int) -> Callable[[slice, slice], Tensor]:
+        field = draw_noise((3, *full), seeds[i : i + 1], noise) if needs_start and noise != "zero" else None
+
+        def part(rows: slice, cols: slice) -> Tensor:
+            piece = z[i : i + 1, :, rows.start // f : rows.stop // f, cols.start // f : cols.stop // f].contiguous()
+            if field is not None:
+                return run(piece, field[:, :, rows, cols].contiguous().to(z))
+            shape = (3, rows.stop - rows.start, cols.stop - cols.start)
+            return run(piece, draw_noise(shape, seeds[i : i + 1], noise).to(z) if needs_start else None)
+
+        return part
+
+    return _assembled(picture, len(z), layout, size, finish)
+
+
+def encode(
+    encoder: Callable[[Tensor], Tensor], x: Tensor, factor: int, *, tile: int | None = None, overlap: int | None = None
+) -> Tensor:
+    """Images → moments.
+
+    Args:
+        encoder: `(B, 3, H, W)` with sides divisible by `factor` → `(B, 2c, H/f, W/f)`. It is given one tile at a time,
+            so that a large picture can stay on the CPU.
+        x: `(B, 3, H, W)` in [-1, 1], any H and W; padded to multiples of `factor`.
+        tile: side of the squares to encode one at a time, in pixels, rounded down to whole latent positions.
+        overlap: pixels that neighbouring tiles share, rounded up likewise; default: as for `sample`.
+
+    Returns:
+        `(B, 2c, ceil(H/f), ceil(W/f))`, of the encoder's type, float32 in tiles.
+
+    Raises:
+        UserError: a tile or an overlap that cannot be.
+    """
+    f = factor
+    x = pad_to_multiple(x, f)
+    layout = None if tile is None else plan((x.shape[2], x.shape[3]), tile, overlap, f, None)
+    if layout is None:
+        return encoder(x)
+
+    def picture(i: int) -> Callable[[slice, slice], Tensor]:
+        def part(rows: slice, cols: slice) -> Tensor:
+            piece = x[i : i + 1, :, rows.start * f : rows.stop * f, cols.start * f : cols.stop * f]
+            return encoder(piece.contiguous())
+
+        return part
+
+    cells = layout.divided(f)
+    return _assembled(picture, len(x), cells, (cells.rows[-1].stop, cells.cols[-1].stop), lambda moments: moments)
+
+
+def pad_to_multiple(x: Tensor, multiple: int, mode: Literal["reflect", "replicate"] = "reflect") -> Tensor:
+    """Pad right and bottom so that both sides are multiples; replicate where a side is too short to reflect."""
+    for dim in (2, 3):
+        pad = -x.shape[dim] % multiple
+        if pad:
+            way = mode if pad < x.shape[dim] else "replicate"
+            x = F.pad(x, (0, 0, 0, pad) if dim == 2 else (0, pad, 0, 0), mode=way)
+    return x
+
+
+# ---- how far a pixel sees ---------------------------------------------------------------------------
+
+
+def decoder_reach(config: DecoderConfig, steps: int = 1) -> int | None:
+    """How many pixels around a token's square its picture depends on, at most; None: on all of them (GroupNorm)."""
+    if config.norm != "local":
+        return None
+    unit = max(config.factor, config.token_side)
+    return max(max(-first, last + 1 - unit) for first, last in receptive_field(config, (0, unit - 1), steps))
+
+
+def receptive_field(config: DecoderConfig, output: Interval, steps: int = 1) -> tuple[Interval, Interval]:
+    """Rows (or columns) of noise and of latents that rows `output` of a `norm: local` decoder's picture depend on.
+
+    Both in pixels. Exact: the walk back through `Decoder.forward`, and `steps` times through the sampler.
+    """
+    pixels, latents = output, (output[0] // config.factor * config.factor, output[1])
+    for _ in range(steps):
+        pixels, read = _one_pass(config, pixels)
+        latents = (min(latents[0], read[0]), max(latents[1], read[1]))
+    return pixels, latents
+
+
+def _one_pass(config: DecoderConfig, output: Interval) -> tuple[Interval, Interval]:
+    f, deepest = config.factor, len(config.channels) - 1
+    reads = []  # what is read of z, in pixels
+
+    def read(first: int, last: int, side: int, around: int) -> None:
+        """Cells of `side` pixels read z through 3×3 convolutions that reach `around` latent positions."""
+        low, high = first * side // f - around, ((last + 1) * side - 1) // f + around
+        reads.append((low * f, (high + 1) * f - 1))
+
+    if config.linear_skip:
+        read(*output, 1, 1)
+    a, b = (n // config.patch for n in output)
+    a, b = a - 1, b + 1  # conv_out
+    for i in range(deepest + 1):
+        side = config.patch << i
+        a, b = a - 2 * config.up[i], b + 2 * config.up[i]  # two 3×3 convolutions a block
+        if config.modulation:
+            read(a, b, side, 2)
+        if i < deepest and config.upsampling == "shuffle":
+            a, b = a // 2 - 1, b // 2 + 1  # a convolution before the doubling
+        elif i < deepest:
+            a, b = (a - 1) // 2, (b + 1) // 2  # and after it
+    a, b = a - config.middle_blocks * config.reach, b + config.middle_blocks * config.reach
+    if config.middle_blocks:
+        read(a, b, config.token_side, 2)
+    # Skips need no more than the way through the deeper levels.
+    for i in range(deepest, -1, -1):
+        if i < deepest:
+            a, b = 2 * a - 1, 2 * b + 1  # a convolution of stride 2
+        a, b = a - 2 * config.down[i], b + 2 * config.down[i]
+        if config.modulation and config.down[i]:
+            read(a, b, config.patch << i, 2)
+    a, b = a - 1, b + 1  # conv_in
+    read(a, b, config.patch, 0)
+    pixels = (a * config.patch, (b + 1) * config.patch - 1)
+    return pixels, (min(first for first, _ in reads), max(last for _, last in reads))
+
+
+# ---- tiles ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tiles are; every tile is `rows[i]` × `cols[j]`."""
+
+    rows: list[slice]
+    cols: list[slice]
+    cut: int = 0
+    """0: overlaps are ramps. Else they are cut in the middle, at a multiple of this."""
+
+    def divided(self, by: int) -> Layout:
+        """The same on a grid whose positions are `by` pixels."""
+        rows, cols = ([slice(s.start // by, s.stop // by) for s in spans] for spans in (self.rows, self.cols))
+        return Layout(rows, cols, self.cut // by)
+
+
+def plan(size: tuple[int, int], tile: int, overlap: int | None, unit: int, reach: int | None) -> Layout | None:
+    """Tiles for a picture of `size`, whose sides are multiples of `unit`; None if one tile covers it.
+
+    Args:
+        tile, overlap: see `sample`.
+        unit: every tile begins and ends at a multiple of this.
+        reach: how far a unit square sees, in pixels; None: everywhere.
+
+    Raises:
+        UserError: a tile below two units, or an overlap that is negative or leaves no step.
+    """
+    for name, value in (("tile", tile), ("overlap", overlap)):
+        if not isinstance(value, int) and not (name == "overlap" and value is None):
+            raise UserError(f"{name}={value!r}: give a whole number of pixels")
+    side = tile // unit * unit
+    if side < 2 * unit:
+        raise UserError(f"tile={tile}: this model needs tiles of at least {2 * unit} pixels")
+    exact = None if reach is None else 2 * (-(-reach // unit) * unit)
+    if overlap is None:
+        overlap = exact if exact is not None and exact <= side // 2 else min(side // 4, max(64, side // 8))
+    shared = -(-overlap // unit) * unit
+    if overlap < 0 or shared >= side:
+        raise UserError(f"overlap={overlap} with tile={tile}: it must be at least 0 and at most {side - unit}")
+    if size[0] <= side and size[1] <= side:
+        return None
+    rows, cols = (_spans(length, side, shared, unit) for length in size)
+    return Layout(rows, cols, unit if exact is not None and shared >= exact else 0)
+
+
+def _spans(length: int, side: int, overlap: int, unit: int) -> list[slice]:
+    """Equal spans that cover `length`, evenly spread at multiples of `unit`; neighbours share `overlap` or more."""
+    side = min(side, length)
+    gaps = -(-(length - side) // (side - overlap)) if length > side else 0
+    first = [(length - side) // unit * i // max(1, gaps) * unit for i in range(gaps + 1)]
+    return [slice(a, a + side) for a in first]
+
+
+def _assembled(
+    picture: Callable[[int], Callable[[slice, slice], Tensor]],
+    batch: int,
+    layout: Layout,
+    size: tuple[int, int],
+    finish: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """All samples, one after the other, strip by strip into one tensor."""
+    out = None
+    for i in range(batch):
+        for top, strip in _strips(picture(i), layout):
+            strip = finish(strip[:, :, : max(0, size[0] - top), : size[1]])
+            if out is None:
+                out = strip.new_empty(batch, strip.shape[1], *size)
+            out[i : i + 1, :, top : top + strip.shape[2]] = strip
+    assert out is not None
+    return out
+
+
+def _strips(part: Callable[[slice, slice], Tensor], layout: Layout) -> Iterator[tuple[int, Tensor]]:
+    """(first row, finished rows `(1, C, n, W)`), from the top down. Only one row of tiles is held, in float32."""
+    above = None  # rows of the tiles above that this row of tiles shares
+    for i, rows in enumerate(layout.rows):
+        strip = None
+        for j, cols in enumerate(layout.cols):
+            tile = part(rows, cols).float()
+            if strip is None:
+                strip = tile.new_empty(*tile.shape[:3], layout.cols[-1].stop)
+            shared = layout.cols[j - 1].stop - cols.start if j else 0
+            ramp = _ramp(shared, layout.cut).to(tile)
+            both = slice(cols.start, cols.start + shared)
+            strip[..., both] = torch.lerp(strip[..., both], tile[..., :shared], ramp)
+            strip[..., both.stop : cols.stop] = tile[..., shared:]
+        assert strip is not None
+        if above is not None:
+            shared = above.shape[2]
+            strip[:, :, :shared] = torch.lerp(above, strip[:, :, :shared], _ramp(shared, layout.cut).to(above)[:, None])
+        stop = layout.rows[i + 1].start if i + 1 < len(layout.rows) else rows.stop
+        above = strip[:, :, stop - rows.start :].clone()
+        yield rows.start, strip[:, :, : stop - rows.start]
+
+
+def _ramp(length: int, cut: int) -> Tensor:
+    """Weights `(length,)` of the later of two tiles over what they share: from 0 to 1."""
+    position = torch.arange(length, dtype=torch.float32)
+    if cut:
+        return (position >= length // 2 // cut * cut).float()
+    return ((position + 0.5 - length / 4) / max(length / 2, 1)).clamp(0, 1)

@@ -1,0 +1,81 @@
+"""Optimizers: AdamW, or schedule-free RAdam, which trains at one set of weights and is evaluated at another.
+
+Schedule-free (Defazio et al. 2024, arXiv 2405.15682): gradients are taken at y, a blend of the fast weights z and of
+their running average x; x is what is evaluated, averaged and saved. Between steps a module holds y.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .config import OptimizerConfig
+
+
+def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer of a module's trainable parameters.
+
+    Raises:
+        UserError: the package of a schedule-free optimizer is not installed.
+    """
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    betas = (config.betas[0], config.betas[1])
+    if config.kind == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
+    try:
+        from schedulefree import RAdamScheduleFree
+    except ImportError:
+        raise UserError(
+            "optimizer.kind radam_schedulefree needs schedulefree: pip install 'monobath[train]', or use adamw"
+        ) from None
+    optimizer = RAdamScheduleFree(groups, lr=config.lr, betas=betas)
+    optimizer.train()
+    return optimizer
+
+
+def is_schedule_free(optimizer: Any) -> bool:
+    """True if the weights to evaluate are not the weights to train."""
+    return hasattr(optimizer, "eval")
+
+
+@contextlib.contextmanager
+def evaluation_weights(optimizer: Any) -> Iterator[None]:
+    """Within: the weights to evaluate, average and save. Afterwards: those to train, bit for bit.
+
+    For AdamW both are the same, and this does nothing.
+    """
+    if not is_schedule_free(optimizer):
+        yield
+        return
+    kept = training_weights(optimizer)
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        restore_training_weights(optimizer, kept)
+
+
+def training_weights(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """A copy of every parameter, in the optimizer's order."""
+    return [p.detach().clone() for p in _parameters(optimizer)]
+
+
+@torch.no_grad()
+def restore_training_weights(optimizer: Any, kept: list[Tensor]) -> None:
+    """Go on training from `kept`: the optimizer's own way back, `train()`, is right up to rounding only."""
+    optimizer.train()
+    parameters = _parameters(optimizer)
+    torch._foreach_copy_(parameters, [k.to(p.device) for k, p in zip(kept, parameters, strict=True)])
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]

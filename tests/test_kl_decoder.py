@@ -1,0 +1,130 @@
+"""The KL-VAE baseline in our own loop: the decoder, with and without its discriminator."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import rand_images, randn, tiny_tokenizer
+from test_training import photos as photos  # the fixture
+from test_training import rows, same, tiny_recipe, weights
+
+pytest.importorskip("diffusers")
+
+from diffusers import AutoencoderKL
+
+from monobath import Tokenizer, UserError
+from monobath.models.decoder import DecoderConfig
+from monobath.models.kl_decoder import KLDecoder
+from monobath.tokenizer import SamplerConfig
+from monobath.training import loop
+from monobath.training.config import LossConfig
+from monobath.training.loop import train
+from monobath.training.objectives import AutoencoderObjective
+
+CHANNELS = [8, 8, 16, 16]
+
+
+def kl_recipe(run, photos, adversarial: float = 0.0, **training):
+    recipe = tiny_recipe(
+        run, photos, **({"train_encoder": False} | training),
+        loss={"perceptual": 0.0, "adversarial": adversarial, "adversarial_start": 0.5},
+    )  # fmt: skip
+    recipe.model.kl_decoder = CHANNELS
+    recipe.model.sampler = SamplerConfig(steps=1, noise="zero")
+    return dataclasses.replace(recipe)
+
+
+def test_it_is_the_decoder_of_autoencoder_kl():
+    ours = KLDecoder(DecoderConfig(size="S/2"), CHANNELS)
+    theirs = AutoencoderKL(
+        block_out_channels=CHANNELS, layers_per_block=2, latent_channels=4, norm_num_groups=2,
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+    )  # fmt: skip
+    theirs.decoder.load_state_dict(ours.decoder.state_dict())
+    theirs.post_quant_conv.load_state_dict(ours.post_quant_conv.state_dict())
+    z = randn(2, 4, 3, 5)
+    with torch.no_grad():
+        assert torch.equal(ours(z), theirs.decode(z).sample)
+
+
+def test_objective_is_l1_and_its_discriminator_counts_when_told():
+    recipe_loss = LossConfig(flow=2.0, perceptual=0.0)
+    tokenizer = tiny_tokenizer(noise="zero")
+    config = dataclasses.replace(tokenizer.config, kl_decoder=CHANNELS)
+    tokenizer = Tokenizer(config)
+    objective = AutoencoderObjective(tokenizer, recipe_loss, train_encoder=False)
+    x, latent_noise = rand_images(2, 3, 16, 24), randn(2, 4, 2, 3)
+    losses = objective(x, torch.ones(2), torch.zeros_like(x), latent_noise)
+    posterior = tokenizer.encode(x)
+    expected = (tokenizer.decoder(posterior.mean + posterior.std * latent_noise) - x).abs().mean()
+    assert losses.keys() == {"loss", "l1"}
+    torch.testing.assert_close(losses["l1"], expected)
+    torch.testing.assert_close(losses["loss"], 2 * expected)
+    objective.judge = lambda generated, reconstruction, last: generated.new_tensor(3.0)
+    torch.testing.assert_close(objective(x, torch.ones(2), torch.zeros_like(x), latent_noise)["loss"], 2 * expected + 3)
+
+
+def test_it_trains_saves_loads_and_decodes(tmp_path, photos):
+    folder = train(kl_recipe(tmp_path / "run", photos, steps=4))
+    tokenizer = Tokenizer.from_pretrained(folder)
+    assert isinstance(tokenizer.decoder, KLDecoder)
+    assert tokenizer.decode(torch.zeros(1, 4, 2, 3), size=(15, 20)).shape == (1, 3, 15, 20)
+    assert {"l1", "loss"} <= next(row for row in rows(tmp_path / "run") if "loss" in row).keys()
+    with pytest.raises(UserError, match="has a KL-VAE decoder"):
+        tokenizer.optimize()
+
+
+def test_with_a_discriminator_it_resumes_bit_for_bit(tmp_path, photos, monkeypatch):
+    whole = train(kl_recipe(tmp_path / "whole", photos, adversarial=0.5))
+    logged = [row for row in rows(tmp_path / "whole") if "loss" in row]
+    heard = [row["adversarial"] != 0 for row in logged]
+    assert heard == [False] * 3 + [True] * 3  # from half of the run on
+    assert all(row["discriminator"] > 0 for row in logged)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "_any_signal", lambda run: run.step == 4)
+        with pytest.raises(loop.Interrupted):
+            train(kl_recipe(tmp_path / "part", photos, adversarial=0.5))
+    part = train(kl_recipe(tmp_path / "part", photos, adversarial=0.5))
+    assert same(weights(part), weights(whole))
+    without = train(kl_recipe(tmp_path / "without", photos))
+    assert not same(weights(without), weights(whole))
+
+
+def test_the_discriminator_learns_and_the_decoder_alone_hears_it(tmp_path, photos):
+    run = loop._Run(kl_recipe(tmp_path / "run", photos, adversarial=0.5, steps=40, sample_every=0))
+    network = run.adversary.network
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    run.go()
+    assert any(not torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    losses = [row["discriminator"] for row in rows(tmp_path / "run") if "discriminator" in row]
+    assert sum(losses[1:10]) / 9 < 0.5 * losses[0]  # the decoder, not yet told, gives it an easy task
+    assert not any("adversary" in name or "judge" in name for name in run.tokenizer.state_dict())
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_our_decoder_takes_a_discriminator_too(tmp_path, photos):
+    recipe = tiny_recipe(tmp_path / "run", photos, loss={"adversarial": 0.5, "adversarial_start": 0.0}, steps=3)
+    assert (train(recipe) / "model.safetensors").is_file()
+    assert all(row["adversarial"] != 0 for row in rows(tmp_path / "run") if "loss" in row)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"kl_decoder": [8, 8]}, "factor 8 needs 4 levels"),
+        ({"kl_decoder": CHANNELS, "sampler": SamplerConfig(steps=2, noise="zero")}, "takes no noise"),
+    ],
+)
+def test_mistakes_are_explained(change, words):
+    config = tiny_tokenizer(noise="zero").config
+    with pytest.raises(UserError, match=words):
+        Tokenizer(dataclasses.replace(config, **change))
+
+
+def test_repa_needs_one_of_our_decoders(tmp_path, photos):
+    recipe = kl_recipe(tmp_path / "run", photos)
+    recipe.loss.repa = 0.25
+    with pytest.raises(UserError, match="no block to align"):
+        train(recipe)
