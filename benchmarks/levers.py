@@ -4,11 +4,12 @@
     python benchmarks/levers.py score --data HELD-OUT.tar --out runs/levers [--metrics psnr efflite fd_efflite]
     python benchmarks/levers.py time --out runs/levers
     python benchmarks/levers.py show --out runs/levers
+    python benchmarks/levers.py save --out runs/levers --only CM/4
 
 `train` fits a decoder from random weights to the latents of a frozen encoder (8 000 crops of 64² by default) for each
 idea and keeps its averaged weights; what is there already is left alone, so that the same command goes on. `score`
 decodes held-out photos (short side resized to 256, centre crop) in one step; `time` measures decoding, all levers
-interleaved in one process; `show` prints the table. Ideas that lost live here only.
+interleaved in one process; `show` prints the table; `save` writes presets as models. Ideas that lost live here only.
 """
 
 from __future__ import annotations
@@ -201,6 +202,22 @@ def quiet_output(decoder: nn.Module) -> None:
     nn.init.zeros_(decoder.conv_out.bias)
 
 
+def usual_weights(decoder: nn.Module) -> None:
+    """PyTorch's first weights, where `norm: local` has such as keep the scale of activations."""
+    for name, module in decoder.named_modules():
+        if isinstance(module, nn.Conv2d) and not name.endswith(("conv2", "linear_skip")):
+            module.reset_parameters()
+
+
+def he_weights(decoder: nn.Module) -> None:
+    """He's first weights throughout, and the latent heard as loudly as it is."""
+    latent = decoder.conv_in.weight[:, 3 * decoder.config.patch**2 :].detach().clone()
+    for name, module in decoder.named_modules():
+        if isinstance(module, nn.Conv2d) and not name.endswith(("conv2", "conv_out", "linear_skip")):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    decoder.conv_in.weight.data[:, 3 * decoder.config.patch**2 :] = latent
+
+
 def _without_blocks(level: Level) -> None:
     for block in level.blocks:
         block.__class__ = _Shortcut
@@ -252,45 +269,64 @@ LEVERS: dict[str, Lever] = {
         decoder={"channels": [64, 192], "heads": 6, "middle_blocks": 6},
         change=all_of(no_fine_norms, no_fine_down_blocks),
     ),
-    "local": Lever(what="norm: local, as the library has it now", decoder={"norm": "local"}),
-    "local+deeper": Lever(
-        what="norm: local, channels 64-192, 6 transformer blocks",
+    "local+usual": Lever(
+        what="`norm: local` with PyTorch's first weights", decoder={"norm": "local"}, change=usual_weights
+    ),
+    "local+deeper+usual": Lever(
+        what="the same, channels 64-192, 6 transformer blocks", change=usual_weights,
         decoder={"norm": "local", "channels": [64, 192], "heads": 6, "middle_blocks": 6},
     ),
-    "local+wider": Lever(
-        what="norm: local, channels 96-192", decoder={"norm": "local", "channels": [96, 192], "heads": 6}
+    "local+wider+usual": Lever(
+        what="the same, channels 96-192", change=usual_weights,
+        decoder={"norm": "local", "channels": [96, 192], "heads": 6},
     ),
-    "lean": Lever(what="local, no transformer, no modulation, no fine blocks on the way down", decoder=LEAN),
-    "lean+modulation": Lever(what="lean, blocks modulated by the latent", decoder=LEAN | {"modulation": True}),
-    "lean+down": Lever(what="lean, a fine residual block on the way down", decoder=LEAN | {"down": [1, 2]}),
+    "local+shuffle+quiet+usual": Lever(
+        what="the same, shuffled upsampling, the last convolution starts at zero",
+        decoder={"norm": "local", "upsampling": "shuffle"}, change=all_of(usual_weights, quiet_output),
+    ),
+    "lean+usual": Lever(
+        what="lean: local, no transformer, no modulation, no fine blocks on the way down; PyTorch's first weights",
+        decoder=LEAN, change=usual_weights,
+    ),
+    "lean+modulation+usual": Lever(
+        what="the same, blocks modulated by the latent", decoder=LEAN | {"modulation": True}, change=usual_weights
+    ),
+    "lean+transformer+usual": Lever(
+        what="lean+usual, 4 transformer blocks for 2 of 5 coarse residual blocks",
+        decoder=LEAN | {"middle_blocks": 4, "down": [0, 1], "up": [2, 2]}, change=usual_weights,
+    ),
+    "lean-deep+usual": Lever(
+        what="lean+usual, 9 instead of 5 coarse residual blocks",
+        decoder=LEAN | {"down": [0, 3], "up": [2, 6]}, change=usual_weights,
+    ),
+    "lean-wide+usual": Lever(
+        what="lean+usual, channels 96-192", decoder=LEAN | {"channels": [96, 192]}, change=usual_weights
+    ),
+    "lean-patch-2+usual": Lever(
+        what="lean+usual, patch 2, channels 32-64-128", change=usual_weights,
+        decoder=LEAN | {"patch": 2, "channels": [32, 64, 128], "down": [0, 0, 2], "up": [2, 2, 3]},
+    ),
+    "lean+he": Lever(what="lean with He's first weights", decoder=LEAN, change=he_weights),
+    "lean": Lever(what="lean with first weights that keep the scale of activations", decoder=LEAN),
+    "lean-deep": Lever(what="lean, 9 instead of 5 coarse blocks", decoder=LEAN | {"down": [0, 3], "up": [2, 6]}),
+    "lean-wide": Lever(what="lean, channels 96-192", decoder=LEAN | {"channels": [96, 192]}),
     "lean+transformer": Lever(
-        what="lean, 4 transformer blocks for 2 of 5 residual blocks of the coarse level",
+        what="lean, 4 transformer blocks for 2 of 5 coarse residual blocks",
         decoder=LEAN | {"middle_blocks": 4, "down": [0, 1], "up": [2, 2]},
     ),
-    "lean-deep": Lever(what="lean, 9 instead of 5 residual blocks at the coarse level",
-                       decoder=LEAN | {"down": [0, 3], "up": [2, 6]}),
-    "lean-wide": Lever(what="lean, channels 96-192", decoder=LEAN | {"channels": [96, 192]}),
-    "lean-64-192": Lever(what="lean, channels 64-192", decoder=LEAN | {"channels": [64, 192]}),
     "lean+depthwise": Lever(
-        what="lean+transformer, depthwise 7×7 convolutions for attention",
-        decoder=LEAN | {"middle_blocks": 4, "down": [0, 1], "up": [2, 2]}, change=depthwise,
+        what="the same, depthwise 7×7 convolutions for attention", change=depthwise,
+        decoder=LEAN | {"middle_blocks": 4, "down": [0, 1], "up": [2, 2]},
     ),
-    "lean-128-256": Lever(what="lean, channels 128-256", decoder=LEAN | {"channels": [128, 256]}),
-    "lean-fine": Lever(what="lean, 4 instead of 2 residual blocks at the fine level", decoder=LEAN | {"up": [4, 3]}),
-    "lean-patch-2": Lever(what="lean, patch 2, channels 32-64-128",
-                          decoder=LEAN | {"patch": 2, "channels": [32, 64, 128], "down": [0, 0, 2], "up": [2, 2, 3]}),
     "lean-patch-8": Lever(what="lean, patch 8, 192 channels, 8 residual blocks: all on the 8×8 grid",
                           decoder=LEAN | {"patch": 8, "channels": [192], "down": [0], "up": [8]}),
-    "lean+shuffle": Lever(what="lean, shuffled upsampling", decoder=LEAN | {"upsampling": "shuffle"}),
-    "lean+quiet": Lever(what="lean, the last convolution starts at zero", decoder=LEAN, change=quiet_output),
-    "local+zero-noise-only": Lever(
-        what="norm: local, t = 1 and zero noise only", decoder={"norm": "local"}, ones=1.0, zero=1.0
-    ),
-    "local+shuffle+quiet": Lever(
-        what="norm: local, shuffled upsampling, the last convolution starts at zero",
-        decoder={"norm": "local", "upsampling": "shuffle"}, change=quiet_output,
-    ),
-    "lean+zero-noise-only": Lever(what="lean, t = 1 and zero noise only", decoder=LEAN, ones=1.0, zero=1.0),
+    "lean-patch-2": Lever(what="lean, patch 2, channels 32-64-128",
+                          decoder=LEAN | {"patch": 2, "channels": [32, 64, 128], "down": [0, 0, 2], "up": [2, 2, 3]}),
+    "lean-shuffle": Lever(what="lean, shuffled upsampling: preset CS/4", decoder=LEAN | {"upsampling": "shuffle"}),
+    "CS/4": Lever(what="preset CS/4: lean, shuffled upsampling", decoder={"size": "CS/4"}),
+    "CM/4": Lever(what="preset CM/4: the same, channels 96-192", decoder={"size": "CM/4"}),
+    "CL/4": Lever(what="preset CL/4: channels 128-256, 3 blocks down, 7 up", decoder={"size": "CL/4"}),
+    "CM/4+zero-noise-only": Lever(what="CM/4, t = 1 and zero noise only", decoder={"size": "CM/4"}, ones=1.0, zero=1.0),
     "XS/4": Lever(what="preset XS/4, x-prediction", decoder={"size": "XS/4"}),
     "XS/2": Lever(what="preset XS/2, x-prediction", decoder={"size": "XS/2"}),
     "S/2": Lever(what="preset S/2, x-prediction", decoder={"size": "S/2"}),
@@ -408,22 +444,31 @@ def run_scoring(args: argparse.Namespace) -> None:
     folders = sorted(path.parent for path in args.out.glob("*/facts.json"))
     if args.only:
         folders = [f for f in folders if json.loads((f / "facts.json").read_text())["lever"] in args.only]
+    folders = [f for f in folders if json.loads((f / "facts.json").read_text())["seed"] in args.seeds]
+    waiting: dict[tuple[str, ...], list[Path]] = {}
     for folder in folders:
-        file = folder / "scores.json"
-        scores = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        missing = [metric for metric in args.metrics if metric not in scores]
-        if not missing:
-            continue
-        found, _ = evaluate([load(folder, source)], args.data, size=256, metrics=missing, keep=1)
-        (system,) = found.systems
-        for metric in missing:
-            estimate = system.figures[metric]
-            scores[metric] = {
-                "value": estimate.value, "low": estimate.low, "high": estimate.high,
-                "pictures": system.pictures.get(metric),
-            }  # fmt: skip
-        write_text(file, json.dumps(scores) + "\n")
-        Console().print(folder.name, {metric: round(scores[metric]["value"], 4) for metric in scores})
+        missing = tuple(metric for metric in args.metrics if metric not in _scores(folder))
+        if missing:
+            waiting.setdefault(missing, []).append(folder)
+    for missing, group in waiting.items():
+        for start in range(0, len(group), 4):  # together: the photos' own features are computed once
+            some = group[start : start + 4]
+            found, _ = evaluate([load(folder, source) for folder in some], args.data, size=256, metrics=missing, keep=1)
+            for folder, system in zip(some, found.systems, strict=True):
+                scores = _scores(folder)
+                for metric in missing:
+                    estimate = system.figures[metric]
+                    scores[metric] = {
+                        "value": estimate.value, "low": estimate.low, "high": estimate.high,
+                        "pictures": system.pictures.get(metric),
+                    }  # fmt: skip
+                write_text(folder / "scores.json", json.dumps(scores) + "\n")
+                Console().print(folder.name, {metric: round(scores[metric]["value"], 4) for metric in scores})
+
+
+def _scores(folder: Path) -> dict[str, Any]:
+    file = folder / "scores.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def run_timing(args: argparse.Namespace) -> None:
@@ -445,6 +490,20 @@ def run_timing(args: argparse.Namespace) -> None:
     )
 
 
+def run_saving(args: argparse.Namespace) -> None:
+    """Finished trainings as models, for benchmarks/engines.py and `monobath bench --model`."""
+    source = Tokenizer.from_pretrained(args.encoder)
+    for name in args.only or LEVERS:
+        for seed in args.seeds:
+            folder = place(args.out, name, seed, args.crops)
+            if not (folder / "facts.json").exists():
+                continue
+            if "size" not in LEVERS[name].decoder:
+                raise UserError(f"{name} may have changed modules, which a model cannot hold: save presets only")
+            load(folder, source).tokenizer.save_pretrained(folder / "model")
+            Console().print(str(folder / "model"))
+
+
 def show(args: argparse.Namespace) -> None:
     """Every training as a row of a Markdown table; differences are to `base` of the same crops and seed."""
     speeds = json.loads((args.out / "speeds.json").read_text()) if (args.out / "speeds.json").exists() else {}
@@ -452,8 +511,7 @@ def show(args: argparse.Namespace) -> None:
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for path in sorted(args.out.glob("*/facts.json")):
         facts = json.loads(path.read_text(encoding="utf-8"))
-        file = path.with_name("scores.json")
-        scores = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        scores = _scores(path.parent)
         speed = speeds.get(facts["lever"], {})
         cells = [
             facts["lever"] + (f" (lr {facts['lr']:g})" if facts["lr"] != 6e-4 else ""),
@@ -468,7 +526,7 @@ def show(args: argparse.Namespace) -> None:
 
 FIGURES = {"psnr": 2, "efflite": 4, "fd_efflite": 1}
 LABELS = {"psnr": "PSNR, dB", "efflite": "EffLite distance (Lite2)", "fd_efflite": "FD-EffLite"}
-ACTIONS = {"train": run_training, "score": run_scoring, "time": run_timing, "show": show}
+ACTIONS = {"train": run_training, "score": run_scoring, "time": run_timing, "show": show, "save": run_saving}
 
 
 def main() -> int:
@@ -478,7 +536,7 @@ def main() -> int:
     parser.add_argument("--data", nargs="+", default=[], help="folders or shards of photos: to train on, or held out")
     parser.add_argument("--encoder", default="default", help="tokenizer whose encoder is used, frozen")
     parser.add_argument("--only", nargs="+", choices=LEVERS, help="default: all")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="what train and score take")
     parser.add_argument("--crops", type=int, default=8000)
     parser.add_argument("--lr", type=float, help="another learning rate than the lever's")
     parser.add_argument(

@@ -258,5 +258,5 @@ def test_bench_refuses_what_it_cannot_measure(options, message):
 
 
 def test_default_decoders_cover_the_grid():
-    assert len(benchmark.DECODERS) == 12
-    assert {"XS/1", "S/2", "M/4"} <= set(benchmark.DECODERS)
+    assert len(benchmark.DECODERS) == 15
+    assert {"XS/1", "S/2", "M/4", "CM/4"} <= set(benchmark.DECODERS)

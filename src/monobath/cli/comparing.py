@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..evaluation.results import Evaluation
     from ..evaluation.systems import System
 
-DECODERS = [f"{size}/{patch}" for size in ("XS", "S", "B", "M") for patch in (1, 2, 4)]
+DECODERS = [f"{size}/{patch}" for size in ("XS", "S", "B", "M") for patch in (1, 2, 4)] + ["CS/4", "CM/4", "CL/4"]
 
 
 def eval_(
@@ -142,10 +142,11 @@ def bench(
     Args:
         cpu: Use the CPU even where there is a GPU.
         sizes: Sides of the decoded squares, in pixels; default: 256 512.
-        decoders: Such as XS/1 S/2; default: XS, S, B and M, each with patch 1, 2 and 4.
+        decoders: Such as XS/1 S/2; default: XS, S, B and M, each with patch 1, 2 and 4, and
+            CS/4, CM/4, CL/4.
         model: Packaged names, folders or Hugging Face Hub ids, whose decoders are timed too.
-        engine: Time these models, and AutoencoderTiny, under these engines too: torch (folded), compile, torch-export,
-            aotinductor, onnxruntime, openvino, openvino-bf16, openvino-int8.
+        engine: Time these models and decoders (from zero noise), and AutoencoderTiny, under these engines too: torch
+            (folded), compile, torch-export, aotinductor, onnxruntime, openvino, openvino-bf16, openvino-int8.
         repeats: Timed rounds.
         batch: Pictures a call.
         out: Folder for the results.
@@ -168,7 +169,7 @@ def bench(
             sizes=sizes or [256, 512],
             decoders=DECODERS if decoders is None else decoders,
             models=model or [],
-            extra=engine_networks(model or [], engine) if engine else None,
+            extra=engine_networks(model or [], engine, decoders or []) if engine else None,
             repeats=repeats,
             batch=batch,
             progress=progress.words,

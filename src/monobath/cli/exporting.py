@@ -48,6 +48,8 @@ def export(
     from ..export.engines import onnx_bytes, write_export
 
     tokenizer = load_tokenizer(model, "cpu", "float32")
+    if tokenizer.config.decoder.stages > 1:
+        raise UserError(f"{model} decodes in {tokenizer.config.decoder.stages} stages: only one step can be exported")
     engines: Sequence[FileEngine] = list(dict.fromkeys(engine or ["onnxruntime", "openvino"]))
     latents = calibration_latents(tokenizer, calibration) if "openvino-int8" in engines else []
     tokenizer.save_pretrained(folder)
@@ -79,8 +81,10 @@ def calibration_latents(tokenizer: Tokenizer, pictures: Sequence[str] | None = N
     return [tokenizer.encode(open_pixels(file, CALIBRATION_SIDE, MAX_PIXELS)).mode() for file in files]
 
 
-def engine_networks(models: Sequence[str], engines: Sequence[str]) -> dict[str, tuple[Any, Any]]:
-    """For `monobath bench`: models, and AutoencoderTiny with random weights, under each engine.
+def engine_networks(
+    models: Sequence[str], engines: Sequence[str], decoders: Sequence[str] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """For `monobath bench`: models, decoders and AutoencoderTiny with random weights, under each engine.
 
     Returns:
         By name: the network whose parameters count, and (batch, side) → a call that decodes that.
@@ -90,21 +94,26 @@ def engine_networks(models: Sequence[str], engines: Sequence[str]) -> dict[str, 
     from ..evaluation.bench import CHANNELS, TINY, random_latents, tokenizer_maker
     from ..evaluation.peers import random_autoencoder
     from ..export.engines import engine_call
+    from ..models.decoder import Decoder, DecoderConfig
+    from ..models.one_step import OneStepDecoder
 
     found: dict[str, tuple[Any, Any]] = {}
+    networks = {name: Decoder(DecoderConfig(size=name, latent_channels=CHANNELS)).eval() for name in decoders}
+    folded = {name: OneStepDecoder(network, "zero") for name, network in networks.items()}
     peer = random_autoencoder("tiny").eval().decoder
     example = torch.zeros(2, CHANNELS, 18, 26)
+    samples = [{"latent": random_latents(1, CALIBRATION_SIDE).numpy()}]
     for engine in engines:
         for model in models:
             tokenizer = load_tokenizer(model, "cpu", "float32")
             maker = tokenizer_maker(on_engine(tokenizer, model, engine))
             found[f"{model}, {engine}"] = (tokenizer.decoder, maker)
-        samples = [{"latent": random_latents(1, CALIBRATION_SIDE).numpy()}]
-        run = engine_call(peer, {"latent": example}, engine, samples)  # type: ignore[arg-type]
+        for name, network in [*folded.items(), (TINY, peer)]:
+            run = engine_call(network, {"latent": example}, engine, samples)  # type: ignore[arg-type]
 
-        def make(batch: int, side: int, run: Any = run) -> Any:
-            z = random_latents(batch, side).numpy()
-            return lambda: run({"latent": z})
+            def make(batch: int, side: int, run: Any = run) -> Any:
+                z = random_latents(batch, side).numpy()
+                return lambda: run({"latent": z})
 
-        found[f"{TINY}, {engine}"] = (peer, make)
+            found[f"{name}, {engine}"] = (networks.get(name, peer), make)
     return found

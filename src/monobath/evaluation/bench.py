@@ -27,7 +27,7 @@ from .throughput import Work, conditions, measure, profile
 
 logger = logging.getLogger(__name__)
 
-DECODERS = [f"{size}/{patch}" for size in ("XS", "S", "B", "M") for patch in (1, 2, 4)]
+DECODERS = [f"{size}/{patch}" for size in ("XS", "S", "B", "M") for patch in (1, 2, 4)] + ["CS/4", "CM/4", "CL/4"]
 FACTOR, CHANNELS = 8, 4
 KL, TINY = "AutoencoderKL", "AutoencoderTiny"
 
