@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from itertools import pairwise
 
@@ -200,6 +201,7 @@ def test_linear_skips_start_as_a_low_pass(channels, factor):
     [
         ({"size": "S"}, ["'S'", "SIZE/PATCH", "XL"]),
         ({"size": "Q/2"}, ["Q/2", "custom"]),
+        ({"size": "CM/2"}, ["CM/2", "CM/4"]),
         ({"size": "S/3"}, ["S/3", "1, 2, 4, 8"]),
         ({"size": "S/2", "prediction": "v"}, ["patch 2", '"x"']),
         ({"size": "S/1", "linear_skip": True}, ["linear_skip", '"x"']),
@@ -283,3 +285,35 @@ def test_levels_take_any_number_of_blocks(down, up):
     decoder = tiny_decoder(down=down, up=up)
     assert decoder(x_t, t, z).shape == x_t.shape
     assert not torch.equal(decoder(x_t, t, z), decoder(x_t, t, z + 1))
+
+
+@pytest.mark.parametrize(("name", "channels"), [("CS/4", [64, 128]), ("CM/4", [96, 192]), ("CL/4", [128, 256])])
+def test_convolutional_presets(name, channels):
+    config = DecoderConfig(size=name)
+    assert (config.patch, config.channels, config.prediction, config.token_side) == (4, channels, "x", 8)
+    assert (config.norm, config.modulation, config.linear_skip, config.middle_blocks) == ("local", False, True, 0)
+    assert DecoderConfig(**dataclasses.asdict(config)) == config  # as stored with the weights
+    kinds = {type(module).__name__ for module in Decoder(config).modules()}
+    assert not kinds & {"GroupNorm", "LayerNorm", "TransformerBlock"}
+
+
+@pytest.mark.parametrize("upsampling", ["nearest", "shuffle"])
+def test_decoders_without_norms_start_with_activations_near_one(upsampling):
+    """From zero noise and latents of the usual size, at every convolution on the way."""
+    torch.manual_seed(0)
+    decoder = Decoder(
+        DecoderConfig(
+            size="custom", patch=4, channels=[48, 64, 96], prediction="x", linear_skip=True, norm="local",
+            modulation=False, middle_blocks=0, down=[0, 1, 2], up=[2, 2, 3], upsampling=upsampling,
+        )
+    )  # fmt: skip
+    found = {}
+    for name, module in decoder.named_modules():
+        if name.endswith(("conv1", "resample", "shortcut")) or name == "conv_in":
+            module.register_forward_hook(lambda m, i, out, name=name: found.update({name: out.std().item()}))
+    z = 0.5 * randn(2, 4, 12, 12)
+    with torch.no_grad():
+        out = decoder(torch.zeros(2, 3, 96, 96), torch.ones(2), z)
+    assert len(found) > 10
+    assert all(0.6 < std < 1.6 for std in found.values()), found
+    assert torch.equal(out, F.pixel_shuffle(decoder.linear_skip(z), 8))  # and the picture starts at the linear skip

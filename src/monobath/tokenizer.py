@@ -14,7 +14,7 @@ import copy
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import resources, tiling
+from . import resources, scales, tiling
 from ._version import __version__
 from .errors import UserError
 from .files import write_folder
@@ -50,11 +50,15 @@ class SamplerConfig:
     """How a checkpoint is meant to be decoded."""
 
     steps: int = 1
-    """Euler steps."""
+    """Euler steps; of a multi-scale checkpoint, at each stage."""
     power: float = 2.0
     """Exponent of the time grid: above 1 puts more steps near the image."""
     noise: Literal["gaussian", "zero"] = "gaussian"
     """Where sampling starts: a seeded random image, or all zeros (deterministic, higher PSNR)."""
+    stages: int = 1
+    """Scales that the picture goes through, coarse to fine (`monobath.scales`); equal to the decoder's."""
+    guidance: float = 1.0
+    """Scale of classifier-free guidance on the latent; 1: none. Another needs `decoder.null_latent`."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.power <= 0:
@@ -86,6 +90,16 @@ class TokenizerConfig:
             a, b = getattr(self.encoder, name), getattr(self.decoder, name)
             if a != b:
                 raise UserError(f"encoder.{name}={a} and decoder.{name}={b} must be equal")
+        if self.sampler.stages != self.decoder.stages:
+            raise UserError(
+                f"sampler.stages={self.sampler.stages} and decoder.stages={self.decoder.stages} must be equal"
+            )
+        if self.sampler.guidance != 1 and not self.decoder.null_latent:
+            raise UserError(
+                f"sampler.guidance={self.sampler.guidance} needs decoder.null_latent; without it, leave it at 1"
+            )
+        if self.kl_decoder and self.decoder.stages > 1:
+            raise UserError("kl_decoder has one scale: leave decoder.stages at 1")
         if self.kl_decoder and (self.sampler.steps, self.sampler.noise) != (1, "zero"):
             raise UserError('kl_decoder needs sampler.steps 1 and sampler.noise "zero": it takes no noise')
         for name in ("latent_mean", "latent_std"):
@@ -178,6 +192,7 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
         steps: int | None = None,
         seed: int | Sequence[int] = 0,
         noise: Noise | None = None,
+        guidance: float | None = None,
         tile: int | None = None,
         overlap: int | None = None,
         output: Literal["tensor", "pil", "uint8"] = "tensor",
@@ -187,10 +202,12 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
         Args:
             z: `(B, c, h, w)`, raw (not scaled by `scaling_factor`).
             size: (H, W) to crop to, such as the posterior's `.size`; default h·f, w·f.
-            steps: Euler steps; default: what the checkpoint was made for.
+            steps: Euler steps, of a multi-scale checkpoint at each stage; default: what the checkpoint was made for.
             seed: one int a sample, or an int s meaning s, s + 1, …. Noise is drawn per sample on the CPU, so an image
                 depends on neither its batch nor the device.
             noise: "gaussian" or "zero"; default: what the checkpoint was made for.
+            guidance: scale of classifier-free guidance, 1 for none; default: what the checkpoint was made for. Another
+                takes twice the time, and a checkpoint with a null latent.
             tile: decode in squares of this many pixels a side, one at a time, which bounds the memory of a large
                 picture; default: at once. A tile that covers the picture changes nothing. All tiles share one noise
                 field.
@@ -203,6 +220,85 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
             UserError: latents of another shape, non-finite latents, a size that does not fit, a tile that cannot be, or
                 an unknown option.
         """
+        if self.config.sampler.stages > 1:
+            if tile is not None or overlap is not None:
+                raise UserError("a multi-scale tokenizer cannot decode in tiles: leave out tile and overlap")
+            *_, picture = self.decode_progressive(
+                z, size=size, steps=steps, seed=seed, noise=noise, guidance=guidance, output=output
+            )
+            return picture
+        size, steps, noise = self._options(z, size, steps, noise, guidance, output)
+        try:
+            pixels = tiling.sample(
+                self.decoder,
+                z.to(self.device, self.dtype),
+                seeds_for(seed, len(z)),
+                steps=steps,
+                power=self.config.sampler.power,
+                noise=noise,
+                size=size,
+                tile=tile,
+                overlap=overlap,
+                finish=_clipped if output == "tensor" else to_uint8,
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        return [tensor_to_pil(p) for p in pixels] if output == "pil" else pixels
+
+    def decode_progressive(
+        self,
+        z: Tensor,
+        *,
+        size: tuple[int, int] | None = None,
+        steps: int | None = None,
+        seed: int | Sequence[int] = 0,
+        noise: Noise | None = None,
+        guidance: float | None = None,
+        output: Literal["tensor", "pil", "uint8"] = "tensor",
+    ) -> Iterator[Any]:
+        """Latents → images, coarse to fine: each stage's picture as soon as it exists.
+
+            for preview in tok.decode_progressive(z):  # 64², 128², 256²
+                ...
+
+        Arguments are those of `decode`. Previews are clean images, not noisy states. Of a size that the stages do not
+        divide, sides are rounded up: 500 × 375 comes as 125 × 94, 250 × 188, 500 × 375. The last picture is exactly
+        what `decode` gives; a tokenizer of one scale yields that alone.
+
+        Raises:
+            UserError: as `decode`, when called.
+        """
+        if self.config.sampler.stages == 1:
+            image = self.decode(z, size=size, steps=steps, seed=seed, noise=noise, guidance=guidance, output=output)
+            return iter([image])
+        size, steps, noise = self._options(z, size, steps, noise, guidance, output)
+        sampler = self.config.sampler
+        assert isinstance(self.decoder, Decoder)
+        try:
+            images = scales.previews(
+                self.decoder,
+                z.to(self.device, self.dtype),
+                seeds_for(seed, len(z)),
+                steps=steps,
+                power=sampler.power,
+                noise=noise,
+                guidance=sampler.guidance if guidance is None else guidance,
+                size=size,
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        return _finished(images, output)
+
+    def _options(
+        self,
+        z: Tensor,
+        size: tuple[int, int] | None,
+        steps: int | None,
+        noise: Noise | None,
+        guidance: float | None,
+        output: str,
+    ) -> tuple[tuple[int, int], int, Noise]:
+        """Checked size, steps and noise of a decoding."""
         c, f, sampler = self.config.encoder.latent_channels, self.factor, self.config.sampler
         if not isinstance(z, Tensor) or z.ndim != 4 or z.shape[1] != c or 0 in z.shape:
             shape = tuple(z.shape) if hasattr(z, "shape") else type(z).__name__
@@ -222,22 +318,12 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
                 f"this tokenizer was optimized for 1 step from {self.decoder.noise} noise, not {steps} from {noise}: "
                 "use the original one"
             )
-        try:
-            pixels = tiling.sample(
-                self.decoder,
-                z.to(self.device, self.dtype),
-                seeds_for(seed, len(z)),
-                steps=steps,
-                power=sampler.power,
-                noise=noise,
-                size=size,
-                tile=tile,
-                overlap=overlap,
-                finish=_clipped if output == "tensor" else to_uint8,
+        if guidance is not None and guidance != 1 and not self.config.decoder.null_latent:
+            raise UserError(
+                f"guidance={guidance}: this tokenizer was trained without a null latent (decoder.null_latent), "
+                "so leave it out"
             )
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        return [tensor_to_pil(p) for p in pixels] if output == "pil" else pixels
+        return size, steps, noise
 
     def forward(self, images: Tensor) -> Tensor:
         """Reconstruct `(B, 3, H, W)` in [-1, 1] with the posterior's mode."""
@@ -259,7 +345,7 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
             else; it can be neither trained nor saved. This one stays as it is.
 
         Raises:
-            UserError: it is optimized already.
+            UserError: it is optimized already, or decodes in several stages.
         """
         if isinstance(self.decoder, OneStep):
             why = "has a KL-VAE decoder" if self.decoder.trains else "is optimized already"
@@ -393,6 +479,14 @@ def images_to_tensor(images: Images, *, max_pixels: int = MAX_PIXELS) -> Tensor:
 
 def _clipped(x: Tensor) -> Tensor:
     return x.float().clamp(-1, 1)
+
+
+@torch.no_grad()
+def _finished(images: Iterator[Tensor], output: str) -> Iterator[Any]:
+    """Each image in the form that `decode` gives, computed when it is asked for."""
+    for image in images:
+        pixels = _clipped(image) if output == "tensor" else to_uint8(image)
+        yield [tensor_to_pil(p) for p in pixels] if output == "pil" else pixels
 
 
 def _download(

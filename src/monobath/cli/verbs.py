@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import UserError
 from .exporting import EngineName, on_engine
+from .previews import check_progressive, with_previews
 from .shared import (
     MAX_PIXELS,
     DType,
@@ -129,6 +130,7 @@ def reconstruct(
     seed: int = 0,
     noise: Literal["gaussian", "zero"] | None = None,
     tile: int | None = None,
+    progressive: bool = False,
     engine: EngineName | None = None,
     max_pixels: int = MAX_PIXELS,
     device: str = "auto",
@@ -145,6 +147,8 @@ def reconstruct(
         seed: Noise seed, the same for every picture.
         noise: What decoding starts from; default: what the model was made for.
         tile: Work in overlapping squares of this many pixels a side: large pictures in bounded memory, without seams.
+        progressive: Also write each stage's preview as soon as it exists: OUT/NAME.64.png, or NAME.64x48.png where it
+            is not square, and so on. Needs a multi-scale model; decode ms includes the writing.
         engine: Decode in one step with torch (folded weights), compile, torch-export, aotinductor, onnxruntime,
             openvino, openvino-bf16 or openvino-int8; from the file of `monobath export` where the model has one, else
             made for this run.
@@ -160,7 +164,10 @@ def reconstruct(
     from ..files import write_file
     from ..images import tensor_to_pil
 
-    tokenizer = _in_tiles(on_engine(load_tokenizer(model, device, dtype), model, engine), tile)
+    tokenizer = on_engine(load_tokenizer(model, device, dtype), model, engine)
+    if progressive:
+        check_progressive(tokenizer, model, tile)
+    taken = {path.resolve() for path in (*pictures, *targets)}
     table = Table("picture", "size", "PSNR", "encode ms", "decode ms")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -169,8 +176,9 @@ def reconstruct(
             pixels = open_pixels(picture, size, max_pixels)
             with explained(picture):
                 row = report.reconstruct(
-                    tokenizer, pixels, target.name, steps=steps, seed=seed, noise=noise, max_pixels=max_pixels
-                )
+                    with_previews(tokenizer, target, taken) if progressive else _in_tiles(tokenizer, tile),
+                    pixels, target.name, steps=steps, seed=seed, noise=noise, max_pixels=max_pixels,
+                )  # fmt: skip
             write_file(target, tensor_to_pil(row.output).save)
             h, w = row.size
             figures = (f"{w}×{h}", report.decibels(row.psnr), f"{row.encode_ms:.1f}", f"{row.decode_ms:.1f}")

@@ -127,7 +127,8 @@ def describe(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
         "prediction": decoder.prediction,
         "encoder_parameters": sum(p.numel() for p in tokenizer.encoder.parameters()),
         "decoder_parameters": sum(p.numel() for p in tokenizer.decoder.parameters()),
-        "sampler": {"steps": sampler.steps, "noise": sampler.noise, "power": sampler.power},
+        "sampler": {"steps": sampler.steps, "noise": sampler.noise, "power": sampler.power}
+        | ({"stages": sampler.stages} if sampler.stages > 1 else {}),
         "scaling_factor": config.scaling_factor,
         "shift_factor": config.shift_factor,
         "latent_of_256": [encoder.latent_channels, side, side],

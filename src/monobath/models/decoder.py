@@ -33,6 +33,13 @@ SIZES: dict[str, tuple[int, tuple[int, ...], int]] = {
     "H": (192, (1, 2, 4, 4), 16),  # 362,688,003
 }
 PATCHES = (1, 2, 4, 8)
+# Ours, for speed (docs/performance.md): convolutions alone, at patch 4: channels of both levels, residual blocks down
+# and up. What runs between pixels and latent is two grids, of 4×4 and of 8×8 pixels.
+CONVOLUTIONAL: dict[str, tuple[list[int], list[int], list[int]]] = {
+    "CS": ([64, 128], [0, 2], [2, 3]),
+    "CM": ([96, 192], [0, 2], [2, 3]),
+    "CL": ([128, 256], [0, 3], [3, 4]),
+}
 
 
 @dataclass(kw_only=True)
@@ -40,7 +47,9 @@ class DecoderConfig:
     """The shape of a decoder. `size` fills in what is left at its zero value; every field can be set by hand."""
 
     size: str = "S/1"
-    """`SIZE/PATCH`: XS, S, B, M, L, XL, H and 1, 2, 4, 8. `custom`: give patch, channels, middle_blocks, heads."""
+    """`SIZE/PATCH`: XS, S, B, M, L, XL, H and 1, 2, 4, 8, the paper's network; or CS/4, CM/4, CL/4, convolutions alone
+    and the fastest, which set norm, modulation, upsampling and linear_skip too; or `custom`: give patch, channels,
+    middle_blocks, heads."""
     latent_channels: int = 4
     """c: channels of the latent."""
     factor: int = 8
@@ -71,12 +80,17 @@ class DecoderConfig:
     """Add a learned linear map of the latent's 3×3 neighbourhood to the clean image (needs prediction x)."""
     norm: Literal["group", "local"] = "group"
     """group: GroupNorm throughout (the paper's). local: no statistics over the picture, so that a pixel depends on its
-    neighbourhood only: no norm in residual blocks, LayerNorm of single tokens before the transformer. Faster."""
+    neighbourhood only: no norm in residual blocks, whose first weights keep the activations' scale instead, LayerNorm
+    of single tokens before the transformer. Faster."""
     upsampling: Literal["nearest", "shuffle"] = "nearest"
     """Between levels on the way up. nearest: enlarged, then a convolution (the paper's). shuffle: a convolution of the
     coarse map, whose channels become pixels: half the operations, and each of the four pixels has its own weights."""
     attention: str = "auto"
     """Windowed attention backend: auto, dense, blocked or flex. All give the same result."""
+    stages: int = 1
+    """Stages of multi-scale decoding (`monobath.scales`), each with an embedding of its own; 1: none."""
+    null_latent: bool = False
+    """Learn a latent that stands for no latent at all, for classifier-free guidance (needs stages above 1)."""
 
     def __post_init__(self) -> None:
         if self.size != "custom":
@@ -109,6 +123,10 @@ class DecoderConfig:
             raise UserError(f'decoder.upsampling is {self.upsampling!r}: choose "nearest" or "shuffle"')
         if self.down_blocks < 1 or self.reach < 0 or self.latent_channels < 1:
             raise UserError("decoder: down_blocks and latent_channels must be at least 1, reach at least 0")
+        if self.stages < 1:
+            raise UserError(f"decoder.stages is {self.stages}: it must be at least 1")
+        if self.null_latent and self.stages == 1:
+            raise UserError("decoder.null_latent needs decoder.stages above 1: guidance is for multi-scale decoding")
         self.down = self.down or [self.down_blocks] * len(self.channels)
         self.up = self.up or [blocks + 1 for blocks in self.down]
         for name, least in (("down", 0), ("up", 1)):
@@ -121,10 +139,17 @@ class DecoderConfig:
 
     def _fill_from_size(self) -> None:
         name, _, patch = self.size.partition("/")
+        if name in CONVOLUTIONAL and patch == "4":
+            channels, down, up = CONVOLUTIONAL[name]
+            self.patch, self.middle_blocks = self.patch or 4, max(0, self.middle_blocks)
+            self.channels, self.down, self.up = self.channels or channels, self.down or down, self.up or up
+            self.norm, self.modulation, self.upsampling, self.linear_skip = "local", False, "shuffle", True
+            return
         if name not in SIZES or patch not in {str(p) for p in PATCHES}:
             raise UserError(
                 f"decoder.size is {self.size!r}: give SIZE/PATCH with SIZE in {', '.join(SIZES)} "
-                f"and PATCH in {', '.join(map(str, PATCHES))}, or custom"
+                f"and PATCH in {', '.join(map(str, PATCHES))}, one of "
+                f"{', '.join(f'{name}/4' for name in CONVOLUTIONAL)}, or custom"
             )
         base, multipliers, middle_blocks = SIZES[name]
         self.patch = self.patch or int(patch)
@@ -151,7 +176,7 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
 class ResBlock(nn.Module):
     """Residual block modulated by the latent's context (first norm) and by the time (second norm).
 
-    Without norms the modulations alone keep the scale; the zero-initialised second convolution starts it quietly.
+    Without norms the first weights keep the scale (`keep_scale`).
     `context` is its width, 0 for a block that the latent does not modulate.
     """
 
@@ -295,11 +320,36 @@ class Level(nn.Module):
             self.resample = nn.Conv2d(out, 4 * finer if config.upsampling == "shuffle" else out, 3, padding=1)
 
 
+def keep_scale(decoder: Decoder) -> None:
+    """First weights that keep the variance of activations near 1, which norms would otherwise see to.
+
+    With PyTorch's usual weights, activations shrink to a few hundredths in a decoder without norms: the first
+    convolution's are for 3·patch² + c channels, of which zero noise leaves the c of the latent, and each further one
+    takes two thirds of the variance. Training then takes several times as long (docs/performance.md, levers).
+    """
+    for name, module in decoder.named_modules():
+        if not isinstance(module, nn.Conv2d) or name.startswith("context"):
+            continue
+        if name.endswith((".context", "conv2", "conv_out")):  # start without modulation, as the identity, at zero
+            zero_init(module)
+            continue
+        # SiLU lets about a third of the variance through; what follows no SiLU keeps it all.
+        gain = 3.0 if name.endswith("conv1") else 1.0
+        nn.init.normal_(module.weight, std=math.sqrt(gain / module.weight[0].numel()))
+        nn.init.zeros_(cast(Tensor, module.bias))
+    pixels = 3 * decoder.config.patch**2
+    with torch.no_grad():
+        latent = decoder.conv_in.weight[:, pixels:]
+        # Latents have a standard deviation near one half.
+        nn.init.normal_(latent, std=2 / math.sqrt(latent[0].numel()))
+
+
 class Decoder(nn.Module):
     """`decoder(x_t (B, 3, H, W), t (B,) in [0, 1], z (B, c, H/f, W/f))` → raw prediction `(B, 3, H, W)`.
 
     The prediction is the velocity or the clean image (`config.prediction`); `monobath.flow` converts. H and W must
     be divisible by `config.token_side`. The latent may have another resolution than H/f (low-resolution stages).
+    A multi-scale decoder also takes the number of the stage, 0 … `config.stages` − 1, which all samples share.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -343,19 +393,28 @@ class Decoder(nn.Module):
             nn.Identity() if config.norm == "local" else nn.GroupNorm(norm_groups(widths[0]), widths[0])
         )
         self.conv_out = nn.Conv2d(widths[0], 3 * patch**2, 3, padding=1)
+        if config.norm == "local":
+            keep_scale(self)
         if config.linear_skip:
             # Starts as the inverse of the encoder's shortcut: the latents' low frequencies as an image.
             self.linear_skip = zero_init(nn.Conv2d(config.latent_channels, 3 * config.factor**2, 3, padding=1))
             basis = cosine_basis(config.latent_channels, config.factor) * config.factor
             with torch.no_grad():
                 self.linear_skip.weight[:, :, 1, 1] = basis.T  # type: ignore[operator]
+        if config.stages > 1:  # zero: a single-scale decoder's weights mean what they meant
+            self.stage_embedding = nn.Parameter(torch.zeros(config.stages, time))
+        if config.null_latent:
+            self.null_latent = nn.Parameter(torch.zeros(config.latent_channels))
 
-    def forward(self, x_t: Tensor, t: Tensor, z: Tensor) -> Tensor:
-        self._check(x_t, t, z)
+    def forward(self, x_t: Tensor, t: Tensor, z: Tensor, stage: int | None = None) -> Tensor:
+        self._check(x_t, t, z, stage)
         context = self.context(z)
         x = F.pixel_unshuffle(x_t, self.config.patch)
         x = self.conv_in(torch.cat([x, resample_to(z, (x.shape[2], x.shape[3]))], dim=1))
-        time = F.silu(self.time(timestep_embedding(t, self.config.channels[0]).to(x.dtype)))
+        time = self.time(timestep_embedding(t, self.config.channels[0]).to(x.dtype))
+        if self.config.stages > 1:
+            time = time + self.stage_embedding[stage]
+        time = F.silu(time)
         skips = []
         for level in cast(Iterable[Level], self.down):
             skips.append([x])
@@ -378,6 +437,11 @@ class Decoder(nn.Module):
             x = x + resample_to(linear, (x.shape[2], x.shape[3]))
         return x
 
+    def without(self, z: Tensor) -> Tensor:
+        """What stands for no latent, in the shape of z."""
+        assert self.config.null_latent, "this decoder has no null latent"
+        return self.null_latent.to(z.dtype)[:, None, None].expand_as(z)
+
     def set_checkpointing(self, enabled: bool) -> None:
         """Activation checkpointing: less memory in training, one more forward pass. Same results."""
         self.checkpointing = enabled
@@ -389,8 +453,10 @@ class Decoder(nn.Module):
             return checkpoint(block, x, context, time, use_reentrant=False)
         return block(x, context, time)
 
-    def _check(self, x_t: Tensor, t: Tensor, z: Tensor) -> None:
-        side, c = self.config.token_side, self.config.latent_channels
+    def _check(self, x_t: Tensor, t: Tensor, z: Tensor, stage: int | None) -> None:
+        side, c, stages = self.config.token_side, self.config.latent_channels, self.config.stages
+        if stages > 1 if stage is None else not 0 <= stage < stages:
+            raise ValueError(f"stage is {stage}: this decoder has {stages}, counted from 0")
         if x_t.ndim != 4 or x_t.shape[1] != 3 or x_t.shape[2] % side or x_t.shape[3] % side:
             raise ValueError(f"x_t is {tuple(x_t.shape)}: expected (B, 3, H, W) with sides divisible by {side}")
         if z.ndim != 4 or z.shape[1] != c or z.shape[0] != x_t.shape[0]:

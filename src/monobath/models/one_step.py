@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import UserError
 from .attention import windowed_attention
 from .decoder import (
     Decoder,
@@ -57,11 +58,19 @@ class OneStepDecoder(OneStep):
     Args:
         decoder: what to fold; it is left as it is, and shares no memory with the result.
         noise: "zero" leaves out the noise input; "gaussian" keeps it.
+
+    Raises:
+        UserError: the decoder has several stages.
     """
 
     @torch.no_grad()
     def __init__(self, decoder: Decoder, noise: Literal["gaussian", "zero"]) -> None:
         config = decoder.config
+        if config.stages > 1:
+            raise UserError(
+                f"a multi-scale decoder ({config.stages} stages) cannot be folded into one step: use it as it is, "
+                "or a single-scale one"
+            )
         super().__init__(config, noise)
         time = F.silu(decoder.time(timestep_embedding(torch.ones(1), config.channels[0]).to(decoder.conv_in.weight)))
         self.context = deepcopy(decoder.context)

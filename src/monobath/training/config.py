@@ -12,6 +12,7 @@ from typing import Literal
 
 from ..errors import UserError
 from ..images import MAX_PIXELS
+from ..scales import ScaleSchedule
 from ..tokenizer import TokenizerConfig
 
 
@@ -201,6 +202,30 @@ class DistillConfig:
 
 
 @dataclass(kw_only=True)
+class ScalesConfig:
+    """Training of multi-scale decoders, `model.decoder.stages` above 1 (MSD, arXiv 2603.19570). Times are each stage's
+    own, from 1 at its start to 0 at its end: `times.ones` of the samples are at a stage's start."""
+
+    times: Literal["logit-normal", "uniform"] = "logit-normal"
+    """How the other times are drawn."""
+    weighting: Literal["none", "sigmoid"] = "none"
+    """sigmoid: the flow loss of a sample counts e^b·sigmoid(λ−b)/(t(1−t)) with λ = 2·log((1−t)/t), t its noise level.
+    Nothing is left of it at t = 1, where the first stage takes its only step, if it takes one."""
+    bias: float = -3.0
+    """b of that weighting."""
+    drop: float = 0.0
+    """Fraction of the samples whose latent is the null latent, for guidance; MSD's is 0.1. Needs
+    `model.decoder.null_latent`."""
+    renoise: bool = False
+    """In a distillation: the teacher starts from the student's own image, noised anew to a random time (MSD's), instead
+    of where the student starts."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.drop < 1:
+            raise UserError(f"scales.drop is {self.drop}: it is a fraction, in [0, 1)")
+
+
+@dataclass(kw_only=True)
 class Recipe:
     """A whole training run."""
 
@@ -218,12 +243,14 @@ class Recipe:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    scales: ScalesConfig = field(default_factory=ScalesConfig)
 
     def __post_init__(self) -> None:
         self.run = self.run or f"runs/{self.name}"
         if self.distill.teacher:
             self.init = self.init or self.distill.teacher
-            self.model.sampler = dataclasses.replace(self.model.sampler, steps=self.distill.student_steps)
+            # A guided teacher's student needs no guidance: it learns the guided pictures.
+            self.model.sampler = dataclasses.replace(self.model.sampler, steps=self.distill.student_steps, guidance=1.0)
             if self.training.train_encoder:
                 raise UserError(
                     "distill.teacher is given, but training.train_encoder is true: the latents are the teacher's, so "
@@ -232,6 +259,39 @@ class Recipe:
         if self.loss.adversarial and self.training.precision == "fp16":
             raise UserError('loss.adversarial needs training.precision "bf16" or "fp32"')
         decoder = self.model.decoder
-        unit = max(self.model.encoder.factor, decoder.token_side)
+        unit = self.model.encoder.factor * ScaleSchedule(decoder.stages).unit(decoder.factor, decoder.token_side)
         if self.data.size % unit:
-            raise UserError(f"data.size={self.data.size} must be divisible by {unit} (latent or token side)")
+            at = "" if decoder.stages == 1 else f", at each of {decoder.stages} stages"
+            raise UserError(f"data.size={self.data.size} must be divisible by {unit} (latent or token side{at})")
+        self._check_scales()
+
+    def _check_scales(self) -> None:
+        """What goes together with several stages, and with one."""
+        decoder, scales, distilling = self.model.decoder, self.scales, bool(self.distill.teacher)
+        if decoder.stages == 1:
+            if scales != ScalesConfig():
+                raise UserError(
+                    "scales.* is for multi-scale decoders: set model.decoder.stages and model.sampler.stages, or leave "
+                    "it out"
+                )
+            return
+        if self.loss.space not in ("", decoder.prediction):
+            raise UserError(
+                f"loss.space is {self.loss.space!r}: a multi-scale decoder learns in the space of what it predicts, "
+                f"{decoder.prediction!r}; leave it out"
+            )
+        if distilling and (self.distill.student_steps != 1 or self.distill.cache):
+            raise UserError(
+                f"distill.student_steps={self.distill.student_steps}, distill.cache={self.distill.cache!r}: a student "
+                "of several stages takes 1 step a stage, and its teacher starts where the student is, so that nothing "
+                "can be kept; leave both out"
+            )
+        if scales.renoise and not distilling:
+            raise UserError("scales.renoise is for distillation: give distill.teacher, or leave it out")
+        if distilling and dataclasses.replace(scales, renoise=False) != ScalesConfig():
+            raise UserError("distill.teacher is given: of scales.* only renoise counts; leave out the rest")
+        if not distilling and (scales.drop > 0) != decoder.null_latent:
+            raise UserError(
+                f"scales.drop={scales.drop} and model.decoder.null_latent={decoder.null_latent}: a null latent is "
+                "learned where latents are dropped, so give both or neither"
+            )

@@ -44,6 +44,7 @@ from .optimizers import (
     training_weights,
 )
 from .progress import Progress
+from .scales import ScaleDistillation, ScalesObjective
 
 log = logging.getLogger(__name__)
 
@@ -213,12 +214,15 @@ class _Run:
             torch.manual_seed(seed + self.rank)  # dropout
             syncing = micro == accumulation - 1
             with contextlib.nullcontext() if syncing else self.accelerator.no_sync(self.prepared):
-                losses = self.prepared(x, draws.t, draws.noise, draws.latent_noise, moments, target)
+                more = self.objective.more_draws(seed, len(x), self.rank, self.world)
+                losses = self.prepared(x, draws.t, draws.noise, draws.latent_noise, moments, target, *more)
                 self.accelerator.backward(losses["loss"] / accumulation)
             if self.samples is not None and target is None:
                 self.samples.write(position, self.rank, self.objective.target)
             if self.adversary is not None:
-                losses["discriminator"] = self.adversary.learn(x, self.objective.generated, accumulation)
+                losses["discriminator"] = self.adversary.learn(
+                    self.objective.real, self.objective.generated, accumulation
+                )
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0) + value.detach() / accumulation
         self._update(totals, rate)
@@ -355,9 +359,27 @@ class _Run:
         recipe, config = self.recipe, self.recipe.distill
         self.grid: list[float] = []
         self.samples: SampleCache | None = None
+        stages = recipe.model.decoder.stages
+        if stages > 1 and self.micro % stages and self.micro < 2 * stages - 1:
+            raise UserError(
+                f"training.batch_size gives {self.micro} images a pass: {stages} stages need a multiple of {stages}, "
+                f"or at least {2 * stages - 1}"
+            )
         if not config.teacher:
-            return AutoencoderObjective(self.tokenizer, recipe.loss, train_encoder=recipe.training.train_encoder)
+            train_encoder = recipe.training.train_encoder
+            if stages > 1:
+                return ScalesObjective(self.tokenizer, recipe.loss, recipe.scales, train_encoder=train_encoder)
+            return AutoencoderObjective(self.tokenizer, recipe.loss, train_encoder=train_encoder)
         teacher = Tokenizer.from_pretrained(config.teacher)
+        if teacher.config.decoder.stages != stages:
+            raise UserError(
+                f"distill.teacher {config.teacher} has {teacher.config.decoder.stages} stages, the student {stages}: "
+                "they must be equal"
+            )
+        if stages > 1:
+            scaled = ScaleDistillation(self.tokenizer, teacher, recipe.loss, config, recipe.scales)
+            self.grid = scaled.grid
+            return scaled
         objective = DistillationObjective(self.tokenizer, teacher, recipe.loss, config)
         self.grid = objective.grid
         if config.cache:
@@ -379,7 +401,8 @@ class _Run:
     def _start_from(self, name: str) -> None:
         """Take encoder and decoder from another model; a decoder of another shape starts from random weights.
 
-        The encoder must fit: it decides the latent space, which is why one starts from another model.
+        The encoder must fit: it decides the latent space, which is why one starts from another model. A multi-scale
+        decoder may start from a single-scale one: all of its weights, beside embeddings of the stages that are zero.
         """
         source = Tokenizer.from_pretrained(name)
         if source.config.encoder != self.recipe.model.encoder:
@@ -393,10 +416,14 @@ class _Run:
             kept = {name: getattr(source.config, name) for name in names}
             self.tokenizer.config = dataclasses.replace(self.tokenizer.config, **kept)
         ours, theirs = self.recipe.model, source.config
-        free = {"size": "custom", "attention": "auto", "dropout": 0.0}  # these change no weight's shape
-        same = dataclasses.replace(ours.decoder, **free) == dataclasses.replace(theirs.decoder, **free)  # type: ignore[arg-type]
+        free: dict[str, Any] = {"size": "custom", "attention": "auto", "dropout": 0.0}  # change no weight's shape
+        if theirs.decoder.stages in (1, ours.decoder.stages):
+            free |= {"stages": 1, "null_latent": False}  # add weights that are zero at first
+        same = dataclasses.replace(ours.decoder, **free) == dataclasses.replace(theirs.decoder, **free)
         if same and ours.kl_decoder == theirs.kl_decoder:
-            self.tokenizer.decoder.load_state_dict(source.decoder.state_dict())
+            own = self.tokenizer.decoder.state_dict()
+            own.update({name: value for name, value in source.decoder.state_dict().items() if name in own})
+            self.tokenizer.decoder.load_state_dict(own)
         elif self.main:
             log.info("init: the encoder comes from %s; its decoder has another shape, so ours starts anew", name)
 

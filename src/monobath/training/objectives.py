@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,11 +109,13 @@ class AutoencoderObjective(nn.Module):
         judge: gives the adversarial loss of generated images (see `adversary.py`); None: there is none.
         generated: the last batch's predicted clean images, without gradients.
         target: what they should have been.
+        real: the images they come from.
     """
 
     judge: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     generated: Tensor
     target: Tensor
+    real: Tensor
 
     def __init__(self, tokenizer: Tokenizer, loss: LossConfig, *, train_encoder: bool) -> None:
         super().__init__()
@@ -138,12 +141,22 @@ class AutoencoderObjective(nn.Module):
             moments: `(B, 2c, H/f, W/f)`, what the frozen encoder made of x before; default: it runs.
             target: what the decoder should give; default: x.
         """
+        posterior, z = self._encoded(x, latent_noise, moments)
+        target = self.target_of(x, noise, z) if target is None else target
+        return self._with_kl(self._decoder_losses(x, target, t, noise, z), posterior)
+
+    def more_draws(self, seed: int, batch: int, rank: int, world: int) -> tuple[Any, ...]:
+        """Further arguments of `forward` that are drawn for a batch, as plain values; like `Draws`, from the seed."""
+        return ()
+
+    def _encoded(self, x: Tensor, latent_noise: Tensor, moments: Tensor | None) -> tuple[Posterior, Tensor]:
+        """The posterior of images, and latents drawn from it."""
         with torch.set_grad_enabled(self.train_encoder and torch.is_grad_enabled()):
             encoded = self.tokenizer.encoder(x) if moments is None else moments
             posterior = Posterior(encoded, (x.shape[2], x.shape[3]))
-            z = posterior.mean + posterior.std * latent_noise
-        target = self.target_of(x, noise, z) if target is None else target
-        losses = self._decoder_losses(x, target, t, noise, z)
+            return posterior, posterior.mean + posterior.std * latent_noise
+
+    def _with_kl(self, losses: dict[str, Tensor], posterior: Posterior) -> dict[str, Tensor]:
         if self.train_encoder:
             losses["kl"] = posterior.kl().mean()
             losses["loss"] = losses["loss"] + self.loss.kl * losses["kl"]
@@ -177,5 +190,5 @@ class AutoencoderObjective(nn.Module):
         if self.repa is not None:
             losses["repa"] = self.repa(x).mean()
             total = total + self.loss.repa * losses["repa"]
-        self.generated, self.target = clean.detach(), target.detach()
+        self.generated, self.target, self.real = clean.detach(), target.detach(), x
         return {"loss": total, **losses}

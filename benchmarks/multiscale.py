@@ -1,0 +1,275 @@
+"""Full-resolution sampling against coarse-to-fine decoding: time, calls of the network and quality on held-out photos.
+
+    python benchmarks/multiscale.py train --data PHOTOS.tar --out runs/multiscale [--steps 4000 …]
+    python benchmarks/multiscale.py score --data HELD-OUT.tar --out runs/multiscale
+    python benchmarks/multiscale.py time --out runs/multiscale
+    python benchmarks/multiscale.py show --out runs/multiscale [--data HELD-OUT.tar --picture docs/images/stages.png]
+    python benchmarks/multiscale.py all --data PHOTOS.tar --held-out HELD-OUT.tar --out runs/multiscale
+
+`train` fits three models of one network, from one start, on crops of 128² and the same encoder: `full` at one scale,
+`multi` at three, and `student`, one step a stage distilled from `multi`. Equal budget: `multi` and `student` together
+see as many crops, in as many steps, as `full` (--steps); `student` gets --share of them. Seconds are shown, too.
+`score` decodes held-out photos at 256²; `time` measures decoding of one of them, interleaved in one process, and the
+first preview. `show` prints the table and what it says of three claims: the student takes at most a tenth of the
+50-step time; its EffLite distance and FD-EffLite are at most 1.05 times those of 8 full-resolution steps; its first
+preview arrives within 15 % of its decoding time. What is done is not done again, so the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torchvision.utils import make_grid
+from trainings import LABELS, Judge, cell, device, estimate, exit_code, facts_of, markdown, read_score, trained
+
+from monobath import Tokenizer, UserError
+from monobath.data import iterate_eval, make_dataset
+from monobath.evaluation.systems import TokenizerSystem
+from monobath.evaluation.throughput import measure, sample_images
+from monobath.files import write_file, write_text
+from monobath.images import tensor_to_pil, to_float, to_uint8
+from monobath.sampling import Noise
+from monobath.training.config import Recipe
+from monobath.training.recipes import load_recipe
+
+FULL, MULTI, STUDENT = "full", "multi", "student"
+FIRST = "first preview of "
+REFERENCE, SLOW, FAST = "full, 8 steps", "full, 50 steps", "student, 1 step a stage"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A way of decoding."""
+
+    name: str
+    model: str
+    steps: int
+    noise: Noise = "gaussian"
+
+
+ROWS = [
+    Row(SLOW, FULL, 50),
+    Row(REFERENCE, FULL, 8),
+    Row("full, 1 step", FULL, 1),
+    Row("full, 1 step, zero noise", FULL, 1, "zero"),
+    Row("multi, 16 steps a stage", MULTI, 16),
+    Row("multi, 4 steps a stage", MULTI, 4),
+    Row("multi, 1 step a stage", MULTI, 1),
+    Row("multi, 1 step a stage, zero noise", MULTI, 1, "zero"),
+    Row(FAST, STUDENT, 1),
+    Row("student, 1 step a stage, zero noise", STUDENT, 1, "zero"),
+]
+
+
+def recipes(args: argparse.Namespace) -> dict[str, Recipe]:
+    """The three trainings, in order."""
+    if not 0 < args.share < 1:
+        raise UserError(f"--share is {args.share}: it is a fraction, above 0 and below 1")
+    distilled = max(1, round(args.share * args.steps))
+    plans = {
+        FULL: ("cpu-progressive", args.steps, ["model.decoder.stages=1", "model.sampler.stages=1"]),
+        MULTI: ("cpu-progressive", args.steps - distilled, []),
+        STUDENT: ("cpu-progressive-distill", distilled, [f"distill.teacher={place(args.out, MULTI)}"]),
+    }
+    common = [f"training.seed={args.seed}", f"data.source={json.dumps(args.data)}", *args.set]
+    found = {}
+    for name, (recipe, steps, own) in plans.items():
+        if name == STUDENT and not place(args.out, MULTI).is_dir():
+            continue  # its teacher says what shape it has
+        settings = [f"name={name}", f"run={args.out / name}", f"training.steps={steps}", *common, *own]
+        found[name] = load_recipe(recipe, settings)
+    return found
+
+
+def place(out: Path, name: str) -> Path:
+    """Folder of a finished model."""
+    return out / name / "model"
+
+
+def run_training(args: argparse.Namespace) -> None:
+    if not args.data:
+        raise UserError("train needs --data: folders or shards of photos")
+    for name in (FULL, MULTI, STUDENT):
+        trained(recipes(args)[name])
+
+
+def load(args: argparse.Namespace, row: Row) -> TokenizerSystem:
+    """A row's system."""
+    system = TokenizerSystem(str(place(args.out, row.model)), steps=row.steps, noise=row.noise, device=device())
+    system.name = row.name
+    return system
+
+
+def rows_of(args: argparse.Namespace) -> list[Row]:
+    """The rows whose models are trained."""
+    found = [row for row in ROWS if place(args.out, row.model).is_dir()]
+    if not found:
+        raise UserError(f"{args.out} holds no training: run train first")
+    return found
+
+
+def score_file(args: argparse.Namespace, row: Row) -> Path:
+    """Where a row's scores are."""
+    return args.out / "scores" / f"{row.model}-{row.steps}-{row.noise}.json"
+
+
+def run_scoring(args: argparse.Namespace) -> None:
+    data = args.held_out or args.data
+    if not data:
+        raise UserError("score needs --data: folders or shards of held-out photos")
+    judge = Judge(data, size=args.size, limit=args.limit)
+    for row in rows_of(args):
+        judge.score(score_file(args, row), lambda row=row: load(args, row))
+
+
+def run_timing(args: argparse.Namespace) -> None:
+    """Decoding one picture every way, and the first previews, in interleaved rounds; calls of the network."""
+    file = args.out / "times.json"
+    if file.is_file():
+        known = json.loads(file.read_text(encoding="utf-8"))["times"]
+        if {row.name for row in rows_of(args)} <= known.keys():
+            return
+    x = sample_images((args.size, args.size))[:1]
+    works: dict[str, Any] = {}
+    calls: dict[str, int] = {}
+    counted: list[int] = []
+    for row in rows_of(args):
+        system = load(args, row)
+        tokenizer, code = system.tokenizer, system.encode(x.to(system.device))
+
+        def decode(system: TokenizerSystem = system, code: Any = code) -> None:
+            system.decode(code, [0])
+
+        def preview(tokenizer: Tokenizer = tokenizer, z: Any = code.payload, row: Row = row) -> None:
+            next(iter(tokenizer.decode_progressive(z, steps=row.steps, noise=row.noise)))
+
+        counted.clear()
+        handle = tokenizer.decoder.register_forward_hook(lambda *_: counted.append(1))
+        decode()
+        handle.remove()
+        calls[row.name] = len(counted)
+        works[row.name] = decode
+        if row.model != FULL:
+            works[FIRST + row.name] = preview
+    timed = measure(works, repeats=args.repeats, device=device())
+    found = {
+        name: {"ms": timing.median, "low": timing.quartiles[0], "high": timing.quartiles[1], "calls": calls.get(name)}
+        for name, timing in timed.items()
+    }
+    conditions = {"size": args.size, "threads": torch.get_num_threads(), "device": str(device()), "dtype": "float32"}
+    write_text(file, json.dumps({"conditions": conditions, "times": found}, indent=2) + "\n")
+
+
+def show(args: argparse.Namespace) -> None:
+    file = args.out / "times.json"
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"times": {}}
+    times: dict[str, Any] = kept["times"]
+    scores = {row.name: read_score(score_file(args, row)) for row in rows_of(args)}
+    figures = ("psnr", "efflite", "fd_efflite")
+    lines = []
+    for row in rows_of(args):
+        time, score = times.get(row.name), scores[row.name]
+        first = times.get(FIRST + row.name)
+        lines.append([
+            row.name,
+            str(time["calls"]) if time else "",
+            f"{time['ms']:.0f} ({time['low']:.0f} … {time['high']:.0f})" if time else "",
+            f"{first['ms']:.0f}" if first else "",
+            *(cell(estimate(score, key), key) if score else "" for key in figures),
+        ])  # fmt: skip
+    head = ["decoding", "calls", "ms (quartiles)", "first preview, ms", *(LABELS[key] for key in figures)]
+    sys.stdout.write(markdown(head, lines))
+    if times:
+        facts = ", ".join(f"{key} {value}" for key, value in kept["conditions"].items())
+        sys.stdout.write(f"\nTimes: one picture, {facts}. ± is one standard error.\n")
+    lines = []
+    for name in (FULL, MULTI, STUDENT):
+        if (args.out / name / "facts.json").is_file():
+            facts = facts_of(args.out / name)
+            numbers = (facts["images"], facts["seconds"], facts["cpu_seconds"])
+            lines.append([name, *(f"{number:.0f}" for number in numbers)])
+    sys.stdout.write("\n" + markdown(["training", "crops", "seconds", "CPU seconds"], lines))
+    sys.stdout.write("\n" + "".join(f"- {claim}\n" for claim in claims(times, scores)))
+    if args.picture:
+        draw(args)
+
+
+def claims(times: dict[str, Any], scores: dict[str, Any]) -> list[str]:
+    """What the figures say of the three claims, of those that are there."""
+    found = []
+    if {SLOW, FAST} <= times.keys():
+        share = times[FAST]["ms"] / times[SLOW]["ms"]
+        found.append(f"time of one step a stage / time of 50 steps: {share:.3f}, {_verdict(share <= 0.1)} (≤ 0.1)")
+    for key in ("efflite", "fd_efflite"):
+        own, other = scores.get(FAST), scores.get(REFERENCE)
+        if own and other:
+            ratio = estimate(own, key).value / estimate(other, key).value
+            gap = cell(estimate(own, key, other), key, signed=True)
+            words = f"{LABELS[key]} of one step a stage / of 8 full-resolution steps: {ratio:.3f} (difference {gap})"
+            found.append(f"{words}, {_verdict(ratio <= 1.05)} (≤ 1.05)")
+    if {FAST, FIRST + FAST} <= times.keys():
+        share = times[FIRST + FAST]["ms"] / times[FAST]["ms"]
+        found.append(f"first preview after {100 * share:.1f} % of the decoding time, {_verdict(share < 0.15)} (< 15 %)")
+    return found
+
+
+def _verdict(kept: bool) -> str:
+    return "as asked" if kept else "NOT as asked"
+
+
+def draw(args: argparse.Namespace) -> None:
+    """The student's three stages beside the original, a row a photo, every stage enlarged to the picture's size."""
+    data = args.held_out or args.data
+    if not data:
+        raise UserError("--picture needs --data: folders or shards of held-out photos")
+    dataset = make_dataset(data, size=args.size, augment=False)
+    batch = next(iter(iterate_eval(dataset, batch_size=args.shown, limit=args.shown)))
+    x = to_float(batch["image"])
+    tokenizer = Tokenizer.from_pretrained(str(place(args.out, STUDENT)))
+    stages = list(tokenizer.decode_progressive(tokenizer.encode(x).mode(), seed=batch["index"].tolist()))
+    columns = [F.interpolate(stage, size=x.shape[2:], mode="nearest") for stage in (*stages, x)]
+    cells = torch.stack([to_uint8(column) for column in columns], dim=1).flatten(0, 1)
+    write_file(args.picture, tensor_to_pil(make_grid(cells, nrow=len(columns), padding=2, pad_value=255)).save)
+
+
+def everything(args: argparse.Namespace) -> None:
+    """All of it, one after the other."""
+    for action in (run_training, run_scoring, run_timing, show):
+        action(args)
+
+
+ACTIONS = {"train": run_training, "score": run_scoring, "time": run_timing, "show": show, "all": everything}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=ACTIONS)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the trainings, scores and times")
+    parser.add_argument("--data", nargs="+", default=[], help="folders or shards of photos: to train on, or held out")
+    parser.add_argument("--held-out", nargs="+", default=[], help="all: held-out photos, --data being the others")
+    train = parser.add_argument_group("train")
+    train.add_argument("--steps", type=int, default=4000, help="optimizer steps of full, and of the others together")
+    train.add_argument("--share", type=float, default=0.2, help="fraction of them that the student gets")
+    train.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="recipe values of all trainings")
+    train.add_argument("--seed", type=int, default=0)
+    score = parser.add_argument_group("score, time and show")
+    score.add_argument("--size", type=int, default=256, help="side of the held-out pictures, in pixels")
+    score.add_argument("--limit", type=int, help="at most so many held-out pictures")
+    score.add_argument("--repeats", type=int, default=5, help="timed rounds")
+    score.add_argument("--picture", type=Path, help="show: draw the stages beside the originals")
+    score.add_argument("--shown", type=int, default=3, help="photos in that picture")
+    args = parser.parse_args(arguments)
+    ACTIONS[args.action](args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

@@ -1,0 +1,58 @@
+"""`monobath reconstruct --progressive`: every stage's picture is written as soon as it exists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..tokenizer import Tokenizer
+
+
+def check_progressive(tokenizer: Tokenizer, model: str, tile: int | None) -> None:
+    """Refuse what --progressive cannot do.
+
+    Raises:
+        UserError: the model has one scale, or --tile is given.
+    """
+    if tokenizer.config.sampler.stages == 1:
+        raise UserError(f"--progressive needs a multi-scale model, and {model} has one scale: leave it out")
+    if tile is not None:
+        raise UserError(f"--tile {tile} with --progressive: a multi-scale model cannot decode in tiles; leave it out")
+
+
+def with_previews(tokenizer: Tokenizer, target: Path, taken: set[Path]) -> Any:
+    """What `report.reconstruct` needs of a tokenizer, writing previews beside `target` while it decodes.
+
+    Args:
+        taken: resolved paths that no preview may have: the inputs, all finished pictures, and previews so far, to
+            which this picture's are added.
+    """
+    from ..files import write_file
+    from ..images import tensor_to_pil
+
+    def decode(z: Tensor, **options: Any) -> Tensor:
+        last = tokenizer.config.sampler.stages - 1
+        for stage, image in enumerate(tokenizer.decode_progressive(z, **options)):
+            if stage < last:
+                path = _preview_path(target, image.shape[-2], image.shape[-1], taken)
+                write_file(path, tensor_to_pil(image[0].cpu()).save)
+        return image
+
+    return SimpleNamespace(device=tokenizer.device, encode=tokenizer.encode, decode=decode)
+
+
+def _preview_path(target: Path, height: int, width: int, used: set[Path]) -> Path:
+    """TARGET.64.png or TARGET.64x48.png, with -2, -3 … where that name is used; it counts as used from then on."""
+    label, number = str(width) if width == height else f"{width}x{height}", 1
+    path = target.with_name(f"{target.stem}.{label}{target.suffix}")
+    while path.resolve() in used:
+        number += 1
+        path = target.with_name(f"{target.stem}.{label}-{number}{target.suffix}")
+    used.add(path.resolve())
+    return path

@@ -1,0 +1,180 @@
+"""The benchmarks that compare trainings, at tiny size: their rows, and that what is done is not done again."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+from test_training import photos as photos  # the fixture
+from test_training import tiny_recipe
+
+from monobath import Tokenizer, UserError
+from monobath.evaluation import frechet, metrics
+from monobath.evaluation.evaluate import evaluate
+from monobath.evaluation.systems import TokenizerSystem
+from monobath.training import loop
+
+pytest.importorskip("diffusers")
+
+SMALL = ["--size", "32", "--batch", "2", "--precision", "fp32"]
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Imports a benchmark by name. One crop a picture and few half-samples: a Fréchet distance in a second."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+    monkeypatch.setattr(metrics, "CROPS", 1)
+    monkeypatch.setattr(frechet, "HALVES", 3)
+    return importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory, photos) -> str:
+    """A model that carries its recipe."""
+    recipe = tiny_recipe(tmp_path_factory.mktemp("start") / "run", photos, loss={"perceptual": 0.02}, steps=2)
+    return str(loop.train(recipe))
+
+
+def forbid_training(monkeypatch) -> None:
+    def trained_again(self):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(loop._Run, "go", trained_again)
+
+
+def table(text: str) -> list[list[str]]:
+    """Cells of a Markdown table's body."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
+
+
+def test_distillation(tmp_path, photos, start, benchmark, monkeypatch, capsys):
+    main = benchmark("distillation").main
+    out = ["--out", str(tmp_path / "out")]
+    train = ["train", *out, "--data", str(photos), "--start", start, "--steps", "2", "--teacher-steps", "2", *SMALL]
+    score = ["score", *out, "--data", str(photos), "--score-size", "32", "--limit", "4", "--repeats", "1"]
+    few = ["--teacher-rows", "1", "2", "--against", "2"]
+    assert main([*train, "--cache"]) == 0
+    assert len(list((tmp_path / "out" / "teacher-samples").rglob("*.safetensors"))) == 2
+    assert main([*train, "--name", "gaussian", "--zero-noise", "0"]) == 0
+    students = {path.parent.name for path in (tmp_path / "out").glob("*/facts.json")}
+    assert students == {"student", "gaussian", "undistilled-2-lr0.0001-crop32x2-seed0"}  # both share (a)
+    assert main([*score, *few]) == 0
+    capsys.readouterr()
+    assert main(["show", *out, *few]) == 0
+    rows, differences = map(table, capsys.readouterr().out.split("\n\n"))
+    plain = "undistilled-2-lr0.0001-crop32x2-seed0"
+    assert [row[:3] for row in rows] == [
+        ["teacher", "1", "gaussian"], ["teacher", "2", "gaussian"], ["teacher", "1", "zero"],
+        [plain, "1", "gaussian"], [plain, "1", "zero"],
+        ["gaussian", "1", "gaussian"], ["student", "1", "gaussian"], ["student", "1", "zero"],
+    ]  # fmt: skip
+    assert all("±" in cell for row in rows for cell in row[3:7])
+    assert all(float(row[7]) > 0 for row in rows)
+    assert [row[0] for row in differences] == [
+        f"gaussian (gaussian) − {plain} (1 step, gaussian)",
+        "gaussian (gaussian) − teacher (2 steps, gaussian)",
+        f"student (gaussian) − {plain} (1 step, gaussian)",
+        "student (gaussian) − teacher (2 steps, gaussian)",
+        f"student (zero) − {plain} (1 step, zero)",
+        "student (zero) − teacher (2 steps, gaussian)",
+    ]
+
+    forbid_training(monkeypatch)
+    monkeypatch.setattr(Tokenizer, "decode", lambda *args, **kwargs: pytest.fail("decoded again"))
+    assert main([*train, "--cache"]) == 0
+    assert main([*score, *few]) == 0
+    with pytest.raises(UserError, match="another name"):
+        main([*train, "--loss.perceptual", "0.5"])
+    with pytest.raises(UserError, match="another --out"):
+        main([*train, "--start", "default"])
+
+
+def test_figures_are_those_of_monobath_eval(tmp_path, photos, start, benchmark):
+    trainings = benchmark("trainings")
+    judge = trainings.Judge([str(photos)], size=32, limit=6)
+    one, two = TokenizerSystem(start, steps=1), TokenizerSystem(start, steps=3)
+    found, _ = evaluate([one, two], str(photos), size=32, limit=6, metrics=list(trainings.FIGURES), keep=1)
+    scores = [judge.score(tmp_path / f"{i}.json", lambda s=system: s) for i, system in enumerate((one, two))]
+    for key in trainings.FIGURES:
+        for score, expected in zip(scores, found.systems, strict=True):
+            assert trainings.estimate(score, key).value == pytest.approx(expected.figures[key].value, rel=1e-6)
+        gap, expected = trainings.estimate(scores[1], key, scores[0]), found.systems[1].differences[key]
+        assert (gap.value, gap.low, gap.high) == pytest.approx((expected.value, expected.low, expected.high), rel=1e-5)
+
+
+def test_equal_budget(tmp_path, photos, start, benchmark, monkeypatch, capsys):
+    main = benchmark("equal_budget").main
+    out = ["--out", str(tmp_path / "out")]
+    train = ["train", *out, "--data", str(photos), "--encoder", start, "--kl-channels", "8", "8", "16", "16", *SMALL]
+    train += ["--crops", "4", "--rows", "one-step", "kl", "kl-gan", "f8c4", "f16c4", "--lr", "kl=1e-3", "kl=2e-3"]
+    score = ["score", *out, "--data", str(photos), "--score-size", "32", "--limit", "4", "--repeats", "1"]
+    assert main([*train, "--seeds", "0"]) == 0
+    assert main([*train, "--seeds", "0", "1", "--rows", "one-step", "kl"]) == 0
+    assert main(score) == 0
+    capsys.readouterr()
+    assert main(["show", *out]) == 0
+    rows, differences = map(table, capsys.readouterr().out.split("\n\n"))
+    assert [(row[0], row[5]) for row in rows] == [
+        ("one-step-4-lr0.0006-p0.02", "2"), ("kl-4-lr0.001-p0.1", "2"), ("kl-4-lr0.002-p0.1", "2"),
+        ("kl-gan-4-lr0.0004-p0.1", "1"), ("f8c4-4-lr0.0006-p0.02", "1"), ("f16c4-4-lr0.0006-p0.02", "1"),
+    ]  # fmt: skip
+    assert all(("±" in cell) == (row[5] == "2") for row in rows for cell in row[6:10])
+    assert [row[1] for row in differences] == ["2", "2", "1", "1", "1"]
+
+    folders = {path.name: path for path in (tmp_path / "out").glob("*-seed0")}
+    encoder = Tokenizer.from_pretrained(start).encoder.state_dict()
+    for name, folder in folders.items():
+        tokenizer = Tokenizer.from_pretrained(folder / "model")
+        frozen = name.startswith(("one-step", "kl"))
+        assert tokenizer.factor == (16 if name.startswith("f16") else 8)
+        if tokenizer.factor == 8:
+            kept = all(v.equal(encoder[k]) for k, v in tokenizer.encoder.state_dict().items())
+            assert kept == frozen
+        assert bool(tokenizer.config.kl_decoder) == name.startswith("kl")
+    logged = (folders["kl-gan-4-lr0.0004-p0.1-seed0"] / "metrics.jsonl").read_text().splitlines()
+    assert any("discriminator" in json.loads(line) for line in logged)
+
+    forbid_training(monkeypatch)
+    assert main([*train, "--seeds", "0"]) == 0
+    monkeypatch.setattr(Tokenizer, "decode", lambda *args, **kwargs: pytest.fail("decoded again"))
+    assert main(score) == 0
+
+
+def test_our_decoder_starts_from_random_weights(tmp_path, photos, start, benchmark, monkeypatch):
+    """Although it may have the very shape of the decoder that the encoder came with."""
+    equal_budget = benchmark("equal_budget")
+    seen = {}
+    monkeypatch.setattr(loop._Run, "go", lambda run: seen.update(run.tokenizer.decoder.state_dict()))
+    arguments = ["--out", str(tmp_path / "out"), "--data", str(photos), "--encoder", start, "--crops", "4", *SMALL]
+    equal_budget.main(["train", *arguments, "--rows", "one-step", "--seeds", "0"])
+    source = Tokenizer.from_pretrained(start).decoder.state_dict()
+    assert seen.keys() == source.keys()
+    assert not any(v.equal(source[k]) for k, v in seen.items() if v.ndim == 4 and v.any())
+
+
+def test_our_decoder_can_have_another_shape(tmp_path, photos, start, benchmark):
+    equal_budget = benchmark("equal_budget")
+    out = tmp_path / "out"
+    arguments = ["--out", str(out), "--data", str(photos), "--encoder", start, "--crops", "4", *SMALL]
+    shape = ["size=custom", "patch=8", "channels=[16]", "middle_blocks=0", "norm=local"]
+    equal_budget.main(
+        ["train", *arguments, "--rows", "one-step", "--seeds", "0", "--decoder", *shape, "--name", "all-coarse"]
+    )
+    (run,) = out.glob("all-coarse-*")
+    decoder = Tokenizer.from_pretrained(run / "model").config.decoder
+    assert (decoder.patch, decoder.norm, decoder.prediction) == (8, "local", "x")
+    with pytest.raises(UserError, match="give fields of DecoderConfig"):
+        equal_budget.main(["train", *arguments, "--rows", "one-step", "--decoder", "width=3"])
+
+
+def test_stages_prints_a_row_a_stage(capsys, benchmark):
+    """Of one tiny stage, measured in its own process."""
+    main = benchmark("stages").main
+    tiny = ["model.encoder.base=8", "data.size=32", "data.scale=[32, 40]", "distill.steps=2", "loss.repa=0"]
+    assert main(["--stages", "distill", "--devices", "cpu", "--decoder", "XS/4", "--steps", "1", *tiny]) == 0
+    (row, *_) = table(capsys.readouterr().out)
+    assert row[:3] == ["distillation, 256²", "cpu", "2"]
+    assert float(row[3]) > 0
+    assert float(row[4]) > 0.1

@@ -1,0 +1,934 @@
+"""Laws of multi-scale decoding: its paths, hand-overs and previews, its training, and its distillation."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import dead_parameters, rand_images, randn, tiny_decoder, tiny_tokenizer
+from PIL import Image
+from scipy.optimize import fsolve
+from test_training import photos as photos  # the fixture
+from test_training import rows, same, tiny_recipe, weights
+
+from monobath import Tokenizer, UserError
+from monobath.cli import main
+from monobath.flow import velocity
+from monobath.models.one_step import OneStepDecoder
+from monobath.sampling import draw_noise, euler, time_grid
+from monobath.scales import (
+    ScaleSchedule,
+    block_noise,
+    down,
+    image_pyramid,
+    integrate,
+    noise_pyramid,
+    predictor,
+    previews,
+    sample,
+    up,
+)
+from monobath.tokenizer import SamplerConfig
+from monobath.training import loop
+from monobath.training.adversary import Adversary
+from monobath.training.config import DistillConfig, LossConfig, ScalesConfig, TimesConfig
+from monobath.training.loop import train
+from monobath.training.objectives import AutoencoderObjective, Draws
+from monobath.training.recipes import load_recipe
+from monobath.training.scales import (
+    ScaleDistillation,
+    ScalesObjective,
+    assign_stages,
+    sigmoid_weight,
+    uniform_times,
+)
+
+KINDS = ["v", "x"]
+QUIET = LossConfig(perceptual=0.0)
+
+
+def multi(seed: int = 0, *, decoder: dict | None = None, **sampler) -> Tokenizer:
+    """A tiny tokenizer of three stages; a picture's sides are padded to multiples of 32."""
+    return tiny_tokenizer(seed, decoder={"stages": 3} | (decoder or {}), **({"stages": 3} | sampler))
+
+
+def ones(x: torch.Tensor, value: float = 1.0) -> torch.Tensor:
+    return torch.full((len(x),), value, dtype=x.dtype)
+
+
+# ---- the schedule and the hand-over ---------------------------------------------------------------------------------
+
+
+def test_levels_of_three_stages():
+    schedule = ScaleSchedule(3)
+    assert [s.end for s in schedule] == pytest.approx([2 / 3, 1 / 3, 0])
+    assert [s.start for s in schedule] == pytest.approx([1, 0.8, 0.5])
+    assert ScaleSchedule(1)[0] == dataclasses.replace(schedule[0], end=0.0)
+    assert [schedule.size(s, (37, 50)) for s in range(3)] == [(10, 13), (19, 25), (37, 50)]
+    assert (schedule.unit(8, 8), schedule.unit(8, 4), schedule.unit(4, 8), ScaleSchedule(1).unit(8, 8)) == (4, 4, 8, 1)
+    with pytest.raises(ValueError, match="stages=0"):
+        ScaleSchedule(0)
+    with pytest.raises(IndexError):
+        schedule[3]
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4, 6])
+def test_closed_forms_solve_the_derivation(stages):
+    """α, β, σ from what is asked: no covariance in a block, variance σ², and the picture's share 1 − σ."""
+    schedule = ScaleSchedule(stages)
+    for s in range(stages - 1):
+        e = schedule.end(s)
+
+        def asked(unknown, e=e):
+            alpha, beta, sigma = unknown
+            return alpha**2 * e**2 - beta**2 / 3, alpha**2 * e**2 + beta**2 - sigma**2, alpha * (1 - e) - (1 - sigma)
+
+        alpha, beta, sigma = fsolve(asked, (0.6, 0.6, 0.6), xtol=1e-12)
+        assert schedule.start(s + 1) == pytest.approx(sigma, abs=1e-9)
+        state, white = randn(1, 3, 4, 6).double(), randn(1, 3, 8, 12, seed=1).double()
+        expected = alpha * up(state) + beta * block_noise(white)
+        assert torch.allclose(schedule.hand_over(state, s, white), expected, atol=1e-9)
+
+
+def test_block_noise():
+    noise = block_noise(randn(1, 1, 2000, 2000))
+    assert down(noise).abs().max() < 1e-6
+    blocks = torch.nn.functional.pixel_unshuffle(noise, 2).flatten(2)[0]
+    expected = torch.full((4, 4), -1 / 3) + torch.eye(4) * 4 / 3
+    assert torch.allclose(torch.cov(blocks), expected, atol=0.01)
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_noise_is_white_after_every_hand_over(stages):
+    """σ²·I within 1 %, inside a block and across blocks, on a million blocks of a grey picture."""
+    schedule = ScaleSchedule(stages)
+    for s in range(stages - 1):
+        sigma = schedule.start(s + 1)
+        state = schedule[s].state(torch.full((1, 1, 1000, 1000), 0.5), randn(1, 1, 1000, 1000, seed=s), torch.zeros(1))
+        after = schedule.hand_over(state, s, randn(1, 1, 2000, 2000, seed=9))
+        assert after.mean() == pytest.approx(0.5 * (1 - sigma), abs=0.005)
+        inside = torch.nn.functional.pixel_unshuffle(after, 2)[0]  # (4, 1000, 1000)
+        beside = torch.cat([inside[:, :, :-1], inside[:, :, 1:]]).flatten(1)
+        below = torch.cat([inside[:, :-1], inside[:, 1:]]).flatten(1)
+        for pairs in (beside, below):
+            assert torch.allclose(torch.cov(pairs) / sigma**2, torch.eye(8), atol=0.01)
+
+
+def test_a_pyramid_is_white_and_continues_itself():
+    """With the true image, a hand-over gives the next stage's start with the next field of the same noise."""
+    white, x = randn(2, 3, 16, 24), rand_images(2, 3, 16, 24)
+    for stages in (2, 3, 4):
+        schedule, fields, images = (
+            ScaleSchedule(stages), noise_pyramid(white, stages), image_pyramid(x, stages),
+        )  # fmt: skip
+        assert fields[-1] is white
+        assert images[-1] is x
+        for s in range(stages - 1):
+            end = schedule[s].state(images[s], fields[s], torch.zeros(2))
+            start = schedule[s + 1].state(images[s + 1], fields[s + 1], torch.ones(2))
+            assert torch.allclose(schedule.hand_over(end, s, fields[s + 1]), start, atol=1e-5)
+    coarse = noise_pyramid(randn(1, 1, 2000, 2000), 3)[0]
+    assert abs(coarse.std() - 1) < 0.01
+    assert not any(field.any() for field in noise_pyramid(torch.zeros(1, 3, 8, 8), 3))
+
+
+# ---- a stage's path -------------------------------------------------------------------------------------------------
+
+
+CASES = [
+    pytest.param(stage, id=f"{stages}-{stage.index}") for stages in (1, 2, 3, 4) for stage in ScaleSchedule(stages)
+]
+
+
+@pytest.mark.parametrize("stage", CASES)
+def test_ends_of_a_stage(stage):
+    x, noise = rand_images(2, 3, 4, 6), randn(2, 3, 4, 6)
+    start = (1 - stage.start) * up(down(x)) + stage.start * noise
+    end = (1 - stage.end) * x + stage.end * noise
+    assert torch.allclose(stage.state(x, noise, torch.ones(2)), start, atol=1e-6)
+    assert torch.allclose(stage.state(x, noise, torch.zeros(2)), end, atol=1e-6)
+    assert torch.allclose(stage.velocity(x, noise), end - start, atol=1e-6)
+    assert torch.allclose(stage.level(torch.tensor([0.0, 1.0])), torch.tensor([stage.end, stage.start]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("steps", [1, 2, 7])
+@pytest.mark.parametrize("stage", CASES)
+def test_the_truth_leads_to_a_stages_end(stage, steps, kind):
+    x, noise = rand_images(2, 3, 4, 6), randn(2, 3, 4, 6)
+    truth = x if kind == "x" else stage.velocity(x, noise)
+    grid = [t.float().expand(2) for t in time_grid(steps)]
+    seen = []
+
+    def predict(state, level, index):
+        assert index == stage.index
+        tau = grid[len(seen)]
+        assert torch.allclose(level, stage.level(tau))
+        assert torch.allclose(state, stage.state(x, noise, tau), atol=1e-5)
+        seen.append(level)
+        return truth
+
+    state, preview = integrate(predict, stage.state(x, noise, torch.ones(2)), stage, grid, kind)
+    assert torch.allclose(state, stage.state(x, noise, torch.zeros(2)), atol=1e-5)
+    assert torch.allclose(preview, x, atol=1e-5)
+    assert len(seen) == steps
+
+
+@pytest.mark.parametrize("stage", CASES)
+def test_previews_recover_the_image_at_any_time(stage):
+    x, noise = rand_images(3, 3, 4, 6).double(), randn(3, 3, 4, 6).double()
+    tau = torch.tensor([0.1, 0.6, 1.0]).double()
+    state = stage.state(x, noise, tau)
+    assert stage.clean(x, state, tau, "x") is x
+    assert torch.allclose(stage.clean(stage.velocity(x, noise), state, tau, "v"), x, atol=1e-9)
+
+
+@pytest.mark.parametrize("stage", CASES)
+def test_both_kinds_take_the_same_step(stage):
+    """A guess of the clean image, written as the velocity that it means."""
+    guess, noise = rand_images(2, 3, 4, 6).double(), randn(2, 3, 4, 6).double()
+    tau = torch.tensor([0.4, 1.0]).double()
+    state = stage.state(guess, noise, tau)
+    for fraction in (0.0, 0.3, 0.9):
+        a = stage.step(guess, state, tau, fraction * tau, "x")
+        b = stage.step(stage.velocity(guess, noise), state, tau, fraction * tau, "v")
+        assert torch.allclose(a, b, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("stages", "steps"), [(1, 1), (2, 1), (3, 1), (3, 4), (4, 2)])
+def test_the_truth_leads_through_all_stages(stages, steps, kind):
+    """Every preview is the image at its size, rectangular too, and every stage sees the noise of the one field."""
+    x, white = rand_images(2, 3, 16, 24), randn(2, 3, 16, 24)
+    images, fields, schedule = image_pyramid(x, stages), noise_pyramid(white, stages), ScaleSchedule(stages)
+
+    def predict(state, level, s):
+        return images[s] if kind == "x" else schedule[s].velocity(images[s], fields[s])
+
+    found = list(sample(predict, fields, schedule, kind=kind, steps=steps))
+    assert len(found) == stages
+    for preview, image in zip(found, images, strict=True):
+        assert torch.allclose(preview, image, atol=1e-5)
+
+
+# ---- one stage is the single scale, to the last bit ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_stage_is_the_single_scale_path(kind):
+    (stage,) = ScaleSchedule(1)
+    x, noise, t = rand_images(3, 3, 4, 6), randn(3, 3, 4, 6), torch.tensor([0.1, 0.5, 1.0])
+    from monobath import flow
+
+    x_t = flow.interpolate(x, noise, t)
+    guess = randn(3, 3, 4, 6, seed=2)
+    assert torch.equal(stage.level(t), t)
+    assert torch.equal(stage.state(x, noise, t), x_t)
+    assert torch.equal(stage.velocity(x, noise), velocity(x, noise))
+    assert torch.equal(stage.clean(guess, x_t, t, kind), flow.to_clean(guess, x_t, t, kind))
+    assert torch.equal(stage.step(guess, x_t, t, 0.3 * t, kind), flow.euler_step(guess, x_t, t, 0.3 * t, kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_one_stage_samples_as_the_single_scale_does(kind, steps):
+    noise = randn(2, 3, 4, 6)
+
+    def predict(x_t, t, stage=None):
+        return (x_t.cos() + t[:, None, None, None]) * 0.7
+
+    (found,) = sample(predict, [noise], ScaleSchedule(1), kind=kind, steps=steps)
+    assert torch.equal(found, euler(predict, noise, kind=kind, steps=steps))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("noise", ["gaussian", "zero"])
+def test_one_stage_decodes_as_the_single_scale_does(kind, noise):
+    tok = tiny_tokenizer(decoder={"patch": 1, "prediction": kind})
+    z, options = randn(2, 4, 3, 5), {"steps": 3, "noise": noise}
+    with torch.no_grad():
+        (found,) = previews(tok.decoder, z, [4, 5], **options, size=(21, 40))
+    assert torch.equal(found.clamp(-1, 1), tok.decode(z, seed=4, size=(21, 40), **options))
+    (alone,) = tok.decode_progressive(z, seed=4, size=(21, 40), **options)
+    assert torch.equal(alone, tok.decode(z, seed=4, size=(21, 40), **options))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("train_encoder", [False, True])
+def test_one_stage_has_the_single_scale_losses(kind, train_encoder):
+    x = rand_images(4, 3, 16, 24)
+    draws = Draws.make(3, tuple(x.shape), (4, 4, 2, 3), TimesConfig(ones=0.5, zero_noise=0.5))
+    loss, found = LossConfig(perceptual=0.3, kl=1e-3, repa=0.2), []
+    for make in (AutoencoderObjective, lambda *a, **k: ScalesObjective(a[0], a[1], ScalesConfig(), **k)):
+        torch.manual_seed(0)  # of REPA's projector
+        tok = tiny_tokenizer(decoder={"patch": 1, "prediction": kind})
+        objective = make(tok, loss, train_encoder=train_encoder)
+        losses = objective(x, draws.t, draws.noise, draws.latent_noise, None, None, *objective.more_draws(1, 4, 0, 1))
+        losses["loss"].backward()
+        found.append((losses, {n: p.grad for n, p in objective.named_parameters() if p.grad is not None}))
+        assert torch.equal(objective.real, x)
+    (one, first), (other, second) = found
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[k], other[k]) for k in one)
+    assert same(first, second)
+
+
+# ---- the decoder ----------------------------------------------------------------------------------------------------
+
+
+def test_an_embedding_only_where_there_are_stages():
+    single, stages = tiny_decoder(), tiny_decoder(stages=3, null_latent=True)
+    new = stages.state_dict().keys() - single.state_dict().keys()
+    assert new == {"stage_embedding", "null_latent"}
+    assert not any(p.any() for n, p in Tokenizer(multi(decoder={"null_latent": True}).config).named_parameters()
+                   if n.rpartition(".")[2] in new)  # fmt: skip
+    x, t, z = randn(2, 3, 16, 24), torch.tensor([0.3, 1.0]), randn(2, 4, 8, 12)
+    outputs = [stages(x, t, z, s) for s in range(3)]
+    assert all((a - b).abs().max() > 1e-4 for a, b in itertools.combinations(outputs, 2))
+    assert torch.equal(single(x, t, z), single(x, t, z, 0))
+
+
+@pytest.mark.parametrize(("stages", "given"), [(3, None), (3, 3), (3, -1), (1, 1)])
+def test_a_stage_that_is_not_there_is_refused(stages, given):
+    with pytest.raises(ValueError, match=f"stage is {given}: this decoder has {stages}"):
+        tiny_decoder(stages=stages)(randn(1, 3, 16, 16), torch.ones(1), randn(1, 4, 2, 2), given)
+
+
+def test_zero_embeddings_leave_a_single_scale_decoder_what_it_is():
+    """The union: from the same state and time, one step at the last stage is the single-scale prediction."""
+    single, stages = tiny_decoder(), tiny_decoder(stages=3)
+    stages.load_state_dict(single.state_dict() | {"stage_embedding": torch.zeros_like(stages.stage_embedding)})
+    x, t, z = randn(2, 3, 16, 24), torch.tensor([0.5, 0.2]), randn(2, 4, 2, 3)
+    for s in range(3):
+        assert torch.equal(stages(x, t, z, s), single(x, t, z))
+    last, tau = ScaleSchedule(3)[2], torch.tensor([1.0, 0.4])  # levels 0.5 and 0.2
+    got = last.clean(predictor(stages, z)(x, last.level(tau), 2), x, tau, "x")
+    assert torch.allclose(got, single(x, t, z), atol=1e-6)
+
+
+# ---- decoding -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [(37, 50), (64, 96), (8, 5), (1, 1)])
+def test_previews_have_the_right_sizes_and_the_last_is_the_picture(kind, size):
+    tok = multi(decoder={"patch": 1, "prediction": kind}, steps=2)
+    z = randn(2, 4, -(-size[0] // 8), -(-size[1] // 8))
+    found = list(tok.decode_progressive(z, size=size, seed=3))
+    h, w = size
+    assert [tuple(p.shape) for p in found] == [
+        (2, 3, -(-h // 4), -(-w // 4)), (2, 3, -(-h // 2), -(-w // 2)), (2, 3, h, w),
+    ]  # fmt: skip
+    assert all(p.dtype == torch.float32 and p.abs().max() <= 1 for p in found)
+    assert torch.equal(found[-1], tok.decode(z, size=size, seed=3))
+    assert not torch.equal(found[-1], tok.decode(z, size=size, seed=3, steps=1))
+    assert not torch.equal(found[-1], tok.decode(z, size=size, seed=5))
+
+
+def test_every_output_form():
+    tok, z = multi(), randn(2, 4, 3, 5)
+    floats = list(tok.decode_progressive(z))
+    for preview, pixels, pictures in zip(
+        floats, tok.decode_progressive(z, output="uint8"), tok.decode_progressive(z, output="pil"), strict=True
+    ):
+        assert pixels.dtype == torch.uint8
+        assert pixels.shape == preview.shape
+        assert [picture.size for picture in pictures] == [(preview.shape[3], preview.shape[2])] * 2
+        assert np.array_equal(np.asarray(pictures[1]), pixels[1].permute(1, 2, 0).numpy())
+    assert torch.equal(tok.decode(z, output="uint8"), pixels)
+
+
+def test_a_preview_comes_before_the_next_stage_begins():
+    tok, calls = multi(steps=2), []
+    tok.decoder.register_forward_hook(lambda module, args, output: calls.append(args[0].shape[2:]))
+    stream = tok.decode_progressive(randn(1, 4, 4, 8))
+    assert calls == []
+    first = next(stream)
+    assert calls == [(8, 16)] * 2
+    assert not first.requires_grad
+    assert len(list(stream)) == 2
+    assert calls == [(8, 16)] * 2 + [(16, 32)] * 2 + [(32, 64)] * 2
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "zero"])
+def test_a_picture_does_not_depend_on_its_batch(noise):
+    tok, z = multi(noise=noise), randn(3, 4, 3, 5)
+    together = list(tok.decode_progressive(z, seed=[7, 1, 4]))
+    for i, seed in enumerate([7, 1, 4]):
+        for preview, alone in zip(together, tok.decode_progressive(z[i : i + 1], seed=[seed]), strict=True):
+            assert torch.allclose(preview[i : i + 1], alone, atol=1e-4)  # kernels round by batch
+    if noise == "zero":
+        assert torch.equal(tok.decode(z, seed=0), tok.decode(z, seed=9))
+
+
+def test_noise_is_that_of_a_single_scale():
+    """The coarsest field is made of the noise that a seed means everywhere."""
+    seen = []
+    tok = multi()
+    tok.decoder.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    next(tok.decode_progressive(randn(2, 4, 4, 4), seed=5))
+    white = draw_noise((3, 32, 32), [5, 6])
+    assert torch.allclose(seen[0], 4 * torch.nn.functional.avg_pool2d(white, 4), atol=1e-6)
+
+
+def test_guidance():
+    tok, z = multi(decoder={"null_latent": True}), randn(2, 4, 4, 4)
+    decoder = tok.decoder
+    state, level = randn(2, 3, 16, 16), torch.tensor([0.5, 0.7])
+    with torch.no_grad():
+        given, absent = (decoder(state, level, latent, 1) for latent in (z, decoder.without(z)))
+        for scale in (0.0, 1.0, 2.5):
+            expected = absent + scale * (given - absent)
+            assert torch.allclose(predictor(decoder, z, scale)(state, level, 1), expected, atol=1e-5)
+    assert torch.equal(tok.decode(z, guidance=1.0), tok.decode(z))
+    guided = tok.decode(z, guidance=2.0)
+    assert not torch.allclose(guided, tok.decode(z))
+    tok.config.sampler.guidance = 2.0
+    assert torch.equal(tok.decode(z), guided)
+
+
+def test_save_and_load(tmp_path):
+    tok, z = multi(decoder={"null_latent": True}, guidance=1.5), randn(1, 4, 4, 4)
+    tok.save_pretrained(tmp_path / "model")
+    loaded = Tokenizer.from_pretrained(tmp_path / "model")
+    assert loaded.config == tok.config
+    assert torch.equal(loaded.decode(z), tok.decode(z))
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    for part, names in {"decoder": ("stages", "null_latent"), "sampler": ("stages", "guidance")}.items():
+        for name in names:
+            del config[part][name]  # as written before there were stages
+    assert type(tok.config).from_dict({k: v for k, v in config.items() if k in ("encoder", "decoder", "sampler")})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tile": 64}, "cannot decode in tiles"),
+        ({"overlap": 16}, "cannot decode in tiles"),
+        ({"steps": 0}, "steps=0"),
+        ({"seed": [1, 2]}, "2 entries for a batch of 1"),
+        ({"noise": "pink"}, "pink"),
+        ({"output": "jpeg"}, "jpeg"),
+        ({"size": (40, 8)}, "does not fit"),
+        ({"guidance": 2.0}, "without a null latent"),
+    ],
+)
+def test_mistakes_in_decoding(options, words):
+    tok, z = multi(), randn(1, 4, 4, 4)
+    with pytest.raises(UserError, match=words):
+        tok.decode(z, **options)
+    if not {"tile", "overlap"} & options.keys():
+        with pytest.raises(UserError, match=words):  # at once, not at the first picture
+            tok.decode_progressive(z, **options)
+
+
+def test_guidance_of_a_single_scale_is_refused():
+    with pytest.raises(UserError, match="null latent"):
+        tiny_tokenizer().decode(randn(1, 4, 2, 2), guidance=3.0)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "sampler", "words"),
+    [
+        ({"stages": 3}, {}, "sampler.stages=1 and decoder.stages=3"),
+        ({}, {"stages": 2}, "sampler.stages=2 and decoder.stages=1"),
+        ({"stages": 0}, {}, "decoder.stages is 0"),
+        ({"null_latent": True}, {}, "null_latent needs decoder.stages"),
+        ({"stages": 2}, {"stages": 2, "guidance": 2.0}, "guidance=2.0 needs decoder.null_latent"),
+    ],
+)
+def test_mistakes_in_a_model(decoder, sampler, words):
+    with pytest.raises(UserError, match=words):
+        tiny_tokenizer(decoder=decoder, **sampler)
+
+
+def test_what_needs_one_scale_says_so():
+    tok = multi()
+    with pytest.raises(UserError, match=r"3 stages.*cannot be folded"):
+        tok.optimize()
+    with pytest.raises(UserError, match="cannot be folded"):
+        OneStepDecoder(tok.decoder, "zero")
+    diffusers = pytest.importorskip("diffusers")
+    assert diffusers
+    from monobath.integrations.diffusers import AutoencoderMonobath
+
+    with pytest.raises(UserError, match="3 stages cannot become a diffusers model"):
+        AutoencoderMonobath.from_tokenizer(tok)
+
+
+# ---- the objective --------------------------------------------------------------------------------------------------
+
+
+def drawn(objective, x, seed: int = 0, ones: float = 0.5):
+    f = objective.tokenizer.factor
+    grid = getattr(objective, "grid", ())
+    latents = (len(x), 4, x.shape[2] // f, x.shape[3] // f)
+    draws = Draws.make(seed, tuple(x.shape), latents, TimesConfig(ones=ones), grid=grid)
+    more = objective.more_draws(seed, len(x), 0, 1)
+    return objective(x, draws.t, draws.noise, draws.latent_noise, None, None, *more)
+
+
+def test_stages_are_balanced():
+    generator = torch.Generator().manual_seed(0)
+    for stages in (1, 2, 3, 4):
+        found = assign_stages(12, stages, generator)
+        assert all(sorted(found[i : i + stages]) == list(range(stages)) for i in range(0, 12, stages))
+    counts = np.bincount([assign_stages(4, 3, generator)[3] for _ in range(300)], minlength=3)
+    assert counts.min() > 60  # what is left over goes to any stage
+    objective = ScalesObjective(multi(), QUIET, ScalesConfig(), train_encoder=False)
+    whole = objective.more_draws(5, 12, 0, 1)
+    parts = [objective.more_draws(5, 6, rank, 2) for rank in (0, 1)]
+    assert whole == tuple(a + b for a, b in zip(*parts, strict=True))
+    assert objective.more_draws(6, 12, 0, 1) != whole
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_vanish_at_the_truth_only(kind, monkeypatch):
+    tok = multi(decoder={"patch": 1, "prediction": kind})
+    objective = ScalesObjective(tok, LossConfig(perceptual=0.1), ScalesConfig(), train_encoder=False)
+    x, stages = rand_images(6, 3, 32, 64), (0, 1, 2, 2, 1, 0)
+    draws = Draws.make(0, tuple(x.shape), (6, 4, 4, 8), TimesConfig(ones=0.5))
+    images, fields, schedule = image_pyramid(x, 3), noise_pyramid(draws.noise, 3), ScaleSchedule(3)
+    seen = []
+
+    def truth(state, level, z, stage):
+        rows = [i for i, s in enumerate(stages) if s == stage]
+        image, white = images[stage][rows], fields[stage][rows]
+        assert torch.allclose(level, schedule[stage].level(draws.t[rows]))
+        assert torch.allclose(state, schedule[stage].state(image, white, draws.t[rows]), atol=1e-6)
+        seen.append(state.shape)
+        return (image if kind == "x" else schedule[stage].velocity(image, white)) + off
+
+    monkeypatch.setattr(tok.decoder, "forward", truth)
+    given = (x, draws.t, draws.noise, draws.latent_noise, None, None, stages)
+    off = 0.0
+    losses = objective(*given)
+    assert seen == [(2, 3, 8, 16), (2, 3, 16, 32), (2, 3, 32, 64)]  # a pass a stage
+    assert all(value < 1e-8 for value in losses.values())
+    off = 0.5
+    losses = objective(*given)
+    assert [losses[f"flow_stage{s}"].item() for s in range(3)] == pytest.approx([0.25] * 3, rel=1e-3)
+    assert losses["flow"].item() == pytest.approx(0.25, rel=1e-3)
+    assert losses["perceptual"] > 1e-4
+    assert losses["loss"].item() == pytest.approx((losses["flow"] + 0.1 * losses["perceptual"] / 3).item())
+    assert torch.equal(objective.real, x[2:4])
+    assert objective.generated.shape == (2, 3, 32, 64)
+
+
+def test_everything_of_the_decoder_learns():
+    tok = multi(decoder={"null_latent": True})
+    objective = ScalesObjective(tok, QUIET, ScalesConfig(drop=0.4), train_encoder=False)
+    x = rand_images(6, 3, 32, 64)
+    assert any(objective.more_draws(0, 6, 0, 1)[1])
+    assert dead_parameters(tok.decoder, lambda: drawn(objective, x)["loss"][None] * 1e4) == []
+    assert tok.decoder.stage_embedding.grad.abs().amax(1).min() > 0  # each stage's own
+
+
+def test_the_encoder_learns_too():
+    tok = multi()
+    losses = drawn(ScalesObjective(tok, LossConfig(kl=1e-3, perceptual=0.0), ScalesConfig(), train_encoder=True),
+                   rand_images(3, 3, 32, 32))  # fmt: skip
+    losses["loss"].backward()
+    assert "kl" in losses
+    assert all(p.grad is not None and p.grad.any() for p in tok.encoder.parameters())
+
+
+def test_a_batch_without_the_last_stage_is_refused():
+    objective = ScalesObjective(multi(), QUIET, ScalesConfig(), train_encoder=False)
+    x = rand_images(2, 3, 32, 32)
+    draws = Draws.make(0, tuple(x.shape), (2, 4, 4, 4), TimesConfig())
+    with pytest.raises(ValueError, match="last of 3 stages"):
+        objective(x, draws.t, draws.noise, draws.latent_noise, None, None, (0, 1))
+
+
+def test_sigmoid_weight_is_the_formula_and_finite_everywhere():
+    t = torch.linspace(0.01, 0.99, 50).double()
+    level = 2 * torch.log((1 - t) / t)
+    naive = math.exp(-3) * torch.sigmoid(level + 3) / (t * (1 - t))
+    assert torch.allclose(sigmoid_weight(t.float()).double(), naive, rtol=1e-4)
+    ends = sigmoid_weight(torch.tensor([0.0, 1e-30, 1.0]))
+    assert torch.isfinite(ends).all()
+    assert ends[2] < 2e-3
+    x = rand_images(6, 3, 32, 32)
+    plain, weighted = (
+        drawn(ScalesObjective(multi(), QUIET, ScalesConfig(weighting=w), train_encoder=False), x)
+        for w in ("none", "sigmoid")
+    )
+    assert torch.isfinite(weighted["loss"])
+    assert not torch.equal(plain["loss"], weighted["loss"])
+
+
+def test_uniform_times():
+    t = torch.sigmoid(randn(20_000))
+    u = uniform_times(torch.cat([t, torch.ones(5)]))
+    assert u[-5:].tolist() == [1.0] * 5
+    quantiles = torch.quantile(u[:-5], torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9]))
+    assert torch.allclose(quantiles, torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9]), atol=0.02)
+    x = rand_images(6, 3, 32, 32)
+    a, b = (
+        drawn(ScalesObjective(multi(), QUIET, ScalesConfig(times=times), train_encoder=False), x)
+        for times in ("logit-normal", "uniform")
+    )
+    assert not torch.equal(a["loss"], b["loss"])
+
+
+# ---- distillation ---------------------------------------------------------------------------------------------------
+
+
+def distillation(
+    steps: int = 3, *, loss: LossConfig = QUIET, renoise: bool = False, same_weights: bool = True, kind: str = "x"
+) -> ScaleDistillation:
+    shape = {"dropout": 0.5, "patch": 1, "prediction": kind}
+    teacher = multi(decoder=shape, power=3.0)
+    student = multi(0 if same_weights else 1, decoder=shape)
+    student.encoder.load_state_dict(teacher.encoder.state_dict())
+    config = DistillConfig(teacher="the teacher", steps=steps)
+    return ScaleDistillation(student, teacher, loss, config, ScalesConfig(renoise=renoise))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_student_equal_to_a_one_step_teacher_has_no_flow_loss(kind):
+    made = distillation(1, kind=kind).eval()
+    losses = drawn(made, rand_images(2, 3, 32, 64), ones=1.0)
+    assert all(value < 1e-8 for name, value in losses.items() if name.startswith("flow"))
+    other = drawn(distillation(4, kind=kind).eval(), rand_images(2, 3, 32, 64), ones=1.0)
+    assert all(other[f"flow_stage{s}"] > 1e-6 for s in range(3))  # steps count
+
+
+def test_the_student_is_trained_at_what_decoding_does():
+    made = distillation(2).eval()
+    x, z = rand_images(2, 3, 32, 64), randn(2, 4, 4, 8)
+    noise = draw_noise((3, 32, 64), [7, 8])
+    moments = torch.cat([z, torch.full_like(z, -30.0)], 1)
+    made(x, torch.ones(2), noise, torch.zeros_like(z), moments)
+    assert torch.allclose(made.generated.clamp(-1, 1), made.tokenizer.decode(z, seed=7), atol=1e-4)
+    assert torch.equal(made.real, x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_target_ends_where_the_teacher_ends(kind):
+    """A student that gave the target would hand over exactly what the teacher's many steps end in."""
+    made = distillation(4, kind=kind).train()  # the teacher stays in evaluation mode
+    schedule, z = ScaleSchedule(3), randn(2, 4, 4, 8)
+    for s, size in enumerate([(8, 16), (16, 32), (32, 64)]):
+        state = randn(2, 3, *size, seed=s)
+        end, preview = made.teachers(state, z, s, torch.ones(2))
+        assert torch.equal(made.teachers(state, z, s, torch.ones(2))[0], end)
+        assert not end.requires_grad
+        image = schedule[s].clean(end - state, state, torch.ones(2), "v")
+        assert torch.allclose(schedule[s].step(image, state, torch.ones(2), torch.zeros(2), "x"), end, atol=1e-4)
+        if s == 2:
+            assert torch.allclose(image, end, atol=1e-5)
+            assert torch.allclose(preview, end, atol=1e-4)
+
+
+def test_teachers_stages_are_those_of_its_decoding():
+    made = distillation(3)
+    z, white = randn(1, 4, 4, 4), draw_noise((3, 32, 32), [2])
+    fields, schedule, state = noise_pyramid(white, 3), ScaleSchedule(3), None
+    for s in range(3):
+        start = fields[0] if state is None else schedule.hand_over(state, s - 1, fields[s])
+        state, _ = made.teachers(start, z, s, torch.ones(1))
+    assert torch.allclose(state.clamp(-1, 1), made.teacher.decode(z, seed=2, steps=3), atol=1e-5)
+
+
+def test_a_guided_teacher_guides():
+    made = distillation(2)
+    teacher = multi(decoder={"null_latent": True, "patch": 1}, guidance=3.0)
+    student = multi(decoder={"null_latent": True, "patch": 1})
+    config = DistillConfig(teacher="t", steps=2)
+    made = ScaleDistillation(student, teacher, QUIET, config, ScalesConfig()).eval()
+    state, z = randn(1, 3, 8, 8), randn(1, 4, 4, 4)
+    guided = made.teachers(state, z, 0, torch.ones(1))[0]
+    teacher.config.sampler.guidance = 1.0
+    assert not torch.allclose(made.teachers(state, z, 0, torch.ones(1))[0], guided)
+    assert not student.decoder.null_latent.requires_grad  # the student is not guided
+
+
+@pytest.mark.parametrize("renoise", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_everything_of_the_student_learns_and_nothing_of_the_teacher(renoise, kind):
+    made = distillation(2, renoise=renoise, same_weights=False, kind=kind)
+    names = {name for name, parameter in made.named_parameters() if parameter.requires_grad}
+    assert names == {f"tokenizer.decoder.{name}" for name, _ in made.tokenizer.decoder.named_parameters()}
+    before = {name: value.clone() for name, value in made.teacher.state_dict().items()}
+    made.train()
+    assert not made.teacher.training
+    drawn(made.eval(), rand_images(2, 3, 32, 32))["loss"].backward()
+    for name, parameter in made.tokenizer.decoder.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+    assert made.tokenizer.decoder.stage_embedding.grad.abs().amax(1).min() > 0
+    assert all(p.grad is None for p in made.teacher.parameters())
+    assert same(before, made.teacher.state_dict())
+    assert not any("teacher" in name for name in made.state_dict())
+
+
+def test_gradients_go_back_through_the_hand_overs():
+    made = distillation(2, same_weights=False).eval()
+    drawn(made, rand_images(2, 3, 32, 32))["flow_stage2"].backward()
+    assert made.tokenizer.decoder.stage_embedding.grad.abs().amax(1).min() > 0
+
+
+def test_steps_towards_the_target_bring_the_student_nearer():
+    made = distillation(3, same_weights=False).eval()
+    optimizer = torch.optim.Adam(made.tokenizer.decoder.parameters(), lr=1e-2)
+    found = []
+    for _ in range(10):
+        loss = drawn(made, rand_images(2, 3, 32, 32))["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    assert found[-1] < 0.5 * found[0]
+
+
+def test_renoised_targets_follow_their_seed():
+    made, x = distillation(2, renoise=True).eval(), rand_images(2, 3, 32, 32)
+    draws = Draws.make(0, tuple(x.shape), (2, 4, 4, 4), TimesConfig(ones=1.0))
+    first, again, other = (
+        made(x, draws.t, draws.noise, draws.latent_noise, None, None, *made.more_draws(seed, 2, 0, 1))["loss"]
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_teacher_of_other_stages_is_refused():
+    with pytest.raises(UserError, match="teacher has 1 stages, the student 3"):
+        ScaleDistillation(multi(), tiny_tokenizer(), QUIET, DistillConfig(teacher="t"), ScalesConfig())
+
+
+def test_adversarial_losses_vanish_where_they_must():
+    """Before its time the judge says 0, and the losses are those without one."""
+    from accelerate import Accelerator
+
+    loss = LossConfig(perceptual=0.0, adversarial=0.5, adversarial_start=0.5)
+    x, judge = rand_images(3, 3, 32, 32), Adversary(loss, Accelerator(cpu=True), 1.0)
+    for make in (
+        lambda: distillation(2, same_weights=False),
+        lambda: ScalesObjective(multi(), QUIET, ScalesConfig(), train_encoder=False),
+    ):
+        objective = make().eval()
+        without = drawn(objective, x)
+        objective.judge = judge.judge
+        judge.begin_step(0, 10)
+        early = drawn(objective, x)
+        assert early.pop("adversarial") == 0
+        assert all(torch.equal(without[name], value) for name, value in early.items())
+        judge.begin_step(5, 10)
+        late = drawn(objective, x)
+        assert late["adversarial"] != 0
+        late["loss"].backward()
+        assert objective.tokenizer.decoder.stage_embedding.grad.any()
+        assert judge.learn(objective.real, objective.generated, 1) > 0
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+
+def scaled_recipe(folder, photos, *, loss: dict | None = None, scales: dict | None = None, **training):
+    recipe = tiny_recipe(folder, photos, loss=loss, **training)
+    decoder = dataclasses.replace(recipe.model.decoder, stages=3, null_latent=bool((scales or {}).get("drop")))
+    recipe.model = dataclasses.replace(recipe.model, decoder=decoder, sampler=SamplerConfig(steps=2, stages=3))
+    recipe.scales = ScalesConfig(**(scales or {}))
+    recipe.training.batch_size = training.get("batch_size", 6)
+    return dataclasses.replace(recipe)  # the recipe checks itself again
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, photos):
+    """A multi-scale model after a few steps."""
+    return train(scaled_recipe(tmp_path_factory.mktemp("scales") / "run", photos))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {
+            "scales": {"drop": 0.3, "times": "uniform", "weighting": "sigmoid"},
+            "loss": {"perceptual": 0.1, "repa": 0.2},
+            "steps": 3,
+        },
+        {"loss": {"adversarial": 0.5, "adversarial_start": 0.0}, "accumulation": 2, "steps": 3},
+    ],
+)
+def test_a_run_trains_logs_and_decodes(tmp_path, photos, options):
+    model = train(scaled_recipe(tmp_path / "run", photos, **options))
+    logged = [row for row in rows(tmp_path / "run") if "loss" in row]
+    assert {"flow", "flow_stage0", "flow_stage1", "flow_stage2"} <= logged[-1].keys()
+    assert all(math.isfinite(value) for value in logged[-1].values())
+    tok = Tokenizer.from_pretrained(model)
+    assert tok.config.sampler.stages == tok.config.decoder.stages == 3
+    assert tok.decoder.stage_embedding.abs().amax(1).min() > 0
+    assert Image.open(tmp_path / "run/samples/step-00000003.png").size == (2 * 34 + 2, 2 * 34 + 2)
+
+
+def test_training_learns_at_every_stage():
+    objective = ScalesObjective(multi(), QUIET, ScalesConfig(), train_encoder=False)
+    x, found = rand_images(6, 3, 32, 32), []
+    optimizer = torch.optim.Adam(objective.tokenizer.decoder.parameters(), lr=1e-2)
+    for _ in range(12):
+        losses = drawn(objective, x)
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        optimizer.step()
+        found.append(torch.stack([losses[f"flow_stage{s}"].detach() for s in range(3)]))
+    assert (found[-1] < 0.7 * found[0]).all()
+
+
+def test_resumed_equals_uninterrupted(tmp_path, photos, monkeypatch):
+    scales = {"drop": 0.3}
+    whole = train(scaled_recipe(tmp_path / "whole", photos, scales=scales))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "_any_signal", lambda run: run.step == 4)
+        with pytest.raises(loop.Interrupted):
+            train(scaled_recipe(tmp_path / "part", photos, scales=scales))
+    assert same(weights(train(scaled_recipe(tmp_path / "part", photos, scales=scales))), weights(whole))
+
+
+def test_a_multi_scale_model_starts_from_a_single_scale_one(tmp_path, photos):
+    first = train(tiny_recipe(tmp_path / "first", photos, steps=3))
+    recipe = scaled_recipe(tmp_path / "second", photos, steps=1, ema=0.0, scales={"drop": 0.2}, train_encoder=False)
+    recipe.init, recipe.optimizer.lr, recipe.optimizer.weight_decay = str(first), 0.0, 0.0
+    old, new = weights(first), weights(train(recipe))
+    assert all(torch.equal(new[name], value) for name, value in old.items())
+    assert new.keys() - old.keys() == {"decoder.stage_embedding", "decoder.null_latent"}
+    assert not any(new[name].any() for name in new.keys() - old.keys())
+
+
+def test_a_distillation_runs_and_gives_one_step_a_stage(tmp_path, photos, trained):
+    recipe = scaled_recipe(tmp_path / "run", photos, train_encoder=False, loss={"perceptual": 0.1})
+    recipe.distill = DistillConfig(teacher=str(trained), steps=3)
+    before = (trained / "model.safetensors").read_bytes()
+    student = Tokenizer.from_pretrained(train(dataclasses.replace(recipe)))
+    assert (trained / "model.safetensors").read_bytes() == before
+    assert (student.config.sampler.steps, student.config.sampler.stages) == (1, 3)
+    assert {"flow_stage0", "flow_stage2", "perceptual"} <= rows(tmp_path / "run")[-2].keys()
+    old, new = weights(trained), student.state_dict()
+    assert all(torch.equal(old[name], new[name]) for name in old if name.startswith("encoder."))
+
+
+# ---- recipes and the command line -----------------------------------------------------------------------------------
+
+
+def test_the_packaged_recipes():
+    recipe = load_recipe("cpu-progressive")
+    assert recipe.model.decoder.stages == recipe.model.sampler.stages == 3
+    assert recipe.model.encoder == Tokenizer.from_pretrained("default").config.encoder
+    assert load_recipe("cpu-progressive-distill").distill.steps == recipe.model.sampler.steps
+
+
+STAGES = ["model.decoder.stages=3", "model.sampler.stages=3"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.decoder.stages=3"], "sampler.stages=1 and decoder.stages=3"),
+        ([*STAGES, "data.size=48", "data.scale=[48,64]"], "data.size=48 must be divisible by 32.*each of 3 stages"),
+        (["scales.weighting=sigmoid"], "scales.* is for multi-scale decoders"),
+        ([*STAGES, "loss.space=v"], "learns in the space of what it predicts"),
+        ([*STAGES, "scales.drop=0.1"], "give both or neither"),
+        ([*STAGES, "scales.drop=1.5"], "scales.drop is 1.5"),
+        ([*STAGES, "model.decoder.null_latent=true"], "give both or neither"),
+        ([*STAGES, "scales.renoise=true"], "renoise is for distillation"),
+        ([*STAGES, "distill.teacher=t", "init=default", "training.train_encoder=false", "distill.student_steps=2"],
+         "1 step a stage"),
+        ([*STAGES, "distill.teacher=t", "init=default", "training.train_encoder=false", "scales.times=uniform"],
+         "only renoise counts"),
+        (["scales.time=uniform"], "nearest valid one is scales.times"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_recipes(overrides, words):
+    with pytest.raises(UserError, match=words):
+        load_recipe("cpu-preview", overrides)
+
+
+def test_too_small_a_batch_is_refused(tmp_path, photos):
+    with pytest.raises(UserError, match="gives 4 images a pass: 3 stages need a multiple of 3, or at least 5"):
+        train(scaled_recipe(tmp_path / "run", photos, batch_size=4))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    multi().save_pretrained(folder / "multi")
+    tiny_tokenizer().save_pretrained(folder / "single")
+    return folder
+
+
+def photo(path, width: int, height: int) -> str:
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(values).save(path)
+    return str(path)
+
+
+def test_reconstruct_writes_previews(models, tmp_path, capsys):
+    pictures = [photo(tmp_path / name, *size) for name, size in
+                {"a.png": (32, 32), "a.8.png": (50, 37), "dot.png": (1, 1)}.items()]  # fmt: skip
+    out = tmp_path / "out"
+    options = ["--out", str(out), "--model", str(models / "multi"), "--seed", "3"]
+    assert main(["reconstruct", *pictures, "--progressive", *options]) == 0
+    sizes = {path.name: Image.open(path).size for path in out.iterdir()}
+    assert sizes == {
+        "a.png": (32, 32), "a.8-2.png": (8, 8), "a.16.png": (16, 16),  # a.8.png is another picture's
+        "a.8.png": (50, 37), "a.8.13x10.png": (13, 10), "a.8.25x19.png": (25, 19),
+        "dot.png": (1, 1), "dot.1.png": (1, 1), "dot.1-2.png": (1, 1),
+    }  # fmt: skip
+    assert "3 pictures" in capsys.readouterr().out
+    final = np.asarray(Image.open(out / "a.png"))
+    assert main(["reconstruct", *pictures, "--out", str(tmp_path / "plain"), *options[2:]]) == 0
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "plain/a.png")), final)
+    tok = Tokenizer.from_pretrained(models / "multi")
+    first, *_ = tok.decode_progressive(tok.encode(Image.open(pictures[0])).mode(), seed=3, output="uint8")
+    assert np.array_equal(np.asarray(Image.open(out / "a.8-2.png")), first[0].permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "words"),
+    [
+        ("single", ["--progressive"], ["--progressive", "has one scale"]),
+        ("multi", ["--progressive", "--tile", "64"], ["--tile 64", "leave it out"]),
+        ("multi", ["--tile", "64"], ["cannot decode in tiles"]),
+        ("multi", ["--engine", "torch"], ["3 stages", "cannot be folded"]),
+        ("multi", ["--steps", "0"], ["steps=0"]),
+    ],
+)
+def test_mistakes_are_one_line(models, tmp_path, capsys, model, options, words):
+    source = photo(tmp_path / "a.png", 32, 32)
+    command = ["reconstruct", source, "--out", str(tmp_path / "out"), "--model", str(models / model), *options]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert all(word in error for word in words)
+    assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
+
+
+def test_export_of_several_stages_is_refused(models, tmp_path, capsys):
+    pytest.importorskip("onnx")
+    assert main(["export", str(models / "multi"), "--out", str(tmp_path / "out")]) == 2
+    assert "3 stages: only one step can be exported" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_info_tells_the_stages(models, capsys):
+    assert main(["info", str(models / "multi"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sampler"]["stages"] == 3
+    assert main(["info", str(models / "single"), "--json"]) == 0
+    assert "stages" not in json.loads(capsys.readouterr().out)["sampler"]
+
+
+def test_first_weights_do_not_depend_on_the_stages():
+    found = []
+    for stages in (1, 3):
+        torch.manual_seed(0)
+        config = multi(decoder={"stages": stages}, stages=stages).config
+        torch.manual_seed(0)
+        found.append(Tokenizer(config).state_dict())
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
