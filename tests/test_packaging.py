@@ -16,7 +16,7 @@ from monobath import resources
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "monobath"
 LAYERS = [
-    "cli", "app", "export", "integrations", "evaluation", "training", "data", "generation", "tokenizer", "tiling",
+    "cli", "app", "export", "integrations", "evaluation", "training", "data", "generation", "tokenizer", "scales", "tiling",
     "sampling", "flow", "losses", "models",
 ]  # fmt: skip
 LEAVES = {"errors", "files", "images", "resources", "_version"}
