@@ -125,8 +125,9 @@ def run_scoring(args: argparse.Namespace) -> None:
     data = args.held_out or args.data
     if not data:
         raise UserError("score needs --data: folders or shards of held-out photos")
+    rows = rows_of(args)
     judge = Judge(data, size=args.size, limit=args.limit)
-    for row in rows_of(args):
+    for row in rows:
         judge.score(score_file(args, row), lambda row=row: load(args, row))
 
 

@@ -44,7 +44,7 @@ def test_all_of_it_in_one_run(benchmark, photos, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["train"], "train needs --data"), (["score", "--data", "x"], "no training"), (["show"], "no training")],
+    [(["train"], "train needs --data"), (["score", "--data", "."], "no training"), (["show"], "no training")],
 )
 def test_mistakes(benchmark, tmp_path, arguments, words):
     with pytest.raises(UserError, match=words):

@@ -755,7 +755,7 @@ def trained(tmp_path_factory, photos):
             "loss": {"perceptual": 0.1, "repa": 0.2},
             "steps": 3,
         },
-        {"loss": {"adversarial": 0.5, "adversarial_start": 0.0}, "accumulation": 2, "steps": 3},
+        {"loss": {"adversarial": 0.5, "adversarial_start": 0.0}, "accumulation": 2, "batch_size": 12, "steps": 3},
     ],
 )
 def test_a_run_trains_logs_and_decodes(tmp_path, photos, options):
