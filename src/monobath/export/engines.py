@@ -263,7 +263,11 @@ def _write(program: bytes, engine: Engine, target: Path, samples: Sequence[dict[
 
 
 def _quantized(model: Any, samples: Sequence[dict[str, np.ndarray]]) -> Any:
-    """Post-training int8: weights per channel, activations per tensor, ranges from `samples`."""
+    """Post-training int8: weights per channel, activations per tensor, ranges from `samples`.
+
+    The first and last convolutions stay as they are: 256 values a number are too few for a latent and for a picture,
+    and these layers are a small part of the work.
+    """
     os.environ.setdefault("NNCF_CI", "1")  # NNCF's own switch against reporting usage over the network
     nncf = _package("nncf")
     logging.getLogger("nncf").setLevel(logging.WARNING)
@@ -273,7 +277,23 @@ def _quantized(model: Any, samples: Sequence[dict[str, np.ndarray]]) -> Any:
         subset_size=len(samples),
         preset=nncf.QuantizationPreset.MIXED,
         model_type=nncf.ModelType.TRANSFORMER,
+        ignored_scope=nncf.IgnoredScope(names=_outer_convolutions(model)),
     )
+
+
+def _outer_convolutions(model: Any) -> list[str]:
+    """Names of the convolutions of an OpenVINO model that no other one comes before, or none after."""
+    reached: dict[str, set[str]] = {}  # by operation: the convolutions on the way to it, itself included
+    earlier: dict[str, set[str]] = {}  # by convolution: those before it
+    for node in model.get_ordered_ops():
+        name = node.get_friendly_name()
+        sources = (given.get_source_output().get_node().get_friendly_name() for given in node.inputs())
+        reached[name] = set().union(*(reached[source] for source in sources))
+        if node.get_type_name() in ("Convolution", "GroupConvolution"):
+            earlier[name] = set(reached[name])
+            reached[name].add(name)
+    inner = set().union(*earlier.values())
+    return [name for name, others in earlier.items() if not others or name not in inner]
 
 
 def _runner(engine: Engine, file: Path) -> Run:
