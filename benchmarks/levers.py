@@ -43,7 +43,7 @@ from monobath.tokenizer import SamplerConfig, TokenizerConfig
 from monobath.training.config import LossConfig, OptimizerConfig, TimesConfig
 from monobath.training.ema import EMA
 from monobath.training.loop import learning_rate
-from monobath.training.objectives import AutoencoderObjective, Draws
+from monobath.training.objectives import AutoencoderObjective, Draws, draw_seed
 
 CROP, BATCH = 64, 16
 
@@ -367,7 +367,7 @@ def train(lever: Lever, source: Tokenizer, loader_for: Callable[[int], Any], see
             group["lr"] = learning_rate(rates, step, steps)
         x = to_float(next(batches)["image"]).contiguous(memory_format=torch.channels_last)
         latent = (BATCH, tokenizer.config.encoder.latent_channels, *(s // tokenizer.factor for s in x.shape[2:]))
-        draws = Draws.make((seed << 31) + step, tuple(x.shape), latent, times, device=x.device)
+        draws = Draws.make(draw_seed(seed, step), tuple(x.shape), latent, times, device=x.device)
         with torch.autocast("cpu", torch.bfloat16):
             losses = objective(x, draws.t, draws.noise, draws.latent_noise)
         optimizer.zero_grad(set_to_none=True)

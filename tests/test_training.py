@@ -36,7 +36,7 @@ from monobath.training.config import (
 )
 from monobath.training.ema import EMA
 from monobath.training.loop import learning_rate, train
-from monobath.training.objectives import AutoencoderObjective, Draws
+from monobath.training.objectives import AutoencoderObjective, Draws, draw_seed
 from monobath.training.optimizers import make_optimizer
 
 
@@ -131,6 +131,17 @@ def test_deeper_tokenizers_train_save_load_and_decode(tmp_path, photos, factor, 
     posterior = tokenizer.encode(torch.zeros(1, 3, 40, 72))
     assert posterior.mode().shape == (1, channels, -(-40 // factor), -(-72 // factor))
     assert tokenizer.decode(posterior.mode(), size=posterior.size).shape == (1, 3, 40, 72)
+
+
+def test_runs_of_different_seeds_draw_different_noise():
+    """Seeds that differ by an even number too: a CPU generator reads 32 bits of its seed."""
+    firsts = [
+        Draws.make(draw_seed(seed, step), (1, 3, 2, 2), (1, 4, 1, 1), TimesConfig()).noise.flatten().tolist()
+        for seed in range(8)
+        for step in range(4)
+    ]
+    assert len({tuple(values) for values in firsts}) == 32
+    assert len({draw_seed(seed, step) for seed in range(50) for step in range(2000)}) == 100_000
 
 
 # ---- resuming ---------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from .config import OptimizerConfig, Recipe
 from .distillation import DistillationObjective, SampleCache
 from .ema import EMA
 from .latents import check_encoder, open_cache, weights_sha256
-from .objectives import AutoencoderObjective, Draws
+from .objectives import AutoencoderObjective, Draws, draw_seed
 from .optimizers import (
     evaluation_weights,
     is_schedule_free,
@@ -204,7 +204,7 @@ class _Run:
             if training.channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)
             position = self.step * accumulation + micro
-            seed = _mix(training.seed, position)
+            seed = draw_seed(training.seed, position)
             draws = Draws.make(
                 seed, tuple(x.shape), self._latent_shape(x), self.recipe.times, grid=self.grid,
                 rank=self.rank, world=self.world, device=self.device,
@@ -510,8 +510,3 @@ def _same_model(before: Any, recipe: Recipe) -> bool:
         return TokenizerConfig.from_dict(before["model"]) == recipe.model
     except (UserError, TypeError, KeyError, AttributeError):
         return False
-
-
-def _mix(seed: int, position: int) -> int:
-    """One seed per (run, step): distinct for 2^31 steps of each of 2^31 run seeds."""
-    return (seed << 31) + position

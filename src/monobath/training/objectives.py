@@ -25,6 +25,15 @@ from ..tokenizer import Tokenizer
 from .config import LossConfig, TimesConfig
 
 
+def draw_seed(seed: int, position: int) -> int:
+    """The generator's seed for one batch of a run: below 2³², since a CPU generator reads no more of it.
+
+    Distinct for the 2³² positions of a run; runs whose seeds are near each other are far apart in it (2³² divided by
+    the golden ratio, per seed).
+    """
+    return (seed * 0x9E3779B1 + position) % 2**32
+
+
 @dataclass
 class Draws:
     """The random numbers of one batch of B images `(B, 3, H, W)`."""
