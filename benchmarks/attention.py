@@ -14,10 +14,10 @@ import sys
 from functools import partial
 
 import torch
+from command import exit_code
 from rich.console import Console
 from rich.table import Table
 
-from monobath import UserError
 from monobath.evaluation.throughput import measure
 from monobath.models.attention import available_backends, windowed_attention
 
@@ -75,8 +75,4 @@ def _both(*arguments: object) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        Console(stderr=True).print(f"error: {error}")
-        sys.exit(2)
+    sys.exit(exit_code(main))

@@ -14,9 +14,8 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from rich.console import Console
+from command import exit_code
 
-from monobath import UserError
 from monobath.cli.exporting import on_engine
 from monobath.evaluation import tables
 from monobath.evaluation.evaluate import evaluate
@@ -53,8 +52,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        Console(stderr=True).print(f"error: {error}")
-        sys.exit(2)
+    sys.exit(exit_code(main))

@@ -13,10 +13,10 @@ import sys
 from functools import partial
 
 import torch
+from command import exit_code
 from rich.console import Console
 from rich.table import Table
 
-from monobath import UserError
 from monobath.evaluation.bench import FACTOR, random_latents
 from monobath.evaluation.throughput import measure
 from monobath.models.decoder import Decoder, DecoderConfig
@@ -67,8 +67,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        Console(stderr=True).print(f"error: {error}")
-        sys.exit(2)
+    sys.exit(exit_code(main))

@@ -16,11 +16,12 @@ import sys
 
 import torch
 import torch.nn.functional as F
+from command import exit_code
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from monobath import Tokenizer, UserError
+from monobath import Tokenizer
 from monobath.data import PhotoDataset, iterate_eval
 from monobath.evaluation.codecs import Bicubic
 from monobath.evaluation.metrics import psnr
@@ -84,8 +85,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        Console(stderr=True).print(f"error: {error}")
-        sys.exit(2)
+    sys.exit(exit_code(main))

@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command import exit_code
 from rich.console import Console
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from monobath import Tokenizer, UserError
+from monobath import Tokenizer
 from monobath.evaluation.peers import random_autoencoder
 from monobath.evaluation.report import machine
 from monobath.evaluation.throughput import count_flops
@@ -187,8 +188,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        Console(stderr=True).print(f"error: {error}")
-        sys.exit(2)
+    sys.exit(exit_code(main))

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import command
 import numpy as np
 import torch
 from rich.console import Console
@@ -181,12 +181,5 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def exit_code(main: Callable[[], int]) -> int:
-    """Run a benchmark; a mistake is one line, an interruption says that the same command goes on."""
-    try:
-        return main()
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    except Interrupted as error:
-        sys.stderr.write(f"{error}\n")
-        return 130
+    """Run a benchmark that trains: an interrupted training says that the same command goes on."""
+    return command.exit_code(main, Interrupted)

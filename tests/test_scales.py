@@ -606,7 +606,8 @@ def test_the_student_is_trained_at_what_decoding_does():
     noise = draw_noise((3, 32, 64), [7, 8])
     moments = torch.cat([z, torch.full_like(z, -30.0)], 1)
     made(x, torch.ones(2), noise, torch.zeros_like(z), moments)
-    assert torch.allclose(made.generated.clamp(-1, 1), made.tokenizer.decode(z, seed=7), atol=1e-4)
+    decoded = made.tokenizer.decode(z, seed=7)  # three calls of random weights: rounding is amplified
+    assert torch.allclose(made.generated.clamp(-1, 1), decoded, atol=1e-3)
     assert torch.equal(made.real, x)
 
 

@@ -22,7 +22,8 @@ from monobath.images import to_float
 from monobath.models.decoder import DecoderConfig
 from monobath.models.encoder import EncoderConfig
 from monobath.sampling import draw_noise
-from monobath.tokenizer import SamplerConfig, TokenizerConfig, pad_to_multiple
+from monobath.tiling import pad_to_multiple
+from monobath.tokenizer import SamplerConfig, TokenizerConfig
 
 
 @pytest.fixture(scope="module")

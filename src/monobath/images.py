@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from torch import Tensor
 from .errors import UserError
 
 logger = logging.getLogger(__name__)
+
+Images = Tensor | np.ndarray | Image.Image | Sequence[Any]
+"""Pictures in the forms that users have; see `Tokenizer.encode`."""
 
 MAX_PIXELS = 64_000_000
 """Largest picture accepted by default, in pixels (`max_pixels` everywhere it can be set)."""
@@ -128,3 +132,37 @@ def tensor_to_pil(image: Tensor) -> Image.Image:
     """`(3, H, W)`, uint8 or float in [-1, 1] → PIL RGB image."""
     pixels = image if image.dtype == torch.uint8 else to_uint8(image)
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+def images_to_tensor(images: Images, *, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """Pictures in any accepted form → float32 `(B, 3, H, W)` in [-1, 1]; see `Tokenizer.encode`."""
+    if isinstance(images, Image.Image):
+        check_pixels(images.width, images.height, max_pixels)
+        return to_float(pil_to_tensor(images))[None]
+    if isinstance(images, (list, tuple)):
+        if not images:
+            raise UserError("an empty list of images: give at least one")
+        parts = [images_to_tensor(image, max_pixels=max_pixels) for image in images]
+        sizes = {tuple(p.shape[2:]) for p in parts}
+        if len(sizes) > 1:
+            raise UserError(f"images of different sizes in one batch ({sorted(sizes)}): encode them one by one")
+        return torch.cat(parts)
+    if isinstance(images, np.ndarray):
+        if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[-1] != 3:
+            raise UserError(f"array is {images.dtype} {images.shape}: expected uint8 (H, W, 3) or (B, H, W, 3)")
+        images = torch.from_numpy(np.ascontiguousarray(images)).movedim(-1, -3)
+    if not isinstance(images, Tensor):
+        raise UserError(f"images are {type(images).__name__}: give a tensor, a uint8 array, a PIL image or a list")
+    x = images[None] if images.ndim == 3 else images
+    if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape:
+        raise UserError(f"images are {tuple(images.shape)}: expected (B, 3, H, W) or (3, H, W)")
+    check_pixels(x.shape[3], x.shape[2], max_pixels)
+    if x.dtype == torch.uint8:
+        return to_float(x)
+    if not x.is_floating_point():
+        raise UserError(f"images are {x.dtype}: expected uint8, or float in [-1, 1]")
+    x = x.float()
+    low, high = x.min().item(), x.max().item()
+    if not (low >= -1.01 and high <= 1.01):  # written so that NaN fails too
+        raise UserError(f"float images span [{low:.3g}, {high:.3g}]: expected [-1, 1] (0…255 belongs in uint8)")
+    return x

@@ -19,11 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -32,16 +30,14 @@ from . import resources, scales, tiling
 from ._version import __version__
 from .errors import UserError
 from .files import write_folder
-from .images import MAX_PIXELS, check_pixels, pil_to_tensor, tensor_to_pil, to_float, to_uint8
+from .images import MAX_PIXELS, Images, images_to_tensor, tensor_to_pil, to_uint8
 from .models.decoder import Decoder, DecoderConfig
 from .models.encoder import Encoder, EncoderConfig, Posterior
 from .models.kl_decoder import KLDecoder
 from .models.loading import load_strictly
 from .models.one_step import OneStep, OneStepDecoder
 from .sampling import Noise, seeds_for
-from .tiling import pad_to_multiple as pad_to_multiple  # kept under this name too
 
-Images = Tensor | np.ndarray | Image.Image | Sequence[Any]
 FORMAT = "monobath-tokenizer-1"
 
 
@@ -441,40 +437,6 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
         tokenizer = cls(TokenizerConfig.from_dict(config))
         load_strictly(tokenizer, state, str(folder))
         return tokenizer.to(device=device, dtype=dtype or torch.float32).eval()
-
-
-def images_to_tensor(images: Images, *, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Pictures in any accepted form → float32 `(B, 3, H, W)` in [-1, 1]; see `Tokenizer.encode`."""
-    if isinstance(images, Image.Image):
-        check_pixels(images.width, images.height, max_pixels)
-        return to_float(pil_to_tensor(images))[None]
-    if isinstance(images, (list, tuple)):
-        if not images:
-            raise UserError("an empty list of images: give at least one")
-        parts = [images_to_tensor(image, max_pixels=max_pixels) for image in images]
-        sizes = {tuple(p.shape[2:]) for p in parts}
-        if len(sizes) > 1:
-            raise UserError(f"images of different sizes in one batch ({sorted(sizes)}): encode them one by one")
-        return torch.cat(parts)
-    if isinstance(images, np.ndarray):
-        if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[-1] != 3:
-            raise UserError(f"array is {images.dtype} {images.shape}: expected uint8 (H, W, 3) or (B, H, W, 3)")
-        images = torch.from_numpy(np.ascontiguousarray(images)).movedim(-1, -3)
-    if not isinstance(images, Tensor):
-        raise UserError(f"images are {type(images).__name__}: give a tensor, a uint8 array, a PIL image or a list")
-    x = images[None] if images.ndim == 3 else images
-    if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape:
-        raise UserError(f"images are {tuple(images.shape)}: expected (B, 3, H, W) or (3, H, W)")
-    check_pixels(x.shape[3], x.shape[2], max_pixels)
-    if x.dtype == torch.uint8:
-        return to_float(x)
-    if not x.is_floating_point():
-        raise UserError(f"images are {x.dtype}: expected uint8, or float in [-1, 1]")
-    x = x.float()
-    low, high = x.min().item(), x.max().item()
-    if not (low >= -1.01 and high <= 1.01):  # written so that NaN fails too
-        raise UserError(f"float images span [{low:.3g}, {high:.3g}]: expected [-1, 1] (0…255 belongs in uint8)")
-    return x
 
 
 def _clipped(x: Tensor) -> Tensor:

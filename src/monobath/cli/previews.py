@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
@@ -26,8 +26,8 @@ def check_progressive(tokenizer: Tokenizer, model: str, tile: int | None) -> Non
         raise UserError(f"--tile {tile} with --progressive: a multi-scale model cannot decode in tiles; leave it out")
 
 
-def with_previews(tokenizer: Tokenizer, target: Path, taken: set[Path]) -> Any:
-    """What `report.reconstruct` needs of a tokenizer, writing previews beside `target` while it decodes.
+def with_previews(tokenizer: Tokenizer, target: Path, taken: set[Path]) -> Callable[..., Tensor]:
+    """`Tokenizer.decode` that writes previews beside `target` while it works.
 
     Args:
         taken: resolved paths that no preview may have: the inputs, all finished pictures, and previews so far, to
@@ -44,7 +44,7 @@ def with_previews(tokenizer: Tokenizer, target: Path, taken: set[Path]) -> Any:
                 write_file(path, tensor_to_pil(image[0].cpu()).save)
         return image
 
-    return SimpleNamespace(device=tokenizer.device, encode=tokenizer.encode, decode=decode)
+    return decode
 
 
 def _preview_path(target: Path, height: int, width: int, used: set[Path]) -> Path:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import partial
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..errors import UserError
 from .exporting import EngineName, on_engine
@@ -176,8 +174,8 @@ def reconstruct(
             pixels = open_pixels(picture, size, max_pixels)
             with explained(picture):
                 row = report.reconstruct(
-                    with_previews(tokenizer, target, taken) if progressive else _in_tiles(tokenizer, tile),
-                    pixels, target.name, steps=steps, seed=seed, noise=noise, max_pixels=max_pixels,
+                    tokenizer, pixels, target.name, steps=steps, seed=seed, noise=noise, tile=tile,
+                    decode=with_previews(tokenizer, target, taken) if progressive else None, max_pixels=max_pixels,
                 )  # fmt: skip
             write_file(target, tensor_to_pil(row.output).save)
             h, w = row.size
@@ -187,17 +185,6 @@ def reconstruct(
         if table.row_count:
             show(table)
             write(f"{count(table.row_count, 'picture')} in {out}\n")
-
-
-def _in_tiles(tokenizer: Tokenizer, tile: int | None) -> Any:
-    """What `reconstruct` needs of a tokenizer, working in tiles."""
-    if tile is None:
-        return tokenizer
-    return SimpleNamespace(
-        device=tokenizer.device,
-        encode=partial(tokenizer.encode, tile=tile),
-        decode=partial(tokenizer.decode, tile=tile),
-    )
 
 
 def encode(

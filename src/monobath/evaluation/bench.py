@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..models.decoder import Decoder, DecoderConfig
 from ..sampling import draw_noise, euler
-from ..tokenizer import Tokenizer, pad_to_multiple
+from ..tiling import pad_to_multiple
+from ..tokenizer import Tokenizer
 from .peers import coding_parts, placed, random_autoencoder
 from .report import machine
 from .tables import NONE

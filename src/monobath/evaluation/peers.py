@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..models import taesd
-from ..tokenizer import pad_to_multiple
+from ..tiling import pad_to_multiple
 from .systems import Code, System
 
 

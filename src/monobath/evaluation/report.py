@@ -88,19 +88,26 @@ def reconstruct(
     steps: int | None = None,
     seed: int = 0,
     noise: Noise | None = None,
+    tile: int | None = None,
+    decode: Callable[..., Tensor] | None = None,
     max_pixels: int,
 ) -> Reconstruction:
-    """Encode and decode one uint8 `(3, H, W)` picture, timed."""
+    """Encode and decode one uint8 `(3, H, W)` picture, timed.
+
+    Args:
+        decode: takes the arguments of `Tokenizer.decode`, and is called instead of it.
+    """
     device = tokenizer.device
     posterior, encode_ms = timed(
-        lambda: tokenizer.encode(original, max_pixels=max_pixels), device, repeats
+        lambda: tokenizer.encode(original, tile=tile, max_pixels=max_pixels), device, repeats
     )  # fmt: skip
     latent = posterior.mode()
+    options: dict[str, Any] = {"size": posterior.size, "steps": steps, "seed": [seed], "noise": noise}
+    if tile is not None:
+        options["tile"] = tile
     pixels, decode_ms = timed(
-        lambda: tokenizer.decode(latent, size=posterior.size, steps=steps, seed=[seed], noise=noise, output="uint8"),
-        device,
-        repeats,
-    )
+        lambda: (decode or tokenizer.decode)(latent, output="uint8", **options), device, repeats
+    )  # fmt: skip
     output = pixels[0].cpu()
     return Reconstruction(
         name=name,
