@@ -28,14 +28,14 @@ from ..errors import UserError
 from ..files import write_file, write_text
 from ..images import tensor_to_pil, to_float
 from ..models.decoder import Decoder
-from ..tokenizer import Tokenizer, TokenizerConfig
+from ..tokenizer import TokenizerConfig
 from . import checkpoints
 from .adversary import Adversary
+from .building import make_objective, make_samples, make_tokenizer
 from .config import OptimizerConfig, Recipe
-from .distillation import DistillationObjective, SampleCache
 from .ema import EMA
-from .latents import check_encoder, open_cache, weights_sha256
-from .objectives import AutoencoderObjective, Draws, draw_seed
+from .latents import check_encoder, open_cache
+from .objectives import Draws, draw_seed
 from .optimizers import (
     evaluation_weights,
     is_schedule_free,
@@ -44,7 +44,6 @@ from .optimizers import (
     training_weights,
 )
 from .progress import Progress
-from .scales import ScaleDistillation, ScalesObjective
 
 log = logging.getLogger(__name__)
 
@@ -109,13 +108,10 @@ class _Run:
             self._claim_folder()
 
         torch.manual_seed(training.seed)
-        self.tokenizer = Tokenizer(recipe.model)
-        if recipe.init:
-            self._start_from(recipe.init)
-        elif not training.train_encoder and self.main:
-            log.warning("training.train_encoder is false without init: the decoder learns a random encoder's latents")
-        self.tokenizer.train()
-        self.objective = self._objective()
+        self.tokenizer = make_tokenizer(recipe, quiet=not self.main)
+        self.objective = make_objective(recipe, self.tokenizer, batch=self.micro)
+        pictures = len(self.dataset) if isinstance(self.dataset, Sized) else None
+        self.samples = make_samples(recipe, self.objective, pictures=pictures, batch=(self.world, self.micro))
         self.objective.to(self.device)
         if training.channels_last:
             self.objective.to(memory_format=torch.channels_last)
@@ -206,7 +202,7 @@ class _Run:
             position = self.step * accumulation + micro
             seed = draw_seed(training.seed, position)
             draws = Draws.make(
-                seed, tuple(x.shape), self._latent_shape(x), self.recipe.times, grid=self.grid,
+                seed, tuple(x.shape), self._latent_shape(x), self.recipe.times, grid=self.objective.grid,
                 rank=self.rank, world=self.world, device=self.device,
             )  # fmt: skip
             target = self.samples.read(position, self.rank) if self.samples is not None else None
@@ -353,79 +349,6 @@ class _Run:
         )  # fmt: skip
         parts = iterate_eval(fixed, batch_size=8, limit=self.recipe.training.samples)
         return torch.cat([part["image"] for part in parts])
-
-    def _objective(self) -> AutoencoderObjective:
-        """What is minimised; for a distillation, also the times of the student and the cache of the teacher."""
-        recipe, config = self.recipe, self.recipe.distill
-        self.grid: list[float] = []
-        self.samples: SampleCache | None = None
-        stages = recipe.model.decoder.stages
-        if stages > 1 and self.micro % stages and self.micro < 2 * stages - 1:
-            raise UserError(
-                f"training.batch_size gives {self.micro} images a pass: {stages} stages need a multiple of {stages}, "
-                f"or at least {2 * stages - 1}"
-            )
-        if not config.teacher:
-            train_encoder = recipe.training.train_encoder
-            if stages > 1:
-                return ScalesObjective(self.tokenizer, recipe.loss, recipe.scales, train_encoder=train_encoder)
-            return AutoencoderObjective(self.tokenizer, recipe.loss, train_encoder=train_encoder)
-        teacher = Tokenizer.from_pretrained(config.teacher)
-        if teacher.config.decoder.stages != stages:
-            raise UserError(
-                f"distill.teacher {config.teacher} has {teacher.config.decoder.stages} stages, the student {stages}: "
-                "they must be equal"
-            )
-        if stages > 1:
-            scaled = ScaleDistillation(self.tokenizer, teacher, recipe.loss, config, recipe.scales)
-            self.grid = scaled.grid
-            return scaled
-        objective = DistillationObjective(self.tokenizer, teacher, recipe.loss, config)
-        self.grid = objective.grid
-        if config.cache:
-            facts = {
-                "teacher": weights_sha256(teacher),
-                "teacher_steps": objective.steps,
-                "power": objective.power,
-                "grid": objective.grid,
-                "noise": dataclasses.asdict(recipe.times),
-                "data": dataclasses.asdict(recipe.data),
-                "pictures": len(self.dataset) if isinstance(self.dataset, Sized) else None,
-                "batch": [self.world, self.micro],
-                "seed": recipe.training.seed,
-                "precision": recipe.training.precision,
-            }
-            self.samples = SampleCache(Path(config.cache), facts)
-        return objective
-
-    def _start_from(self, name: str) -> None:
-        """Take encoder and decoder from another model; a decoder of another shape starts from random weights.
-
-        The encoder must fit: it decides the latent space, which is why one starts from another model. A multi-scale
-        decoder may start from a single-scale one: all of its weights, beside embeddings of the stages that are zero.
-        """
-        source = Tokenizer.from_pretrained(name)
-        if source.config.encoder != self.recipe.model.encoder:
-            raise UserError(
-                f"init: the encoder of {name} is {source.config.encoder}, "
-                f"but the recipe says {self.recipe.model.encoder}"
-            )
-        self.tokenizer.encoder.load_state_dict(source.encoder.state_dict())
-        if not self.recipe.training.train_encoder:
-            names = ("scaling_factor", "shift_factor", "latent_mean", "latent_std")
-            kept = {name: getattr(source.config, name) for name in names}
-            self.tokenizer.config = dataclasses.replace(self.tokenizer.config, **kept)
-        ours, theirs = self.recipe.model, source.config
-        free: dict[str, Any] = {"size": "custom", "attention": "auto", "dropout": 0.0}  # change no weight's shape
-        if theirs.decoder.stages in (1, ours.decoder.stages):
-            free |= {"stages": 1, "null_latent": False}  # add weights that are zero at first
-        same = dataclasses.replace(ours.decoder, **free) == dataclasses.replace(theirs.decoder, **free)
-        if same and ours.kl_decoder == theirs.kl_decoder:
-            own = self.tokenizer.decoder.state_dict()
-            own.update({name: value for name, value in source.decoder.state_dict().items() if name in own})
-            self.tokenizer.decoder.load_state_dict(own)
-        elif self.main:
-            log.info("init: the encoder comes from %s; its decoder has another shape, so ours starts anew", name)
 
     def _resume(self) -> None:
         self._scaler_state = None

@@ -115,6 +115,7 @@ class AutoencoderObjective(nn.Module):
         train_encoder: False runs the encoder without gradients and leaves out the KL.
 
     Attributes:
+        grid: the only times that it trains at; empty: those of the recipe's `times`.
         judge: gives the adversarial loss of generated images (see `adversary.py`); None: there is none.
         generated: the last batch's predicted clean images, without gradients.
         target: what they should have been.
@@ -122,6 +123,7 @@ class AutoencoderObjective(nn.Module):
     """
 
     judge: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    grid: Sequence[float] = ()
     generated: Tensor
     target: Tensor
     real: Tensor

@@ -1,0 +1,130 @@
+"""What a recipe trains, before the loop has seen a step: the tokenizer, the objective, the cache of teacher samples."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..tokenizer import Tokenizer
+from .config import Recipe
+from .distillation import DistillationObjective, SampleCache
+from .latents import weights_sha256
+from .objectives import AutoencoderObjective
+from .scales import ScaleDistillation, ScalesObjective
+
+log = logging.getLogger(__name__)
+
+
+def make_tokenizer(recipe: Recipe, *, quiet: bool = False) -> Tokenizer:
+    """The tokenizer to train, in training mode: random weights, or those of `recipe.init` (see `start_from`).
+
+    Args:
+        quiet: log nothing, as all processes but one should.
+    """
+    tokenizer = Tokenizer(recipe.model)
+    if recipe.init:
+        taken = start_from(tokenizer, recipe)
+        if not taken and not quiet:
+            log.info("init: the encoder comes from %s; its decoder has another shape, so ours starts anew", recipe.init)
+    elif not recipe.training.train_encoder and not quiet:
+        log.warning("training.train_encoder is false without init: the decoder learns a random encoder's latents")
+    return tokenizer.train()
+
+
+def start_from(tokenizer: Tokenizer, recipe: Recipe) -> bool:
+    """Take encoder and decoder from the model `recipe.init`; a decoder of another shape keeps its random weights.
+
+    The encoder must fit: it decides the latent space, which is why one starts from another model. A multi-scale
+    decoder may start from a single-scale one: all of its weights, beside embeddings of the stages that are zero.
+
+    Returns:
+        Whether the decoder was taken, too.
+
+    Raises:
+        UserError: there is no such model, or its encoder has another shape.
+    """
+    source = Tokenizer.from_pretrained(recipe.init)
+    if source.config.encoder != recipe.model.encoder:
+        raise UserError(
+            f"init: the encoder of {recipe.init} is {source.config.encoder}, but the recipe says {recipe.model.encoder}"
+        )
+    tokenizer.encoder.load_state_dict(source.encoder.state_dict())
+    if not recipe.training.train_encoder:
+        names = ("scaling_factor", "shift_factor", "latent_mean", "latent_std")
+        kept = {name: getattr(source.config, name) for name in names}
+        tokenizer.config = dataclasses.replace(tokenizer.config, **kept)
+    ours, theirs = recipe.model, source.config
+    free: dict[str, Any] = {"size": "custom", "attention": "auto", "dropout": 0.0}  # change no weight's shape
+    if theirs.decoder.stages in (1, ours.decoder.stages):
+        free |= {"stages": 1, "null_latent": False}  # add weights that are zero at first
+    same = dataclasses.replace(ours.decoder, **free) == dataclasses.replace(theirs.decoder, **free)
+    if not same or ours.kl_decoder != theirs.kl_decoder:
+        return False
+    own = tokenizer.decoder.state_dict()
+    own.update({name: value for name, value in source.decoder.state_dict().items() if name in own})
+    tokenizer.decoder.load_state_dict(own)
+    return True
+
+
+def make_objective(recipe: Recipe, tokenizer: Tokenizer, *, batch: int) -> AutoencoderObjective:
+    """What is minimised: the autoencoder's objective or a distillation's, of one scale or several.
+
+    Args:
+        tokenizer: what trains.
+        batch: images of a forward pass.
+
+    Raises:
+        UserError: the batch cannot be shared among the stages, or the teacher does not fit.
+    """
+    config, stages = recipe.distill, recipe.model.decoder.stages
+    if stages > 1 and batch % stages and batch < 2 * stages - 1:
+        raise UserError(
+            f"training.batch_size gives {batch} images a pass: {stages} stages need a multiple of {stages}, "
+            f"or at least {2 * stages - 1}"
+        )
+    if not config.teacher:
+        train_encoder = recipe.training.train_encoder
+        if stages > 1:
+            return ScalesObjective(tokenizer, recipe.loss, recipe.scales, train_encoder=train_encoder)
+        return AutoencoderObjective(tokenizer, recipe.loss, train_encoder=train_encoder)
+    teacher = Tokenizer.from_pretrained(config.teacher)
+    if teacher.config.decoder.stages != stages:
+        raise UserError(
+            f"distill.teacher {config.teacher} has {teacher.config.decoder.stages} stages, the student {stages}: "
+            "they must be equal"
+        )
+    if stages > 1:
+        return ScaleDistillation(tokenizer, teacher, recipe.loss, config, recipe.scales)
+    return DistillationObjective(tokenizer, teacher, recipe.loss, config)
+
+
+def make_samples(
+    recipe: Recipe, objective: AutoencoderObjective, *, pictures: int | None, batch: tuple[int, int]
+) -> SampleCache | None:
+    """The cache of teacher samples that a distillation asks for; None where there is none.
+
+    Args:
+        pictures: of the data set, where they can be counted.
+        batch: processes, and images of a forward pass of one.
+
+    Raises:
+        UserError: the folder holds other samples, or cannot be written.
+    """
+    if not recipe.distill.cache or not isinstance(objective, DistillationObjective):
+        return None
+    facts = {
+        "teacher": weights_sha256(objective.teacher),
+        "teacher_steps": objective.steps,
+        "power": objective.power,
+        "grid": objective.grid,
+        "noise": dataclasses.asdict(recipe.times),
+        "data": dataclasses.asdict(recipe.data),
+        "pictures": pictures,
+        "batch": list(batch),
+        "seed": recipe.training.seed,
+        "precision": recipe.training.precision,
+    }
+    return SampleCache(Path(recipe.distill.cache), facts)
