@@ -85,6 +85,15 @@ def test_times_are_logit_normal():
     assert torch.allclose(torch.quantile(logits, torch.tensor([0.1, 0.25, 0.75, 0.9]).double()), quantiles, atol=0.03)
 
 
+def test_times_can_lean_towards_the_image():
+    plain, moved = (
+        sample_times(20_000, generator=torch.Generator().manual_seed(3), mean=mean, std=std)
+        for mean, std in ((0.0, 1.0), (-1.0, 1.2))
+    )
+    assert torch.allclose(torch.logit(moved), -1 + 1.2 * torch.logit(plain), atol=1e-3)
+    assert moved.median() < plain.median()
+
+
 @pytest.mark.parametrize(("batch", "ones"), [(16, 0.5), (16, 0.0), (16, 1.0), (12, 0.25), (10, 0.33), (1, 0.5)])
 def test_fraction_of_ones_is_exact(batch, ones):
     total = 0

@@ -75,9 +75,11 @@ def sample_times(
     *,
     generator: torch.Generator | None = None,
     ones: float = 0.0,
+    mean: float = 0.0,
+    std: float = 1.0,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Training times `(batch,)` in (0, 1]: logit-normal, t = sigmoid(n) with n ~ N(0, 1) (SSDD section 3).
+    """Training times `(batch,)` in (0, 1]: logit-normal, t = sigmoid(n) with n ~ N(mean, std²) (SSDD section 3: 0, 1).
 
     Args:
         ones: fraction of the samples set to t = 1 exactly, so that one step from pure noise is trained too.
@@ -86,7 +88,7 @@ def sample_times(
     if not 0 <= ones <= 1:
         raise ValueError(f"ones={ones}: the fraction of samples at t = 1 must lie in [0, 1]")
     source = generator.device if generator is not None else device
-    t = torch.sigmoid(torch.randn(batch, generator=generator, device=source))
+    t = torch.sigmoid(mean + std * torch.randn(batch, generator=generator, device=source))
     offset = torch.rand((), generator=generator, device=source)  # which samples, and how a fraction is rounded
     positions = torch.arange(batch + 1, device=t.device) * ones + offset
     is_one = positions[1:].floor() > positions[:-1].floor()

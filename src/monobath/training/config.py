@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..errors import UserError
+from ..generation import GenerationSampler
 from ..images import MAX_PIXELS
+from ..models.dit import DiTConfig
 from ..scales import ScaleSchedule
 from ..tokenizer import TokenizerConfig
 
@@ -55,6 +57,10 @@ class TimesConfig:
 
     ones: float = 0.0
     """Fraction of the samples at t = 1 exactly; the rest is logit-normal."""
+    mean: float = 0.0
+    """Mean of logit t of that rest. Below 0 trains more where little noise is left, which is where details are made."""
+    std: float = 1.0
+    """Its standard deviation."""
     zero_noise: float = 0.0
     """Fraction of the samples at t = 1 that start from ε = 0 instead of Gaussian noise."""
 
@@ -62,6 +68,8 @@ class TimesConfig:
         for name in ("ones", "zero_noise"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"times.{name} is {getattr(self, name)}: it is a fraction, in [0, 1]")
+        if self.std < 0:
+            raise UserError(f"times.std is {self.std}: it must be at least 0")
 
 
 @dataclass(kw_only=True)
@@ -226,11 +234,40 @@ class ScalesConfig:
 
 
 @dataclass(kw_only=True)
+class GenerationConfig:
+    """Training of a latent generator (`trains: generator`), from what `monobath cache-latents` wrote: `data.source`.
+    It learns by flow matching alone, at the times of `times`."""
+
+    dit: DiTConfig = field(default_factory=DiTConfig)
+    sampler: GenerationSampler = field(default_factory=GenerationSampler)
+    conditional: bool = True
+    """The labels of the cache (`cache-latents --labels`) are its classes. False: it has none."""
+    classes: list[int] = field(default_factory=list)
+    """Train on the pictures with these labels only; empty: on all."""
+    drop: float = 0.1
+    """Fraction of the samples whose class is the null class, for guidance."""
+    statistics: Literal["channel", "overall", "published"] = "channel"
+    """What normalises the latents: mean and standard deviation of each channel over the cache, or over all channels, or
+    what the tokenizer publishes (`monobath stats`)."""
+    tokenizer: str = ""
+    """Draws the sample grids, and `monobath generate`'s pictures unless told otherwise; default: the tokenizer that the
+    cache was made with. Its encoder must be that of the cache."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.drop < 1:
+            raise UserError(f"generator.drop is {self.drop}: it is a fraction, in [0, 1)")
+        if self.dit.classes:
+            raise UserError(f"generator.dit.classes is {self.dit.classes}: leave it out, the labels of the data decide")
+
+
+@dataclass(kw_only=True)
 class Recipe:
     """A whole training run."""
 
     name: str = "run"
     """Name of the run; also of its folder, unless `run` says another."""
+    trains: Literal["tokenizer", "generator"] = "tokenizer"
+    """A tokenizer (`model`) from pictures, or a generator (`generator`) from a frozen tokenizer's cached latents."""
     run: str = ""
     """Run folder; default: runs/NAME. The same command on the same folder resumes."""
     init: str = ""
@@ -244,9 +281,15 @@ class Recipe:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     scales: ScalesConfig = field(default_factory=ScalesConfig)
+    generator: GenerationConfig = field(default_factory=GenerationConfig)
 
     def __post_init__(self) -> None:
         self.run = self.run or f"runs/{self.name}"
+        if self.trains == "generator":
+            self._check_generator()
+            return
+        if self.generator != GenerationConfig():
+            raise UserError("generator.* is given, but trains is tokenizer: set trains to generator, or leave it out")
         if self.distill.teacher:
             self.init = self.init or self.distill.teacher
             # A guided teacher's student needs no guidance: it learns the guided pictures.
@@ -264,6 +307,23 @@ class Recipe:
             at = "" if decoder.stages == 1 else f", at each of {decoder.stages} stages"
             raise UserError(f"data.size={self.data.size} must be divisible by {unit} (latent or token side{at})")
         self._check_scales()
+
+    def _check_generator(self) -> None:
+        """What is for tokenizers would have no effect."""
+        for name, kind in (("model", TokenizerConfig), ("loss", LossConfig), ("distill", DistillConfig),
+                           ("scales", ScalesConfig)):  # fmt: skip
+            if getattr(self, name) != kind():
+                raise UserError(f"{name}.* is for tokenizers, but trains is generator: leave it out")
+        if self.init or self.times.zero_noise:
+            raise UserError(
+                f"init={self.init!r} and times.zero_noise={self.times.zero_noise} are for tokenizers, but trains is "
+                "generator: leave them out"
+            )
+        if not self.data.latents:
+            raise UserError(
+                "data.latents is false, but trains is generator: a generator learns from what monobath cache-latents "
+                "wrote; set data.latents to true"
+            )
 
     def _check_scales(self) -> None:
         """What goes together with several stages, and with one."""

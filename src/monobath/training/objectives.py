@@ -71,7 +71,7 @@ class Draws:
             chosen = torch.randint(len(grid), (total,), generator=generator, device=device)
             t = torch.tensor(grid, device=device)[chosen]
         else:
-            t = flow.sample_times(total, generator=generator, ones=times.ones)
+            t = flow.sample_times(total, generator=generator, ones=times.ones, mean=times.mean, std=times.std)
         noise = torch.randn(total, *images[1:], generator=generator, device=device)
         # Of the samples at t = 1, every (1 / zero_noise)-th starts from zero.
         order = (t == 1).cumsum(0) * times.zero_noise
