@@ -6,7 +6,10 @@ import importlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from conftest import randomise, tiny_tokenizer
+from PIL import Image
 from test_training import photos as photos  # the fixture
 from test_training import tiny_recipe
 
@@ -146,7 +149,7 @@ def test_our_decoder_starts_from_random_weights(tmp_path, photos, start, benchma
     """Although it may have the very shape of the decoder that the encoder came with."""
     equal_budget = benchmark("equal_budget")
     seen = {}
-    monkeypatch.setattr(loop._Run, "go", lambda run: seen.update(run.tokenizer.decoder.state_dict()))
+    monkeypatch.setattr(loop._Run, "go", lambda run: seen.update(run.model.decoder.state_dict()))
     arguments = ["--out", str(tmp_path / "out"), "--data", str(photos), "--encoder", start, "--crops", "4", *SMALL]
     equal_budget.main(["train", *arguments, "--rows", "one-step", "--seeds", "0"])
     source = Tokenizer.from_pretrained(start).decoder.state_dict()
@@ -178,3 +181,68 @@ def test_stages_prints_a_row_a_stage(capsys, benchmark):
     assert row[:3] == ["distillation, 256²", "cpu", "2"]
     assert float(row[3]) > 0
     assert float(row[4]) > 0.1
+
+
+def test_generation(tmp_path, benchmark, monkeypatch, capsys):
+    """Rows, and what is kept; features that are quick to find stand in for the network's."""
+    generation = benchmark("generation")
+    rng = np.random.default_rng(0)
+    for name, count in (("labelled", 12), ("held-out", 6)):
+        for i in range(count):
+            colours = rng.integers(0, 60, (16, 16, 3)) + 190 * (i % 3 == np.arange(3))
+            (tmp_path / name / str(i % 3)).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(colours.clip(0, 255).astype(np.uint8)).save(tmp_path / name / str(i % 3) / f"{i}.png")
+    for name in ("one", "other"):  # one encoder, two decoders
+        tokenizer = tiny_tokenizer()
+        randomise(tokenizer.decoder, seed=len(name))
+        tokenizer.save_pretrained(tmp_path / name)
+
+    def features(images):
+        return images.float().mean((2, 3)) / 255
+
+    monkeypatch.setitem(generation.FEATURES, "fd_efflite", lambda: features)
+    main, data = generation.main, ["--data", str(tmp_path / "labelled")]
+    common = ["--out", str(tmp_path / "out"), "--size", "16", "--batch", "4"]
+    tiny = ["generator.dit.width=16", "generator.dit.depth=1", "generator.dit.heads=2", "training.sample_every=0",
+            "training.steps=2", "training.batch_size=4", "generator.dit.patch=2"]  # fmt: skip
+    train = [
+        "train",
+        *common,
+        *data,
+        "--tokenizer",
+        str(tmp_path / "one"),
+        "--classes",
+        "0",
+        "2",
+        "--copies",
+        "1",
+        *tiny,
+    ]
+    sample = ["sample", *common, "--count", "8", "--steps", "2", "--interval", "0", "0.5"]
+    score = ["score", *common, *data, "--held-out", str(tmp_path / "held-out"), "--repeats", "1"]
+    score += ["--decoders", f"first={tmp_path / 'one'}", f"second={tmp_path / 'other'}:3"]
+    assert main(train) == 0
+    assert main([*sample, "--guidance", "3"]) == 0
+    assert main([*sample, "--guidance", "1"]) == 0
+    assert main(score) == 0
+    capsys.readouterr()
+    assert main(["show", *common]) == 0
+    rows = table(capsys.readouterr().out)
+    assert [row[:4] for row in rows] == [
+        ["first", "2", "1 in (0, 0.5]", "8"], ["second", "2", "1 in (0, 0.5]", "8"],
+        ["first", "2", "3 in (0, 0.5]", "8"], ["second", "2", "3 in (0, 0.5]", "8"],
+        ["held-out pictures", "", "", ""], ["held-out pictures through first", "", "", ""],
+        ["held-out pictures through second", "", "", ""],
+    ]  # fmt: skip
+    assert all("±" in cell for row in rows for cell in row[7:9])
+    assert all(float(cell) >= 0 for cell in rows[0][4:7])  # times are those of the first settings only
+    assert rows[2][4] == rows[2][6] == "" != rows[2][5]
+    assert rows[4][8].startswith("100.0%")  # the colours are the classes
+    assert len(list((tmp_path / "out" / "samples").glob("*/*.png"))) == 4
+
+    forbid_training(monkeypatch)
+    monkeypatch.setattr(Tokenizer, "decode", lambda *args, **kwargs: pytest.fail("decoded again"))
+    for words in (train, [*sample, "--guidance", "3"], score):
+        assert main(words) == 0
+    with pytest.raises(UserError, match="write NAME=MODEL"):
+        main([*score[:-3], "--decoders", "nameless"])

@@ -13,7 +13,7 @@ from conftest import dead_parameters, gradients, inputs, rand_images, randn, tin
 
 from monobath.errors import UserError
 from monobath.models.blocks import resample_to
-from monobath.models.decoder import PATCHES, SIZES, Decoder, DecoderConfig, _modulate, timestep_embedding
+from monobath.models.decoder import PATCHES, SIZES, Decoder, DecoderConfig, _modulate, mixed, timestep_embedding
 from monobath.models.encoder import Encoder, EncoderConfig
 
 PAPER = {
@@ -317,3 +317,31 @@ def test_decoders_without_norms_start_with_activations_near_one(upsampling):
     assert len(found) > 10
     assert all(0.6 < std < 1.6 for std in found.values()), found
     assert torch.equal(out, F.pixel_shuffle(decoder.linear_skip(z), 8))  # and the picture starts at the linear skip
+
+
+def test_mixing_with_the_noisy_image_is_the_best_linear_estimate():
+    """Of an output with an error of σᵣ and a noisy image: no other share is better; at t = 1 all is the output's."""
+    x = rand_images(1, 3, 64, 96)
+    output, noise = x + 0.1 * randn(1, 3, 64, 96, seed=1), randn(1, 3, 64, 96, seed=2)
+    for time in (0.02, 0.09, 0.3):
+        t = torch.tensor([time])
+        x_t = (1 - time) * x + time * noise
+        best = (mixed(output, x_t, t, 0.1) - x).square().mean()
+        assert best < (mixed(output, x_t, t, 0.13) - x).square().mean()
+        assert best < (mixed(output, x_t, t, 0.07) - x).square().mean()
+        variance = 1 / (1 / 0.01 + ((1 - time) / time) ** 2)
+        assert abs(best / variance - 1) < 0.03
+    assert torch.equal(mixed(output, noise, torch.ones(1), 0.1), output)
+    assert torch.allclose(mixed(output, x, torch.zeros(1), 0.1), x, atol=1e-6)
+
+
+def test_mixing_is_asked_for_with_sense():
+    decoder = tiny_decoder(residual=0.1)
+    x_t, t, z = inputs(2, 16, 40)
+    plain = Decoder(dataclasses.replace(decoder.config, residual=0.0))
+    plain.load_state_dict(decoder.state_dict())  # no weight of its own
+    assert torch.allclose(decoder(x_t, t, z), mixed(plain(x_t, t, z), x_t, t, 0.1), atol=1e-6)
+    with pytest.raises(UserError, match=r"residual is -1"):
+        tiny_decoder_config(residual=-1.0)
+    with pytest.raises(UserError, match='prediction "x"'):
+        tiny_decoder_config(patch=1, prediction="v", residual=0.1)

@@ -140,6 +140,11 @@ def test_loss_values():
         truth = x if kind == "x" else velocity(x, noise)
         loss = flow_loss(truth + off, x, noise, x_t, t, kind, space)
         assert torch.allclose(loss, 0.25 * weights.mean(), rtol=1e-4)
+        assert torch.allclose(
+            flow_loss(truth + off, x, noise, x_t, t, kind, space, 1.5),
+            0.25 * (weights * t.clamp_min(MIN_TIME) ** -1.5).mean(),
+            rtol=1e-4,
+        )
 
 
 @pytest.mark.parametrize("kind", ["v", "x"])

@@ -100,7 +100,7 @@ def test_the_discriminator_learns_and_the_decoder_alone_hears_it(tmp_path, photo
     assert any(not torch.equal(value, before[name]) for name, value in network.state_dict().items())
     losses = [row["discriminator"] for row in rows(tmp_path / "run") if "discriminator" in row]
     assert sum(losses[1:10]) / 9 < 0.5 * losses[0]  # the decoder, not yet told, gives it an easy task
-    assert not any("adversary" in name or "judge" in name for name in run.tokenizer.state_dict())
+    assert not any("adversary" in name or "judge" in name for name in run.model.state_dict())
     assert all(parameter.requires_grad for parameter in network.parameters())
 
 

@@ -399,7 +399,7 @@ def test_a_run_from_the_cache_follows_the_live_run_and_resumes(start, photos, tm
 def test_the_encoder_does_not_run(start, tmp_path, monkeypatch):
     model, cache = start
     run = loop._Run(from_cache(tmp_path / "run", cache, model, steps=1))
-    monkeypatch.setattr(type(run.tokenizer.encoder), "forward", lambda *_: pytest.fail("the encoder ran"))
+    monkeypatch.setattr(type(run.model.encoder), "forward", lambda *_: pytest.fail("the encoder ran"))
     run.go()
 
 

@@ -198,7 +198,7 @@ def test_efflite_features_are_those_of_the_packages_own_network(features):
     images = noisy(torch.full((1, 3, 260, 260), 128), 50.0)
     network = load_efficientnet_lite("lite2")
     logits = network(efficientnet_input(to_float(images)))
-    torch.testing.assert_close(network._fc(features._pooled(images)), logits, atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(network._fc(features.pooled(images)), logits, atol=2e-4, rtol=2e-4)
 
 
 def test_fd_efflite_is_zero_for_equal_sets_and_grows_with_every_damage(features):
@@ -207,7 +207,7 @@ def test_fd_efflite_is_zero_for_equal_sets_and_grows_with_every_damage(features)
     def gaussian(images):
         statistics = FeatureStatistics(features.dim)
         crops = random_crops(images, range(len(images)))[:, 0]  # one of the eight: enough, and quick
-        statistics.update(features._pooled(crops))
+        statistics.update(features.pooled(crops))
         return statistics.gaussian()
 
     reference = gaussian(original)

@@ -11,6 +11,7 @@ from monobath.models.one_step import OneStepDecoder
 SHAPES = {
     "finer than the latent": {"patch": 2},
     "linear skip": {"linear_skip": True},
+    "mixed with the noisy image": {"residual": 0.1},
     "deepest level coarser than the latent": {"channels": [16, 16, 32], "factor": 4},
     "token larger than two latents": {"patch": 8, "factor": 4},
     "no transformer": {"middle_blocks": 0},

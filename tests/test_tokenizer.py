@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import monobath
-from monobath import Tokenizer, UserError, tokenizer
+from monobath import Tokenizer, UserError, pretrained
 from monobath.flow import euler_step
 from monobath.images import to_float
 from monobath.models.decoder import DecoderConfig
@@ -393,7 +393,7 @@ def test_a_failing_save_keeps_the_old_model(tok, copy, monkeypatch):
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(tokenizer, "save_file", half_written)
+    monkeypatch.setattr(pretrained, "save_file", half_written)
     with pytest.raises(UserError, match="No space left"):
         tok.save_pretrained(copy)
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before

@@ -207,7 +207,7 @@ def test_schedule_free_saves_and_averages_the_weights_to_evaluate(tmp_path, phot
     optimizer = run.optimizer.optimizer
     beta = recipe.optimizer.betas[0]
     saved = load_file(tmp_path / "run" / "checkpoints" / "step-00000008" / "model.safetensors")
-    for (name, y), start in zip(run.tokenizer.named_parameters(), begin, strict=True):
+    for (name, y), start in zip(run.model.named_parameters(), begin, strict=True):
         x = torch.lerp(y, optimizer.state[y]["z"], 1 - 1 / beta)
         torch.testing.assert_close(saved[name], x.detach(), rtol=1e-5, atol=1e-6)
         assert torch.equal(model[name], saved[name])
@@ -393,7 +393,7 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(tmp_path, photos):
             )
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop.Draws, "make", constant)
+            patch.setattr(Draws, "make", constant)
             run.go()
         trained.append(gradients)
     for name, one in trained[0].items():
@@ -429,7 +429,7 @@ def test_a_non_finite_step_is_skipped_and_counted(tmp_path, photos, monkeypatch,
     step = loop._Run._step
 
     def spy(self, batches):
-        before[self.step] = {k: v.clone() for k, v in self.tokenizer.state_dict().items()}
+        before[self.step] = {k: v.clone() for k, v in self.model.state_dict().items()}
         moments = self.optimizer.optimizer.state.values()
         before[self.step] |= {f"{i}.{k}": v.clone() for i, m in enumerate(moments) for k, v in m.items()}
         step(self, batches)
@@ -498,11 +498,11 @@ def test_checkpointing_and_memory_format_change_nothing(tmp_path, photos):
 def test_a_frozen_encoder_keeps_its_bytes(tmp_path, photos):
     recipe = tiny_recipe(tmp_path / "run", photos, train_encoder=False)
     run = loop._Run(recipe)
-    before = {k: v.clone() for k, v in run.tokenizer.encoder.state_dict().items()}
-    decoder = {k: v.clone() for k, v in run.tokenizer.decoder.state_dict().items()}
+    before = {k: v.clone() for k, v in run.model.encoder.state_dict().items()}
+    decoder = {k: v.clone() for k, v in run.model.decoder.state_dict().items()}
     run.go()
-    assert same(before, run.tokenizer.encoder.state_dict())
-    assert not same(decoder, run.tokenizer.decoder.state_dict())
+    assert same(before, run.model.encoder.state_dict())
+    assert not same(decoder, run.model.decoder.state_dict())
     assert all("kl" not in row for row in rows(tmp_path / "run"))
 
 

@@ -96,12 +96,20 @@ def sample_times(
 
 
 def flow_loss(
-    prediction: Tensor, x: Tensor, noise: Tensor, x_t: Tensor, t: Tensor, kind: Prediction, space: Prediction
+    prediction: Tensor,
+    x: Tensor,
+    noise: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    kind: Prediction,
+    space: Prediction,
+    time_power: float = 0.0,
 ) -> Tensor:
     """Mean squared error, a float32 scalar, of a raw prediction of `kind`, measured in `space`.
 
     v in v-space is SSDD's L_FM = ‖v_θ − (x − ε)‖²; x in x-space is ‖x̂ − x‖². An x-prediction measured in v-space
-    clamps t at `MIN_TIME` in prediction and target alike.
+    clamps t at `MIN_TIME` in prediction and target alike. A sample counts t^-`time_power` times, t clamped there,
+    too: v-space is x-space with power 2, and powers between them lie between.
     """
     if space == "x":
         error = to_clean(prediction, x_t, t, kind).float() - x.float()
@@ -111,4 +119,6 @@ def flow_loss(
         error = (
             velocity_from_clean(x_t, prediction, t, MIN_TIME).float() - velocity_from_clean(x_t, x, t, MIN_TIME).float()
         )
+    if time_power:
+        error = error * t.float().clamp(min=MIN_TIME)[:, None, None, None] ** (-time_power / 2)
     return error.square().mean()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,20 +21,20 @@ from typing import Any, Literal
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import resources, scales, tiling
 from ._version import __version__
 from .errors import UserError
-from .files import write_folder
+from .foreign import Foreign, fitting_encoder
 from .images import MAX_PIXELS, Images, images_to_tensor, tensor_to_pil, to_uint8
 from .models.decoder import Decoder, DecoderConfig
-from .models.encoder import Encoder, EncoderConfig, Posterior
+from .models.encoder import EncoderConfig, Posterior
+from .models.foreign import make_encoder
 from .models.kl_decoder import KLDecoder
 from .models.loading import load_strictly
 from .models.one_step import OneStep, OneStepDecoder
+from .pretrained import config_of, read_checkpoint, write_checkpoint
 from .sampling import Noise, seeds_for
 
 FORMAT = "monobath-tokenizer-1"
@@ -109,11 +108,7 @@ class TokenizerConfig:
     def from_dict(cls, values: dict[str, Any]) -> TokenizerConfig:
         """Build from plain values; an unknown key is a `UserError` that names it."""
         parts = {"encoder": EncoderConfig, "decoder": DecoderConfig, "sampler": SamplerConfig}
-        try:
-            built = {k: parts[k](**v) if k in parts else v for k, v in values.items()}
-            return cls(**built)
-        except TypeError as error:
-            raise UserError(f"not a tokenizer configuration of this version ({error})") from None
+        return config_of(cls, values, parts, "tokenizer")
 
 
 class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-tokenizer", "autoencoder"]):
@@ -121,14 +116,15 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
 
     Attributes:
         config: `TokenizerConfig`.
-        encoder: image `(B, 3, H, W)` → moments; `encode` is the friendly form.
+        encoder: image `(B, 3, H, W)` → moments; `encode` is the friendly form. A model fitted to other people's latents
+            is loaded without: see `attach_encoder`.
         decoder: `(x_t, t, z)` → raw prediction; `decode` samples with it.
     """
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config.encoder)
+        self.encoder = make_encoder(config.encoder)
         self.decoder: Decoder | OneStep
         if config.kl_decoder:
             self.decoder = KLDecoder(config.decoder, config.kl_decoder)
@@ -143,12 +139,12 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.encoder.conv_in.weight.device
+        return self.encoder.anchor.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights, and of the arithmetic."""
-        return self.encoder.conv_in.weight.dtype
+        return self.encoder.anchor.dtype
 
     @torch.no_grad()
     def encode(
@@ -169,8 +165,8 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
             The posterior; `.mode()` is `(B, c, ceil(H/f), ceil(W/f))`, `.size` is (H, W) for `decode`.
 
         Raises:
-            UserError: another type, range, shape, too many pixels, or a tile that cannot be; the message says what was
-                given.
+            UserError: another type, range, shape, too many pixels, or a tile that cannot be, and the message says what
+                was given; or a model of foreign latents without its encoder.
         """
         # One memory layout for all forms, so that the same picture takes the same kernels: equal to the last bit.
         x = images_to_tensor(images, max_pixels=max_pixels).contiguous()
@@ -360,6 +356,22 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
         other.training = False  # not eval(): the encoder is shared, and its mode is this one's affair
         return other
 
+    def attach_encoder(self, encoder: Foreign) -> Tokenizer:
+        """Give a model of foreign latents what makes them, so that `encode` works; it is never stored with the model.
+
+        Args:
+            encoder: "KIND=WHERE", an autoencoder of diffusers, or a callable; see `monobath.foreign.as_encoder`. It is
+                moved to this tokenizer's device and type. Another encoder of the same latents will do.
+
+        Returns:
+            This tokenizer.
+
+        Raises:
+            UserError: it cannot be read, does not fit, or this model has an encoder of its own.
+        """
+        self.encoder = fitting_encoder(encoder, self.config.encoder).to(self.device, self.dtype)
+        return self
+
     # ---- files ----------------------------------------------------------------------------------
 
     def save_pretrained(
@@ -386,28 +398,17 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
             raise TypeError(f"save_pretrained got {sorted(push_to_hub_kwargs)}, which need push_to_hub=True")
         if isinstance(self.decoder, OneStep) and not self.decoder.trains:
             raise UserError("an optimized tokenizer cannot be saved: save the original, and optimize after loading")
-        config = self._config_dict(extra)
-        text = json.dumps(config, indent=2)
-        state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in self.state_dict().items()}
-
-        def write(folder: Path) -> None:
-            save_file(state, folder / "model.safetensors", metadata={"config": json.dumps(config), "format": "pt"})
-            (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-
-        write_folder(Path(save_directory), write)
+        write_checkpoint(Path(save_directory), self, FORMAT, dataclasses.asdict(self.config), extra, dtype)
         if push_to_hub:
             repo_id = push_to_hub_kwargs.pop("repo_id", Path(save_directory).name)
             self.push_to_hub(repo_id=repo_id, **push_to_hub_kwargs)
-
-    def _config_dict(self, extra: dict[str, Any] | None) -> dict[str, Any]:
-        config = {"format": FORMAT, "monobath_version": __version__, **dataclasses.asdict(self.config)}
-        return config | ({"training": extra} if extra else {})
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
         name: str | os.PathLike[str] = "default",
         *,
+        encoder: Foreign | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         revision: str | None = None,
@@ -419,6 +420,7 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
 
         Args:
             name: such as "default", "runs/mine/model", or "user/repository".
+            encoder: of a model of foreign latents: what makes them; see `attach_encoder`. Decoding needs none.
             device: where to put it; default: the CPU.
             dtype: of the weights and the arithmetic; default: float32, whatever the file holds.
 
@@ -426,16 +428,19 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
             The tokenizer, in evaluation mode.
 
         Raises:
-            UserError: nothing of that name, a corrupt file, or one that does not fit its configuration.
+            UserError: nothing of that name, a corrupt file, or one that does not fit its configuration; an encoder that
+                does not fit.
         """
         folder = resources.weights_path(str(name))
         if folder is None and Path(name).exists():
             folder = Path(name)
         if folder is None:
             folder = _download(str(name), revision, token, cache_dir, local_files_only)
-        config, state = _read(folder)
+        config, state = read_checkpoint(folder, FORMAT, "tokenizer")
         tokenizer = cls(TokenizerConfig.from_dict(config))
         load_strictly(tokenizer, state, str(folder))
+        if encoder is not None:
+            tokenizer.attach_encoder(encoder)
         return tokenizer.to(device=device, dtype=dtype or torch.float32).eval()
 
 
@@ -478,24 +483,3 @@ def _download(
             f"no tokenizer {name!r}: it is not packaged ({known}), not an existing path, and could not be fetched "
             f"from the Hub ({reason})"
         ) from None
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and tensors of a folder or a `.safetensors` file."""
-    file = path / "model.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(f"{path} holds no model.safetensors: give the folder that save_pretrained wrote")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            inside = (opened.metadata() or {}).get("config")
-            state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        beside = path / "config.json"
-        text = beside.read_text(encoding="utf-8") if path.is_dir() and beside.is_file() else inside
-        config = json.loads(text) if text else None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is corrupt or not a monobath checkpoint ({error}): fetch or save it again") from None
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        found = config.get("format") if isinstance(config, dict) else None
-        raise UserError(f"{path} is not a monobath tokenizer (format {found!r}, expected {FORMAT!r})")
-    ignored = ("format", "monobath_version", "training")
-    return {k: v for k, v in config.items() if k not in ignored}, state

@@ -20,13 +20,14 @@ from ..errors import UserError
 from .arguments import in_one_sentence, parser_of, split_overrides, verb_name, with_underscores
 from .comparing import bench, eval_
 from .exporting import export
+from .generating import generate
 from .latents import cache_latents, import_ssdd, stats
 from .verbs import decode, demo, distill, encode, info, reconstruct, train
 
 VERBS: dict[str, Callable[..., None]] = {
     verb_name(function): function
     for function in (
-        train, distill, reconstruct, encode, decode, info, demo, eval_, bench, export, import_ssdd, stats,
+        train, distill, reconstruct, encode, decode, generate, info, demo, eval_, bench, export, import_ssdd, stats,
         cache_latents,
     )
 }  # fmt: skip

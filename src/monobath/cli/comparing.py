@@ -23,6 +23,7 @@ def eval_(
     *,
     data: list[str],
     model: list[str] | None = None,
+    encoder: str | None = None,
     peer: list[str] | None = None,
     size: int = 256,
     steps: list[int] | None = None,
@@ -49,6 +50,7 @@ def eval_(
     Args:
         data: Folders of pictures, .tar shards or shard URLs.
         model: Packaged names, folders, or Hugging Face Hub ids; default: default.
+        encoder: What makes the latents of models that were fitted to a foreign encoder's, KIND=WHERE, as for train.
         peer: Others to compare with, as KIND=WHERE: taef2=FOLDER, kl=FOLDER or kl=HUB-ID, tiny=…, jpeg=BITS, …
         size: The short side is resized to this many pixels and the centre square cropped.
         steps: Sampler steps of the models, each count a system of its own; default: what each was made for.
@@ -86,7 +88,7 @@ def eval_(
     kind = getattr(torch, dtype)
     with _Progress() as progress:
         with processes.group(torch.device(checked_device(device))) as place:
-            systems = _models(model or ["default"], steps, str(place), kind)
+            systems = _models(model or ["default"], steps, str(place), kind, encoder)
             systems += _peers(peer or [], str(place), kind)
             if not no_baselines:
                 systems += _baselines(systems, size, bits_per_pixel, rates or [], str(place), kind)
@@ -189,18 +191,27 @@ def bench(
 # ---- systems ----------------------------------------------------------------------------------------------------
 
 
-def _models(names: Sequence[str], steps: Sequence[int] | None, device: str, dtype: Any) -> list[System]:
+def _models(
+    names: Sequence[str], steps: Sequence[int] | None, device: str, dtype: Any, encoder: str | None
+) -> list[System]:
     from ..evaluation.systems import make_model
+    from ..foreign import as_encoder
 
     labels = [_label(name) for name in names]
-    systems = []
+    shared, used = None if encoder is None else as_encoder(encoder), False
+    systems: list[System] = []
     for name, label in zip(names, labels, strict=True):
         for count in dict.fromkeys(steps) if steps else [None]:
             system = make_model(name, count, device, dtype)
+            if shared is not None and system.tokenizer.config.encoder.family:
+                system.attach_encoder(shared)
+                used = True
             if labels.count(label) == 1:
                 system.name = system.name.replace(name, label, 1)
                 system.family = system.family.replace(name, label, 1)
             systems.append(system)
+    if shared is not None and not used:
+        raise UserError(f"--encoder {encoder}: {', '.join(names)} has an encoder of its own; leave it out")
     return systems
 
 

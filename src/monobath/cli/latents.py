@@ -6,9 +6,25 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from .shared import MAX_PIXELS, DType, count, explained, lasting_name, load_tokenizer, out_folder, show, write
+from .shared import (
+    MAX_PIXELS,
+    DType,
+    count,
+    explained,
+    lasting_name,
+    load_tokenizer,
+    out_folder,
+    read_encoder,
+    show,
+    write,
+)
+
+if TYPE_CHECKING:
+    from ..models.foreign import ForeignEncoder
+    from ..tokenizer import Tokenizer
 
 
 def import_ssdd(file: str, *, out: str, power: float = 2.0, steps: int = 1) -> None:
@@ -48,6 +64,7 @@ def stats(
     *,
     data: list[str],
     model: str = "default",
+    encoder: str | None = None,
     size: int = 256,
     limit: int | None = None,
     out: str | None = None,
@@ -61,12 +78,13 @@ def stats(
 
     They are those of posterior samples, of each channel and overall: the mean of the means, and the variance of the
     means plus the mean of the posterior variances. The config gets them as latent_mean and latent_std, and overall as
-    shift_factor (the mean) and scaling_factor (1 / std), which generators of latents need. Without --out or --in_place
-    they are printed only.
+    shift_factor (the mean) and scaling_factor (1 / std), which generators of latents need; a model of a foreign
+    encoder's latents keeps the two that its family publishes. Without --out or --in_place they are printed only.
 
     Args:
         data: Folders of pictures, .tar shards or shard URLs.
         model: Packaged name, folder, or Hugging Face Hub id.
+        encoder: What makes the latents of a model that was fitted to a foreign encoder's, KIND=WHERE, as for train.
         size: The short side is resized to this many pixels and the centre square cropped.
         limit: At most so many pictures.
         out: New folder for a copy of the model that has them.
@@ -89,7 +107,7 @@ def stats(
 
     if in_place:
         folder = check_writable(model)
-    tokenizer = load_tokenizer(model, device, "float32")
+    tokenizer = load_tokenizer(model, device, "float32", encoder)
     with _progress("pictures") as progress:
         statistics = latent_statistics(
             tokenizer, data, size=size, limit=limit, batch_size=batch, workers=workers, max_pixels=max_pixels,
@@ -115,13 +133,15 @@ def stats(
 def cache_latents(
     *,
     data: list[str],
-    model: str = "default",
+    model: str | None = None,
+    encoder: str | None = None,
     out: str,
     size: int = 64,
     scale: list[int] | None = None,
     copies: int = 1,
     seed: int = 0,
     no_flip: bool = False,
+    labels: bool = False,
     shard_mb: float = 256,
     batch: int = 32,
     workers: int = 0,
@@ -133,11 +153,13 @@ def cache_latents(
     """Encode augmented crops of every picture once, for training with a frozen encoder; the same command goes on.
 
     Writes OUT/latents-000000.tar …, each sample a crop, its moments and facts, and OUT/latents.json. Train from it with
-    monobath train RECIPE --data OUT --data.latents true --training.train_encoder false --init MODEL.
+    monobath train RECIPE --data OUT --data.latents true --training.train_encoder false --init MODEL,
+    or with --encoder KIND=WHERE instead of --init.
 
     Args:
         data: Folders of pictures or .tar shards.
-        model: Packaged name, folder, or Hugging Face Hub id: whose encoder.
+        model: Packaged name, folder, or Hugging Face Hub id: whose encoder; default: default.
+        encoder: A foreign encoder instead, KIND=WHERE, as for train; with --model too, whether they fit is checked.
         out: Folder for the shards.
         size: Side of the crops, in pixels: the recipe's data.size.
         scale: LOW HIGH: the short side is resized to a random length in between before cropping, in pixels: the
@@ -145,6 +167,8 @@ def cache_latents(
         copies: Crops of each picture: those of so many epochs, after which they come again.
         seed: Of the crops: the recipe's training.seed for the crops of that run.
         no_flip: Mirror none of the crops; default: half of them.
+        labels: Keep each picture's label too, for a generator of classes: the integer in its .cls sibling, in shards
+            and folders, or else the number of its sub-folder, in alphabetical order from 0.
         shard_mb: Largest size of a shard, in MiB.
         batch: Crops at once.
         workers: Processes that read and crop pictures; 0: none besides this one.
@@ -162,12 +186,18 @@ def cache_latents(
 
     from ..training.latents import cache_latents as write_cache
 
-    tokenizer = load_tokenizer(model, device, "float32")
+    source: Tokenizer | ForeignEncoder
+    if encoder is not None and model is None:
+        source, name = read_encoder(encoder, device), encoder
+    else:
+        name = model or "default"
+        source = load_tokenizer(name, device, "float32", encoder)
     with _progress("crops") as progress:
         facts = write_cache(
-            tokenizer, data, folder, size=size, scale=None if scale is None else (scale[0], scale[1]), copies=copies,
+            source, data, folder, size=size, scale=None if scale is None else (scale[0], scale[1]), copies=copies,
             seed=seed, flip=not no_flip, shard_mb=shard_mb, batch_size=batch, workers=workers, max_pixels=max_pixels,
-            min_side=min_side, model=lasting_name(model), dtype=getattr(torch, dtype), progress=progress,
+            min_side=min_side, model=lasting_name(name), dtype=getattr(torch, dtype), labels=labels,
+            progress=progress,
         )  # fmt: skip
     crops, pictures, shards = facts.pictures * facts.copies, facts.pictures, facts.shards
     write(f"{count(crops, 'crop')} of {count(pictures, 'picture')} in {count(shards, 'shard')}: {folder}\n")

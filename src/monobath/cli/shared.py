@@ -13,19 +13,28 @@ from ..errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from ..models.foreign import ForeignEncoder
     from ..tokenizer import Tokenizer
 
 DType = Literal["float32", "bfloat16", "float16"]
 MAX_PIXELS = 64_000_000  # images.MAX_PIXELS, which costs an import of torch (a test compares them)
 
 
-def load_tokenizer(name: str, device: str, dtype: str) -> Tokenizer:
-    """A model on a checked device."""
+def load_tokenizer(name: str, device: str, dtype: str, encoder: str | None = None) -> Tokenizer:
+    """A model on a checked device; `encoder`, KIND=WHERE, is for a model of foreign latents."""
     import torch
 
     from ..tokenizer import Tokenizer
 
-    return Tokenizer.from_pretrained(name, device=checked_device(device), dtype=getattr(torch, dtype))
+    device = checked_device(device)
+    return Tokenizer.from_pretrained(name, encoder=encoder, device=device, dtype=getattr(torch, dtype))
+
+
+def read_encoder(encoder: str, device: str) -> ForeignEncoder:
+    """A foreign encoder, KIND=WHERE, alone."""
+    from ..foreign import as_encoder
+
+    return as_encoder(encoder).to(checked_device(device))
 
 
 def checked_device(device: str) -> str:

@@ -37,6 +37,7 @@ def train(
     recipe: str,
     *,
     data: list[str] | None = None,
+    encoder: str | None = None,
     run: str | None = None,
     print_config: bool = False,
     overrides: Sequence[str] = (),
@@ -49,10 +50,12 @@ def train(
     Args:
         recipe: Name of a packaged recipe (cpu-preview), or a YAML file.
         data: Folders of pictures, .tar shards or shard URLs; instead of the recipe's data.source.
+        encoder: Train only the decoder, on the latents of this frozen encoder, KIND=WHERE: kl=FOLDER-OR-HUB-ID,
+            flux2=…, tiny=… or dc=… (diffusers), taef2=FOLDER, custom=MODULE:NAME; default: the recipe's.
         run: Run folder; default: runs/NAME.
         print_config: Print the resolved recipe as YAML and exit.
     """
-    _train(recipe, data, run, print_config, overrides)
+    _train(recipe, data, run, print_config, [*_of_encoder(encoder), *overrides])
 
 
 def distill(
@@ -60,6 +63,7 @@ def distill(
     *,
     teacher: str | None = None,
     data: list[str] | None = None,
+    encoder: str | None = None,
     run: str | None = None,
     print_config: bool = False,
     overrides: Sequence[str] = (),
@@ -73,13 +77,25 @@ def distill(
         recipe: Name of a packaged recipe (cpu-distill), or a YAML file.
         teacher: Packaged name, folder or Hugging Face Hub id; instead of the recipe's distill.teacher.
         data: Folders of pictures, .tar shards or shard URLs; instead of the recipe's data.source.
+        encoder: What makes the latents of a teacher that was fitted to a foreign encoder's, KIND=WHERE; default: where
+            the teacher's came from.
         run: Run folder; default: runs/NAME.
         print_config: Print the resolved recipe as YAML and exit.
     """
-    given = list(overrides)
+    given = [*_of_encoder(encoder), *overrides]
     if teacher is not None:
         given.append(f"distill.teacher={teacher}")
     _train(recipe, data, run, print_config, given, distillation=True)
+
+
+def _of_encoder(encoder: str | None) -> list[str]:
+    """Recipe overrides for --encoder."""
+    if encoder is None:
+        return []
+    from ..foreign import split_spec
+
+    family, source = split_spec(encoder)
+    return [f"model.encoder.family={family}", f"model.encoder.source={source}"]
 
 
 def _train(
@@ -107,6 +123,10 @@ def _train(
         raise UserError(f"recipe {recipe} names no teacher: add --teacher MODEL, or distill.teacher in the file")
     if not resolved.data.source:
         raise UserError(f"recipe {recipe} names no pictures: add --data FOLDER, or data.source in the file")
+    if resolved.model.decoder.standardise and not (resolved.model.encoder.family or resolved.init):
+        raise UserError(
+            f"recipe {recipe} names no encoder to fit a decoder to: add --encoder KIND=WHERE, such as kl=FOLDER"
+        )
     from ..training.loop import Interrupted
     from ..training.loop import train as run_training
 
@@ -123,6 +143,7 @@ def reconstruct(
     *,
     out: str,
     model: str = "default",
+    encoder: str | None = None,
     size: int | None = None,
     steps: int | None = None,
     seed: int = 0,
@@ -140,6 +161,7 @@ def reconstruct(
         photo: Pictures, or folders of pictures.
         out: Folder for the results.
         model: Packaged name, folder, or Hugging Face Hub id.
+        encoder: What makes the latents of a model that was fitted to a foreign encoder's, KIND=WHERE, as for train.
         size: Resize the short side to this many pixels and crop the centre square; default: the whole picture.
         steps: Sampler steps; default: what the model was made for.
         seed: Noise seed, the same for every picture.
@@ -162,7 +184,7 @@ def reconstruct(
     from ..files import write_file
     from ..images import tensor_to_pil
 
-    tokenizer = on_engine(load_tokenizer(model, device, dtype), model, engine)
+    tokenizer = on_engine(load_tokenizer(model, device, dtype, encoder), model, engine)
     if progressive:
         check_progressive(tokenizer, model, tile)
     taken = {path.resolve() for path in (*pictures, *targets)}
@@ -192,6 +214,7 @@ def encode(
     *,
     out: str,
     model: str = "default",
+    encoder: str | None = None,
     size: int | None = None,
     sample: bool = False,
     seed: int = 0,
@@ -208,6 +231,7 @@ def encode(
         photo: Pictures, or folders of pictures.
         out: Folder for the results.
         model: Packaged name, folder, or Hugging Face Hub id.
+        encoder: What makes the latents of a model that was fitted to a foreign encoder's, KIND=WHERE, as for train.
         size: Resize the short side to this many pixels and crop the centre square; default: the whole picture.
         sample: Draw from the posterior instead of taking its mode.
         seed: Seed of that draw, the same for every picture.
@@ -220,7 +244,7 @@ def encode(
     targets = target_paths(out, pictures, ".safetensors")
     import torch
 
-    tokenizer = load_tokenizer(model, device, dtype)
+    tokenizer = load_tokenizer(model, device, dtype, encoder)
     for picture, target in zip(pictures, targets, strict=True):
         pixels = open_pixels(picture, size, max_pixels)
         with explained(picture):

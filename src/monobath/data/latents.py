@@ -4,7 +4,8 @@ A cache is a folder that `monobath cache-latents` writes (`training/latents.py` 
 
     latents.json            what made it: encoder, crops, counts
     latents-000000.tar …    a sample is N.webp (the crop, lossless), N.moments.npy (float16 `(2c, h, w)`, mean and
-                            log-variance) and N.json (facts), with N = picture × copies + copy
+                            log-variance), N.json (facts) and, if there are labels, N.cls, with
+                            N = picture × copies + copy
 
 Copy k of a picture is the crop that `PhotoDataset` gives in epoch k for the same seed: a run on the cache sees, in
 the same order, what a run on the pictures would see, and after `copies` epochs the same crops again.
@@ -12,12 +13,13 @@ the same order, what a run on the pictures would see, and after `copies` epochs 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
 import json
 import tarfile
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,12 @@ from torch.utils.data import Dataset
 from ..errors import UserError
 from ..files import write_file
 from .dataset import Item
-from .sources import Sample, SampleReader, Source, is_remote
+from .sources import Sample, SampleReader, Source, is_remote, parse_label
 
 FORMAT = "monobath-latents-1"
 FACTS_FILE = "latents.json"
 REMEDY = "monobath cache-latents writes such folders"
+NO_LABELS = "it was written without labels; write another with monobath cache-latents --labels, from labelled pictures"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +74,8 @@ class CacheFacts:
     """Of the pictures' names, in order."""
     pictures_a_shard: int
     """In every shard but the last."""
+    labels: list[int] = field(default_factory=list)
+    """Labels of the pictures, each once, sorted; empty: none were kept."""
     complete: bool = False
     """All shards are written."""
 
@@ -127,7 +132,8 @@ def write_shard(path: Path, samples: Iterable[tuple[int, Tensor, Tensor, dict[st
 
     Args:
         path: of the `.tar` file.
-        samples: (number, crop uint8 `(3, size, size)`, moments `(2c, h, w)` to be stored in half precision, facts).
+        samples: (number, crop uint8 `(3, size, size)`, moments `(2c, h, w)` to be stored in half precision, facts);
+            the fact "label", if there is one, is also written as webdataset has it, in N.cls.
 
     Raises:
         UserError: the file cannot be written, or the webdataset package is missing.
@@ -144,12 +150,14 @@ def write_shard(path: Path, samples: Iterable[tuple[int, Tensor, Tensor, dict[st
                 # Effort 0 of 6 costs a tenth of the time of the default, for files 8 % larger.
                 Image.fromarray(crop.permute(1, 2, 0).numpy()).save(picture, "WEBP", lossless=True, quality=0, method=0)
                 np.save(array, moments.half().numpy())
+                label = {"cls": str(facts["label"]).encode()} if "label" in facts else {}
                 tar.write(
                     {
                         "__key__": f"{number:09d}",
                         "webp": picture.getvalue(),
                         "moments.npy": array.getvalue(),
                         "json": json.dumps(facts, ensure_ascii=False).encode(),
+                        **label,
                     }
                 )
 
@@ -160,8 +168,8 @@ class LatentDataset(Dataset[Item]):
     """Crops and their moments from one or more caches, at random access.
 
     `dataset[epoch, index]`, or `dataset[index]` for epoch 0, is a dict with `image` (uint8 `(3, size, size)`),
-    `moments` (float16 `(2c, h, w)`, mean and log-variance) and `index` (int): copy `epoch mod copies` of a picture.
-    An epoch is one copy of every picture.
+    `moments` (float16 `(2c, h, w)`, mean and log-variance), `index` (int) and, if the caches have labels, `label`
+    (int): copy `epoch mod copies` of a picture. An epoch is one copy of every picture.
 
     Args:
         source: the folder, or folders, that `monobath cache-latents` wrote; all of one encoder, size, scale and flip.
@@ -176,12 +184,16 @@ class LatentDataset(Dataset[Item]):
     """The crops are augmented already: this is for training."""
     skipped_count = 0
     """Unusable pictures were replaced when the cache was written."""
+    pictures = True
+    """Items have an `image`."""
 
     def __init__(self, source: Source, *, seed: int = 0, cache: bool = False) -> None:
         self.source, self.seed, self.cache = source, seed, cache
         self.folders = _folders(source)
         self.caches = [_open(folder) for folder in self.folders]
         for folder, facts in zip(self.folders[1:], self.caches[1:], strict=True):
+            if bool(facts.labels) != bool(self.caches[0].labels):
+                raise UserError(f"only one of {self.folders[0]} and {folder} has labels: caches of one run must agree")
             for name in ("encoder_sha256", "size", "scale", "flip"):
                 first, own = getattr(self.caches[0], name), getattr(facts, name)
                 if first != own:
@@ -191,6 +203,7 @@ class LatentDataset(Dataset[Item]):
                     )
         self._starts = np.cumsum([0, *(facts.pictures for facts in self.caches)])
         self._index = [_index(folder, facts) for folder, facts in zip(self.folders, self.caches, strict=True)]
+        self._chosen = np.arange(self._starts[-1])  # positions of the pictures that are in use
         self._reader = SampleReader()
         self._kept: dict[tuple[int, int], Item] = {}
 
@@ -199,16 +212,40 @@ class LatentDataset(Dataset[Item]):
         """Of the first cache: encoder, size, scale and flip are those of all."""
         return self.caches[0]
 
+    @property
+    def labels(self) -> list[int]:
+        """Labels of the pictures, each once, sorted; empty: the caches have none."""
+        return sorted({label for facts in self.caches for label in facts.labels})
+
+    def for_generation(self, labels: Sequence[int] = ()) -> LatentDataset:
+        """The same latents without their crops, of the pictures with these labels only; default: of all.
+
+        Raises:
+            UserError: the caches have no labels, or not this one.
+        """
+        other = copy.copy(self)
+        other.pictures, other._kept = False, {}
+        if labels:
+            missing = sorted(set(labels) - set(self.labels))
+            if missing:
+                there = f"there are {', '.join(map(str, self.labels))}" if self.labels else NO_LABELS
+                raise UserError(f"no picture in {self.folders[0]} has the label {missing[0]}: {there}")
+            # A picture's label is its first copy's: all copies are of one picture.
+            found = np.concatenate([i[:: f.copies, 4] for i, f in zip(self._index, self.caches, strict=True)])
+            other._chosen = np.flatnonzero(np.isin(found, labels))
+        return other
+
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return len(self._chosen)
 
     def __getitem__(self, key: int | tuple[int, int]) -> Item:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside 0…{len(self) - 1}")
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        position = int(self._chosen[index])
+        number = int(np.searchsorted(self._starts, position, side="right")) - 1
         copies = self.caches[number].copies
-        place = (number, int(index - self._starts[number]) * copies + epoch % copies)
+        place = (number, int(position - self._starts[number]) * copies + epoch % copies)
         item = self._kept.get(place) or self._load(*place)
         if self.cache:
             self._kept[place] = item
@@ -218,33 +255,35 @@ class LatentDataset(Dataset[Item]):
         """Read everything into memory now, before worker processes start; needs `cache=True`."""
         if not self.cache:
             raise UserError("preload() needs cache=True")
-        for number, facts in enumerate(self.caches):
-            for sample in range(facts.pictures * facts.copies):
-                if (number, sample) not in self._kept:
-                    self._kept[number, sample] = self._load(number, sample)
+        for epoch in range(max(facts.copies for facts in self.caches)):
+            for index in range(len(self)):
+                self[epoch, index]
 
     def _load(self, number: int, sample: int) -> Item:
         folder, facts = self.folders[number], self.caches[number]
         path = shard_path(folder, sample // (facts.pictures_a_shard * facts.copies))
-        offset, size, offset_moments, size_moments = self._index[number][sample].tolist()
-        name = f"{sample:09d}"
+        offset, size, offset_moments, size_moments, label = self._index[number][sample].tolist()
+        name, shape = f"{sample:09d}", (3, facts.size, facts.size)
+        item: Item = {"label": label} if facts.labels else {}
         try:
-            crop = self._reader.read(Sample(f"{name}.webp", str(path), offset, size))
             array = self._reader.read(Sample(f"{name}.moments.npy", str(path), offset_moments, size_moments))
-            with Image.open(io.BytesIO(crop)) as picture:
-                pixels = np.array(picture.convert("RGB")).transpose(2, 0, 1)
             moments = np.load(io.BytesIO(array), allow_pickle=False)
+            if self.pictures:
+                crop = self._reader.read(Sample(f"{name}.webp", str(path), offset, size))
+                with Image.open(io.BytesIO(crop)) as picture:
+                    pixels = np.array(picture.convert("RGB")).transpose(2, 0, 1)
+                item["image"], shape = torch.from_numpy(np.ascontiguousarray(pixels)), pixels.shape
         except Exception as error:  # a broken picture makes Pillow raise nearly anything
             raise UserError(f"{path}: sample {name} cannot be read ({error}): delete the shard and write it again, "
                             "with the same monobath cache-latents command") from None  # fmt: skip
         side = facts.size // facts.factor
         expected = (2 * facts.encoder["latent_channels"], side, side)
-        if pixels.shape != (3, facts.size, facts.size) or moments.shape != expected:
+        if shape != (3, facts.size, facts.size) or moments.shape != expected:
             raise UserError(
-                f"{path}: sample {name} holds a picture {pixels.shape} and moments {moments.shape}, but "
+                f"{path}: sample {name} holds a picture {shape} and moments {moments.shape}, but "
                 f"{FACTS_FILE} says {(3, facts.size, facts.size)} and {expected}: write the cache anew"
             )
-        return {"image": torch.from_numpy(np.ascontiguousarray(pixels)), "moments": torch.from_numpy(moments)}
+        return {**item, "moments": torch.from_numpy(moments)}
 
 
 def _short(value: object) -> str:
@@ -272,15 +311,20 @@ def _open(folder: Path) -> CacheFacts:
 
 
 def _index(folder: Path, facts: CacheFacts) -> np.ndarray:
-    """int64 `(samples, 4)`: offset and size of each crop, offset and size of its moments."""
-    found = np.full((facts.pictures * facts.copies, 4), -1, dtype=np.int64)
+    """int64 `(samples, 5)`: offset and size of each crop, offset and size of its moments, and its label, if any."""
+    columns = 5 if facts.labels else 4
+    found = np.full((facts.pictures * facts.copies, 5), -1, dtype=np.int64)
     for number in range(facts.shards):
         path = shard_path(folder, number)
         try:
             with tarfile.open(path, "r:") as shard:
                 for member in shard:
                     key, _, kind = member.name.partition(".")
-                    if kind in ("webp", "moments.npy"):
+                    if kind == "cls":
+                        content = shard.extractfile(member)
+                        assert content is not None
+                        found[int(key), 4] = parse_label(content.read(), f"{path}:{member.name}")
+                    elif kind in ("webp", "moments.npy"):
                         column = 0 if kind == "webp" else 2
                         found[int(key), column : column + 2] = member.offset_data, member.size
         except (tarfile.TarError, OSError, EOFError, ValueError, IndexError) as error:
@@ -288,9 +332,10 @@ def _index(folder: Path, facts: CacheFacts) -> np.ndarray:
                             "command again") from None  # fmt: skip
         samples = facts.pictures_of(number)
         part = found[samples.start * facts.copies : samples.stop * facts.copies]
-        if (part < 0).any():
+        lacking = int((part[:, :columns] < 0).any(1).sum())
+        if lacking:
             raise UserError(
-                f"{path} lacks {int((part < 0).any(1).sum())} of its {len(part)} samples: delete it and run the same "
+                f"{path} lacks {lacking} of its {len(part)} samples: delete it and run the same "
                 "monobath cache-latents command again"
             )
     return found

@@ -236,11 +236,12 @@ class EffLiteFeatures:
     def __call__(self, images: Tensor, indices: Sequence[int]) -> Tensor:
         """uint8 `(B, 3, H, W)` → float32 `(B, CROPS, 1280)`."""
         crops = random_crops(images, indices, seed=self.seed).flatten(0, 1)
-        found = [self._pooled(part) for part in crops.split(self.chunk)]
+        found = [self.pooled(part) for part in crops.split(self.chunk)]
         return torch.cat(found).unflatten(0, (len(images), CROPS))
 
     @torch.no_grad()
-    def _pooled(self, crops: Tensor) -> Tensor:
+    def pooled(self, crops: Tensor) -> Tensor:
+        """uint8 `(B, 3, H, W)`, taken whole → float32 `(B, 1280)`."""
         x = F.interpolate(to_float(crops), size=(self.side, self.side), mode="bicubic", antialias=True)
         x = efficientnet_input(x).contiguous(memory_format=torch.channels_last)
         return self.network.extract_features(x).mean((2, 3))

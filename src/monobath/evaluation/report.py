@@ -24,6 +24,7 @@ from torch import Tensor
 from .. import resources
 from .._version import __version__
 from ..images import tensor_to_pil
+from ..models.encoder import FAMILIES
 from ..sampling import Noise
 from ..tokenizer import Tokenizer
 from .page import picture_uri
@@ -129,6 +130,7 @@ def describe(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
     described = {
         "name": full_name(name),
         "encoder": encoder.name,
+        **({"encoder_of": FAMILIES[encoder.family], "encoder_source": encoder.source} if encoder.family else {}),
         "decoder": decoder.size if decoder.size != "custom" else f"custom, channels {decoder.channels}",
         "decoder_patch": decoder.patch,
         "prediction": decoder.prediction,

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from .. import resources
 from ..errors import UserError
+from ..foreign import Foreign
+from ..models.foreign import ForeignEncoder
 from ..sampling import Noise
 from ..tokenizer import Tokenizer
 
@@ -60,6 +62,7 @@ class TokenizerSystem(System):
         name: packaged weights, a path, or a Hub id.
         steps: Euler steps; default: what the checkpoint was made for.
         noise: "gaussian" or "zero"; default: what the checkpoint was made for.
+        encoder: of a model of foreign latents: what makes them; see `Tokenizer.attach_encoder`.
     """
 
     kind = "monobath"
@@ -70,12 +73,13 @@ class TokenizerSystem(System):
         *,
         steps: int | None = None,
         noise: Noise | None = None,
+        encoder: Foreign | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         if steps is not None and steps < 1:
             raise UserError(f"steps is {steps}: sampling needs at least one step")
-        self.tokenizer = Tokenizer.from_pretrained(name, device=device, dtype=dtype)
+        self.tokenizer = Tokenizer.from_pretrained(name, encoder=encoder, device=device, dtype=dtype)
         sampler = self.tokenizer.config.sampler
         self.steps = sampler.steps if steps is None else steps
         self.noise: Noise = sampler.noise if noise is None else noise
@@ -84,7 +88,12 @@ class TokenizerSystem(System):
         # A curve over steps joins what differs in nothing else.
         self.family = name if noise in (None, sampler.noise) else f"{name}, {noise} noise"
         self.name = self.family if steps in (None, sampler.steps) else f"{self.family}, {_count(steps)}"
-        self.encoder, self.decoder, self.device = self.tokenizer.encoder, self.tokenizer.decoder, self.tokenizer.device
+        self.encoder = _network(self.tokenizer)
+        self.decoder, self.device = self.tokenizer.decoder, self.tokenizer.device
+
+    def attach_encoder(self, encoder: Foreign) -> None:
+        """See `Tokenizer.attach_encoder`."""
+        self.encoder = _network(self.tokenizer.attach_encoder(encoder))
 
     def encode(self, images: Tensor) -> Code:
         """Float images `(B, 3, H, W)` in [-1, 1] → the posterior's mode."""
@@ -97,13 +106,21 @@ class TokenizerSystem(System):
         return self.tokenizer.decode(code.payload, size=code.size, steps=self.steps, seed=list(seeds), noise=self.noise)
 
 
+def _network(tokenizer: Tokenizer) -> nn.Module | None:
+    """What encodes, for its parameters; None: no module, or there is nothing that encodes."""
+    encoder = tokenizer.encoder
+    if not isinstance(encoder, ForeignEncoder):
+        return encoder
+    return encoder.network if isinstance(encoder.network, nn.Module) else None
+
+
 def make_model(
     name: str,
     steps: int | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     noise: Noise | None = None,
-) -> System:
+) -> TokenizerSystem:
     """A tokenizer as a system; see `TokenizerSystem`."""
     return TokenizerSystem(name, steps=steps, noise=noise, device=device, dtype=dtype)
 

@@ -8,6 +8,7 @@ Pipelines scale and shift latents by `config.scaling_factor` and `config.shift_f
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -19,8 +20,10 @@ from torch import Tensor
 
 from .. import resources, tiling
 from ..errors import UserError
+from ..foreign import Foreign, fitting_encoder
 from ..models.decoder import Decoder
-from ..models.encoder import Encoder, EncoderConfig
+from ..models.encoder import EncoderConfig
+from ..models.foreign import make_encoder
 from ..models.one_step import OneStep
 from ..tokenizer import SamplerConfig, Tokenizer, TokenizerConfig
 
@@ -100,7 +103,7 @@ class AutoencoderMonobath(ModelMixin, ConfigMixin):
                 raise UserError(f"{name}={theirs} does not fit the encoder, which has {ours}: leave it out")
         # The resolved values, so that a later version with other defaults builds the same network.
         self.register_to_config(**_parts(config), **derived)
-        self.encoder = Encoder(config.encoder)
+        self.encoder = make_encoder(config.encoder)
         self.decoder = Decoder(config.decoder)
         self.sampler: SamplerConfig = config.sampler
         self.use_slicing = False
@@ -113,6 +116,8 @@ class AutoencoderMonobath(ModelMixin, ConfigMixin):
     def from_tokenizer(cls, tokenizer: Tokenizer) -> AutoencoderMonobath:
         """The same network as a diffusers model, of the same type and on the same device; it shares no memory.
 
+        A model of foreign latents takes the encoder along if it is attached; decoding needs none.
+
         Raises:
             UserError: the tokenizer is optimized; give the original one.
         """
@@ -122,6 +127,8 @@ class AutoencoderMonobath(ModelMixin, ConfigMixin):
         config = tokenizer.config
         model = cls(**_parts(config), scaling_factor=config.scaling_factor, shift_factor=config.shift_factor)
         model.load_state_dict(tokenizer.state_dict())
+        if config.encoder.family:
+            model.encoder = copy.deepcopy(tokenizer.encoder)
         model.to(tokenizer.device)
         if tokenizer.dtype != model.dtype:  # diffusers 0.42 warns at every change of type
             model.to(tokenizer.dtype)
@@ -153,6 +160,14 @@ class AutoencoderMonobath(ModelMixin, ConfigMixin):
                 "or use from_monobath"
             )
         return cls.from_monobath(name, dtype=dtype)
+
+    def attach_encoder(self, encoder: Foreign) -> None:
+        """Give a model of foreign latents what makes them; see `Tokenizer.attach_encoder`. It is stored with neither.
+
+        Raises:
+            UserError: it cannot be read, does not fit, or this model has an encoder of its own.
+        """
+        self.encoder = fitting_encoder(encoder, self.encoder.config).to(self.device, self.dtype)
 
     # ---- encode, decode -----------------------------------------------------------------------------
 
@@ -260,6 +275,8 @@ def _parts(config: TokenizerConfig) -> dict[str, Any]:
 
 def _widths(config: EncoderConfig) -> list[int]:
     """A width for each halving of the picture, which pipelines count; pixel-unshuffling counts as levels too."""
+    if config.family:
+        return [config.base] * config.factor.bit_length()  # whatever the foreign encoder's are: their number counts
     widths = [config.base * m for m in config.multipliers]
     return [widths[0]] * (config.patch.bit_length() - 1) + widths
 

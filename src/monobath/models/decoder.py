@@ -78,6 +78,10 @@ class DecoderConfig:
     """Dropout inside residual blocks."""
     linear_skip: bool = False
     """Add a learned linear map of the latent's 3×3 neighbourhood to the clean image (needs prediction x)."""
+    residual: float = 0.0
+    """σᵣ, the standard deviation of what the latent leaves open, in image units (about 0.12 at 24 dB). Above 0, the
+    clean image is mixed from the network's output and the noisy image as the best linear estimate is (`mixed`; needs
+    prediction x): for decoders of several steps. It changes nothing at t = 1."""
     norm: Literal["group", "local"] = "group"
     """group: GroupNorm throughout (the paper's). local: no statistics over the picture, so that a pixel depends on its
     neighbourhood only: no norm in residual blocks, whose first weights keep the activations' scale instead, LayerNorm
@@ -91,6 +95,9 @@ class DecoderConfig:
     """Stages of multi-scale decoding (`monobath.scales`), each with an embedding of its own; 1: none."""
     null_latent: bool = False
     """Learn a latent that stands for no latent at all, for classifier-free guidance (needs stages above 1)."""
+    standardise: bool = False
+    """Bring each channel of the latent to mean 0 and standard deviation ½ by constants, for foreign encoders. They are
+    measured, and `linear_skip` is fitted, before training (`training/retrofit.py`); the weights keep them."""
 
     def __post_init__(self) -> None:
         if self.size != "custom":
@@ -117,6 +124,8 @@ class DecoderConfig:
             )
         if self.linear_skip and self.prediction != "x":
             raise UserError('decoder.linear_skip needs decoder.prediction "x"')
+        if self.residual < 0 or (self.residual and self.prediction != "x"):
+            raise UserError(f'decoder.residual is {self.residual}: give at least 0, and decoder.prediction "x" with it')
         if self.norm not in ("group", "local"):
             raise UserError(f'decoder.norm is {self.norm!r}: choose "group" or "local"')
         if self.upsampling not in ("nearest", "shuffle"):
@@ -340,8 +349,22 @@ def keep_scale(decoder: Decoder) -> None:
     pixels = 3 * decoder.config.patch**2
     with torch.no_grad():
         latent = decoder.conv_in.weight[:, pixels:]
-        # Latents have a standard deviation near one half.
+        # Latents have a standard deviation near one half: ours by training, others by `standardise`.
         nn.init.normal_(latent, std=2 / math.sqrt(latent[0].numel()))
+
+
+def mixed(output: Tensor, x_t: Tensor, t: Tensor, residual: float) -> Tensor:
+    """Clean image `(B, 3, H, W)` from the network's output and the noisy image x_t, `t` `(B,)` in [0, 1].
+
+    If the output were what the latent says of the image, E[x | z], with an error of standard deviation σᵣ = `residual`
+    in every pixel, this is the best linear estimate from it and from x_t/(1 − t), whose error is t/(1 − t): with little
+    noise left the image is nearly there, and the network has little to add. At t = 1 it is the output itself. (The
+    preconditioning of EDM, arXiv 2206.00364, section 5, around a conditional mean instead of 0.)
+    """
+    t = t.to(output.dtype)[:, None, None, None]
+    share = t.square() / (t.square() + (residual * (1 - t)).square())  # of the output
+    kept = residual**2 * (1 - t) / (t.square() + (residual * (1 - t)).square())  # (1 − share)/(1 − t), finite at 1
+    return share * output + kept * x_t
 
 
 class Decoder(nn.Module):
@@ -351,6 +374,9 @@ class Decoder(nn.Module):
     be divisible by `config.token_side`. The latent may have another resolution than H/f (low-resolution stages).
     A multi-scale decoder also takes the number of the stage, 0 … `config.stages` − 1, which all samples share.
     """
+
+    latent_shift: Tensor
+    latent_scale: Tensor
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -396,11 +422,15 @@ class Decoder(nn.Module):
         if config.norm == "local":
             keep_scale(self)
         if config.linear_skip:
-            # Starts as the inverse of the encoder's shortcut: the latents' low frequencies as an image.
             self.linear_skip = zero_init(nn.Conv2d(config.latent_channels, 3 * config.factor**2, 3, padding=1))
+        if config.linear_skip and not config.standardise:
+            # Starts as the inverse of our encoder's shortcut: the latents' low frequencies as an image.
             basis = cosine_basis(config.latent_channels, config.factor) * config.factor
             with torch.no_grad():
                 self.linear_skip.weight[:, :, 1, 1] = basis.T  # type: ignore[operator]
+        if config.standardise:
+            self.register_buffer("latent_shift", torch.zeros(config.latent_channels, 1, 1))
+            self.register_buffer("latent_scale", torch.ones(config.latent_channels, 1, 1))
         if config.stages > 1:  # zero: a single-scale decoder's weights mean what they meant
             self.stage_embedding = nn.Parameter(torch.zeros(config.stages, time))
         if config.null_latent:
@@ -408,6 +438,7 @@ class Decoder(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, z: Tensor, stage: int | None = None) -> Tensor:
         self._check(x_t, t, z, stage)
+        z = self.standardised(z)
         context = self.context(z)
         x = F.pixel_unshuffle(x_t, self.config.patch)
         x = self.conv_in(torch.cat([x, resample_to(z, (x.shape[2], x.shape[3]))], dim=1))
@@ -435,7 +466,11 @@ class Decoder(nn.Module):
         if self.config.linear_skip:
             linear = F.pixel_shuffle(self.linear_skip(z), self.config.factor)
             x = x + resample_to(linear, (x.shape[2], x.shape[3]))
-        return x
+        return mixed(x, x_t, t, self.config.residual) if self.config.residual else x
+
+    def standardised(self, z: Tensor) -> Tensor:
+        """The latent as the network takes it; see `DecoderConfig.standardise`."""
+        return (z - self.latent_shift) * self.latent_scale if self.config.standardise else z
 
     def without(self, z: Tensor) -> Tensor:
         """What stands for no latent, in the shape of z."""

@@ -9,6 +9,7 @@ convolution, no middle attention, and a linear shortcut from the pixels of a lat
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, field
 
 import torch
@@ -19,10 +20,23 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import UserError
 from .blocks import cosine_basis, norm_groups
 
+FAMILIES = {
+    "kl": "diffusers' AutoencoderKL",
+    "flux2": "diffusers' AutoencoderKLFlux2",
+    "tiny": "diffusers' AutoencoderTiny",
+    "dc": "diffusers' AutoencoderDC",
+    "taef2": "TAEF2",
+    "custom": "a callable",
+}
+"""Other people's encoders (`models/foreign.py`), and whose they are."""
+
 
 @dataclass(kw_only=True)
 class EncoderConfig:
-    """The shape of an encoder. `f8c4`, the paper's, is `EncoderConfig()`: 34.16 M parameters."""
+    """The shape of an encoder. `f8c4`, the paper's, is `EncoderConfig()`: 34.16 M parameters.
+
+    Of another `family`, only factor and latent_channels count: the rest is in that encoder's own files.
+    """
 
     factor: int = 8
     """Side of the pixel square behind one latent position: 8, 16, 32 (any power of two)."""
@@ -40,14 +54,27 @@ class EncoderConfig:
     """Self-attention over all latent positions in the middle: O(N²) in latents. Compact encoders drop it."""
     linear_skip: bool = False
     """Add a learned linear map of each cell's factor² pixels to its mean."""
+    family: str = ""
+    """Whose latents: kl, flux2, tiny, dc, taef2 or custom, a frozen encoder that is not stored with the model; empty:
+    an encoder of ours."""
+    source: str = field(default="", compare=False)
+    """Of a foreign encoder: the folder, Hub id or MODULE:NAME that it was read from."""
 
     def __post_init__(self) -> None:
+        if self.family and self.family not in FAMILIES:
+            near = difflib.get_close_matches(self.family, FAMILIES, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(FAMILIES)}"
+            raise UserError(f"encoder.family is {self.family!r}: {hint}")
         for name in ("factor", "patch"):
             value = getattr(self, name)
             if value < 1 or value & (value - 1):
                 raise UserError(f"encoder.{name} is {value}: it must be a power of two")
         if self.patch > self.factor:
             raise UserError(f"encoder.patch={self.patch} is above encoder.factor={self.factor}: lower the patch")
+        if self.latent_channels < 1:
+            raise UserError(f"encoder.latent_channels is {self.latent_channels}: it must be at least 1")
+        if self.family:
+            return
         levels = (self.factor // self.patch).bit_length()
         if not self.multipliers:
             self.multipliers = [1, 2, 4, 4, 4, 4, 4, 4][:levels]
@@ -56,7 +83,7 @@ class EncoderConfig:
                 f"encoder.multipliers={self.multipliers} has {len(self.multipliers)} levels, but factor="
                 f"{self.factor} with patch={self.patch} needs {levels}"
             )
-        for name in ("latent_channels", "base", "blocks"):
+        for name in ("base", "blocks"):
             if getattr(self, name) < 1:
                 raise UserError(f"encoder.{name} is {getattr(self, name)}: it must be at least 1")
 
@@ -64,6 +91,11 @@ class EncoderConfig:
     def name(self) -> str:
         """The field's short name, such as `f8c4`."""
         return f"f{self.factor}c{self.latent_channels}"
+
+    @property
+    def title(self) -> str:
+        """Name and whose it is, such as "TAEF2 (f8c32)", for messages."""
+        return f"{FAMILIES[self.family] if self.family else 'an encoder of monobath'} ({self.name})"
 
 
 class Posterior:
@@ -147,6 +179,16 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
+def check_images(x: Tensor, factor: int) -> None:
+    """What an encoder takes: `(B, 3, H, W)`, sides divisible by `factor`.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % factor or x.shape[3] % factor:
+        raise ValueError(f"encoder input is {tuple(x.shape)}: expected (B, 3, H, W) with sides divisible by {factor}")
+
+
 class Encoder(nn.Module):
     """Image `(B, 3, H, W)` in [-1, 1], sides divisible by `factor` → moments `(B, 2c, H/f, W/f)`."""
 
@@ -178,10 +220,14 @@ class Encoder(nn.Module):
                 self.linear_skip.weight.copy_(basis[:, :, None, None])
                 nn.init.zeros_(self.linear_skip.bias)  # type: ignore[arg-type]
 
+    @property
+    def anchor(self) -> Tensor:
+        """A tensor where the weights are, and of their type."""
+        return self.conv_in.weight
+
     def forward(self, x: Tensor) -> Tensor:
         f = self.config.factor
-        if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % f or x.shape[3] % f:
-            raise ValueError(f"encoder input is {tuple(x.shape)}: expected (B, 3, H, W) with sides divisible by {f}")
+        check_images(x, f)
         run = _checkpointed if self.checkpointing and torch.is_grad_enabled() else _direct
         h = self.conv_in(F.pixel_unshuffle(x, self.config.patch))
         for level in self.levels:

@@ -63,6 +63,9 @@ class OneStepDecoder(OneStep):
         UserError: the decoder has several stages.
     """
 
+    latent_shift: Tensor
+    latent_scale: Tensor
+
     @torch.no_grad()
     def __init__(self, decoder: Decoder, noise: Literal["gaussian", "zero"]) -> None:
         config = decoder.config
@@ -73,6 +76,10 @@ class OneStepDecoder(OneStep):
             )
         super().__init__(config, noise)
         time = F.silu(decoder.time(timestep_embedding(torch.ones(1), config.channels[0]).to(decoder.conv_in.weight)))
+        if config.standardise:
+            # Not folded into the weights: where a convolution pads the latent with zeros, its mean would be missing.
+            self.register_buffer("latent_shift", decoder.latent_shift.clone())
+            self.register_buffer("latent_scale", decoder.latent_scale.clone())
         self.context = deepcopy(decoder.context)
         pixels = 3 * config.patch**2
         self.conv_in = deepcopy(decoder.conv_in)
@@ -96,6 +103,8 @@ class OneStepDecoder(OneStep):
 
     def forward(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
         config = self.config
+        if config.standardise:
+            z = (z - self.latent_shift) * self.latent_scale
         context = self.context(z)
         modulations = iter(self.modulation(context).split(self.widths, dim=1) if config.modulation else ())
         x = _to_level(z, config.factor, config.patch)

@@ -7,31 +7,73 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from ..data import LatentDataset, PhotoDataset, StreamDataset
 from ..errors import UserError
+from ..models.decoder import Decoder
+from ..models.encoder import FAMILIES
 from ..tokenizer import Tokenizer
+from . import checkpoints
 from .config import Recipe
 from .distillation import DistillationObjective, SampleCache
 from .latents import weights_sha256
 from .objectives import AutoencoderObjective
+from .retrofit import fit_to_latents
 from .scales import ScaleDistillation, ScalesObjective
 
 log = logging.getLogger(__name__)
 
 
-def make_tokenizer(recipe: Recipe, *, quiet: bool = False) -> Tokenizer:
+def make_tokenizer(
+    recipe: Recipe, dataset: PhotoDataset | StreamDataset | LatentDataset | None = None, *, quiet: bool = False
+) -> Tokenizer:
     """The tokenizer to train, in training mode: random weights, or those of `recipe.init` (see `start_from`).
 
     Args:
+        dataset: to train on: what a new decoder with `standardise` is fitted to first (see `retrofit.py`). A run that
+            goes on has that from its checkpoint.
         quiet: log nothing, as all processes but one should.
+
+    Raises:
+        UserError: the recipe's parts do not go together, or name what cannot be read.
     """
+    _check_latents(recipe)
     tokenizer = Tokenizer(recipe.model)
+    taken = False
+    if recipe.model.encoder.source:
+        tokenizer.attach_encoder(f"{recipe.model.encoder.family}={recipe.model.encoder.source}")
     if recipe.init:
         taken = start_from(tokenizer, recipe)
         if not taken and not quiet:
             log.info("init: the encoder comes from %s; its decoder has another shape, so ours starts anew", recipe.init)
-    elif not recipe.training.train_encoder and not quiet:
+    elif not recipe.training.train_encoder and not recipe.model.encoder.family and not quiet:
         log.warning("training.train_encoder is false without init: the decoder learns a random encoder's latents")
+    fits = recipe.model.decoder.standardise and isinstance(tokenizer.decoder, Decoder) and not taken
+    if fits and dataset is not None and checkpoints.latest(Path(recipe.run)) is None:
+        fit_to_latents(tokenizer, dataset, seed=recipe.training.seed)
     return tokenizer.train()
+
+
+def _check_latents(recipe: Recipe) -> None:
+    """Whether there are latents, and they stay what they are."""
+    encoder, training = recipe.model.encoder, recipe.training
+    if encoder.family and training.train_encoder:
+        raise UserError(
+            f"model.encoder.family is {encoder.family}, but training.train_encoder is true: a foreign encoder stays as "
+            "it is; set it to false"
+        )
+    if encoder.source and not encoder.family:
+        raise UserError(f"model.encoder.source is {encoder.source!r} without model.encoder.family: give both")
+    if encoder.family and not encoder.source and not (recipe.data.latents and not training.sample_every):
+        raise UserError(
+            f"the encoder of these latents ({FAMILIES[encoder.family]}) is not named: add --encoder "
+            f"{encoder.family}=WHERE. Only training from cached latents (data.latents) without sample grids "
+            "(training.sample_every 0) needs none"
+        )
+    if recipe.model.decoder.standardise and (training.train_encoder or not (encoder.family or recipe.init)):
+        raise UserError(
+            "model.decoder.standardise fits a decoder to the latents of a frozen encoder: add --encoder KIND=WHERE, or "
+            "init, and set training.train_encoder to false"
+        )
 
 
 def start_from(tokenizer: Tokenizer, recipe: Recipe) -> bool:
@@ -57,7 +99,12 @@ def start_from(tokenizer: Tokenizer, recipe: Recipe) -> bool:
         kept = {name: getattr(source.config, name) for name in names}
         tokenizer.config = dataclasses.replace(tokenizer.config, **kept)
     ours, theirs = recipe.model, source.config
-    free: dict[str, Any] = {"size": "custom", "attention": "auto", "dropout": 0.0}  # change no weight's shape
+    free: dict[str, Any] = {
+        "size": "custom",
+        "attention": "auto",
+        "dropout": 0.0,
+        "residual": 0.0,
+    }  # change no weight's shape
     if theirs.decoder.stages in (1, ours.decoder.stages):
         free |= {"stages": 1, "null_latent": False}  # add weights that are zero at first
     same = dataclasses.replace(ours.decoder, **free) == dataclasses.replace(theirs.decoder, **free)

@@ -80,6 +80,9 @@ class LossConfig:
     """Weight of the flow-matching loss."""
     space: Literal["", "v", "x"] = ""
     """Space the flow loss is measured in; default: what the decoder predicts."""
+    time_power: float = 0.0
+    """A sample's flow loss counts t^-p times, so that small errors where little noise is left are learnt, too; in
+    x-space, 2 is the velocity's own weight."""
     perceptual: float = 0.5
     """Weight of the perceptual distance between the predicted clean image and the image."""
     perceptual_backbone: Literal["efflite", "lpips-vgg"] = "efflite"
@@ -314,11 +317,10 @@ class Recipe:
                            ("scales", ScalesConfig)):  # fmt: skip
             if getattr(self, name) != kind():
                 raise UserError(f"{name}.* is for tokenizers, but trains is generator: leave it out")
-        if self.init or self.times.zero_noise:
-            raise UserError(
-                f"init={self.init!r} and times.zero_noise={self.times.zero_noise} are for tokenizers, but trains is "
-                "generator: leave them out"
-            )
+        for name, value in (("init", self.init), ("times.zero_noise", self.times.zero_noise),
+                            ("data.validation", self.data.validation)):  # fmt: skip
+            if value:
+                raise UserError(f"{name} is {value!r}: it is for tokenizers, but trains is generator; leave it out")
         if not self.data.latents:
             raise UserError(
                 "data.latents is false, but trains is generator: a generator learns from what monobath cache-latents "
@@ -335,6 +337,11 @@ class Recipe:
                     "it out"
                 )
             return
+        if scales.times == "uniform" and (self.times.mean, self.times.std) != (0, 1):
+            raise UserError(
+                f"times.mean={self.times.mean:g}, times.std={self.times.std:g} are for logit-normal times, but "
+                'scales.times is "uniform": leave them out'
+            )
         if self.loss.space not in ("", decoder.prediction):
             raise UserError(
                 f"loss.space is {self.loss.space!r}: a multi-scale decoder learns in the space of what it predicts, "

@@ -30,7 +30,8 @@ from ..data.latents import CacheFacts, read_facts, shard_path, write_facts, writ
 from ..errors import UserError
 from ..files import write_folder
 from ..images import MAX_PIXELS, to_float
-from ..models.encoder import Encoder, Posterior
+from ..models.encoder import Encoder, EncoderConfig, Posterior
+from ..models.foreign import ForeignEncoder, missing_encoder
 from ..tokenizer import Tokenizer
 from .config import DataConfig
 
@@ -170,7 +171,8 @@ def check_writable(name: str) -> Path:
 def store_statistics(name: str, statistics: LatentStatistics, out: Path, **facts: Any) -> None:
     """Write a model with the statistics in its config; weights and their type stay what they are.
 
-    `shift_factor` becomes the overall mean and `scaling_factor` one over the overall standard deviation.
+    `shift_factor` becomes the overall mean and `scaling_factor` one over the overall standard deviation; but a model of
+    foreign latents keeps its family's, which that family's generators expect.
 
     Args:
         name: of the model, as `Tokenizer.from_pretrained` takes it.
@@ -186,12 +188,9 @@ def store_statistics(name: str, statistics: LatentStatistics, out: Path, **facts
         state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     beside = file.parent / "config.json"
     config = json.loads(beside.read_text(encoding="utf-8") if not Path(name).is_file() and beside.is_file() else inside)
-    config |= {
-        "scaling_factor": 1 / statistics.overall_std,
-        "shift_factor": statistics.overall_mean,
-        "latent_mean": statistics.mean,
-        "latent_std": statistics.std,
-    }
+    config |= {"latent_mean": statistics.mean, "latent_std": statistics.std}
+    if not config["encoder"].get("family"):
+        config |= {"scaling_factor": 1 / statistics.overall_std, "shift_factor": statistics.overall_mean}
     config["training"] = (config.get("training") or {}) | {
         "latent_statistics": {"pictures": statistics.pictures, **facts}
     }
@@ -219,8 +218,15 @@ def _weights_file(name: str) -> Path:
 
 
 def weights_sha256(module: nn.Module) -> str:
-    """Hash of a network's weights: names, shapes and float32 values. What a cache and a run must agree in."""
+    """Hash of a network's weights: names, shapes and float32 values. What a cache and a run must agree in.
+
+    A foreign encoder's are those of its network; of a callable without weights, where it came from.
+    """
     found = hashlib.sha256()
+    if isinstance(module, ForeignEncoder):
+        if not isinstance(module.network, nn.Module):
+            return hashlib.sha256(f"{module.config.family} {module.config.source}".encode()).hexdigest()
+        module = module.network
     for name, tensor in sorted(module.state_dict().items()):
         found.update(f"{name} {tuple(tensor.shape)}\n".encode())
         found.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
@@ -228,7 +234,7 @@ def weights_sha256(module: nn.Module) -> str:
 
 
 def cache_latents(
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | ForeignEncoder,
     source: Source,
     out: Path,
     *,
@@ -244,6 +250,7 @@ def cache_latents(
     min_side: int = 16,
     model: str = "",
     dtype: torch.dtype = torch.float32,
+    labels: bool = False,
     progress: Progress | None = None,
 ) -> CacheFacts:
     """Encode augmented crops of every picture once and write them to shards: see `data/latents.py`.
@@ -251,7 +258,7 @@ def cache_latents(
     The same call goes on where it stopped, and writes the same bytes as if it had not: finished shards are kept.
 
     Args:
-        tokenizer: with float32 weights, whose hash identifies the encoder.
+        tokenizer: with float32 weights, whose hash identifies the encoder; or a foreign encoder alone.
         source: folders, shards, patterns, or a list of them; no URLs.
         out: folder for the shards and `latents.json`.
         size: side of the crops, in pixels; a multiple of the tokenizer's factor.
@@ -264,6 +271,7 @@ def cache_latents(
         max_pixels, min_side: pictures outside are replaced by their neighbours, as in training.
         model: what the user calls the tokenizer, for messages.
         dtype: arithmetic of the encoder.
+        labels: also keep every picture's label, for generators of classes: see `data.sources.find_samples`.
 
     Returns:
         The facts of the finished cache.
@@ -272,7 +280,10 @@ def cache_latents(
         UserError: bad settings, no usable picture, latents that half precision cannot hold, or a folder that holds a
             cache made otherwise.
     """
-    config = tokenizer.config.encoder
+    encoder = tokenizer.encoder if isinstance(tokenizer, Tokenizer) else tokenizer
+    config = encoder.config
+    if isinstance(encoder, ForeignEncoder) and encoder.network is None:
+        raise UserError(missing_encoder(config))
     for name, value, least in (("copies", copies, 1), ("shard_mb", shard_mb, 0), ("batch_size", batch_size, 1)):
         if value < least or not value:
             raise UserError(f"{name} is {value}: it must be {f'at least {least}' if least else 'above 0'}")
@@ -282,14 +293,18 @@ def cache_latents(
         raise UserError(f"{source}: latents of streamed shards cannot be cached; give local folders or shards")
     low, high = scale or (size, 2 * size)
     dataset = PhotoDataset(
-        source, size=size, scale=(low, high), flip=flip, seed=seed, max_pixels=max_pixels, min_side=min_side
-    )
+        source, size=size, scale=(low, high), flip=flip, seed=seed, max_pixels=max_pixels, min_side=min_side,
+        labels=labels,
+    )  # fmt: skip
+    found = {sample.label for sample in dataset.samples if sample.label is not None}
+    if found and min(found) < 0:
+        raise UserError(f"label {min(found)}: labels that are kept must be at least 0")
     values = 2 * config.latent_channels * (size // config.factor) ** 2
     # At most: the crop, its moments in half precision, and what tar and the small files add.
     bytes_a_picture = copies * (3 * size**2 + 2 * values + 6 * 1024)
     facts = CacheFacts(
-        encoder=asdict(config),
-        encoder_sha256=weights_sha256(tokenizer.encoder),
+        encoder=_encoder_facts(config),
+        encoder_sha256=weights_sha256(encoder),
         model=model,
         dtype=str(dtype).removeprefix("torch."),
         factor=config.factor,
@@ -303,12 +318,13 @@ def cache_latents(
         pictures=len(dataset),
         pictures_sha256=hashlib.sha256("\n".join(sample.name for sample in dataset.samples).encode()).hexdigest(),
         pictures_a_shard=max(1, int((shard_mb * 2**20 - TAR_END) / bytes_a_picture)),
+        labels=sorted(found),
     )
     before = read_facts(out)
     if before and facts.differences(before):
         raise UserError(f"{out} holds a cache made otherwise ({facts.differences(before)}): choose another folder")
     missing = [shard for shard in range(facts.shards) if not shard_path(out, shard).is_file()]
-    _write_shards(tokenizer.encoder, dataset, facts, out, missing, batch_size, workers, dtype, progress)
+    _write_shards(encoder, dataset, facts, out, missing, batch_size, workers, dtype, progress)
     facts = replace(facts, complete=True)
     write_facts(out, facts)
     return facts
@@ -316,7 +332,7 @@ def cache_latents(
 
 @torch.no_grad()
 def _write_shards(
-    encoder: Encoder,
+    encoder: Encoder | ForeignEncoder,
     dataset: PhotoDataset,
     facts: CacheFacts,
     out: Path,
@@ -347,8 +363,9 @@ def _write_shards(
             if done == before:  # it works: from here on the folder is a cache, finished or not
                 write_facts(out, facts)
             for (index, number, item), own_moments in zip(batch, moments, strict=True):
-                name = dataset.samples[item["index"]].name
-                yield index * facts.copies + number, item["image"], own_moments, {"picture": name, "copy": number}
+                own_facts = {"picture": dataset.samples[item["index"]].name, "copy": number}
+                own_facts |= {"label": item["label"]} if "label" in item else {}
+                yield index * facts.copies + number, item["image"], own_moments, own_facts
             done += len(batch)
             if progress:
                 progress(done, total)
@@ -357,9 +374,16 @@ def _write_shards(
         write_shard(shard_path(out, shard), samples(shard))
 
 
-def _moments(encoder: Encoder, images: Tensor, dtype: torch.dtype) -> Tensor:
+def _encoder_facts(config: EncoderConfig) -> dict[str, Any]:
+    """Shape and family; not where it was read from, which may move. The hash tells whether it is the same."""
+    facts = asdict(config)
+    del facts["source"]
+    return facts if config.family else {name: value for name, value in facts.items() if name != "family"}
+
+
+def _moments(encoder: Encoder | ForeignEncoder, images: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 `(B, 3, H, W)` → float32 means and clamped log-variances `(B, 2c, h, w)`, on the CPU."""
-    device = encoder.conv_in.weight.device
+    device = encoder.anchor.device
     x = to_float(images.to(device)).to(dtype)
     posterior = Posterior(encoder(x), (x.shape[2], x.shape[3]))
     moments = torch.cat([posterior.mean, posterior.logvar], dim=1).cpu()
@@ -397,12 +421,21 @@ def open_cache(data: DataConfig, *, seed: int, train_encoder: bool) -> LatentDat
 
 
 def check_encoder(dataset: LatentDataset, encoder: nn.Module) -> None:
-    """Refuse latents of another encoder.
+    """Refuse latents of another encoder. Without one, training from a cache needs none: then factor and channels count.
 
     Raises:
         UserError: the hashes differ; the message names both, and the remedy.
     """
-    own, facts = weights_sha256(encoder), dataset.facts
+    facts = dataset.facts
+    if isinstance(encoder, ForeignEncoder) and encoder.network is None:
+        cached = EncoderConfig(**facts.encoder)
+        if (cached.name, cached.family) != (encoder.config.name, encoder.config.family):
+            raise UserError(
+                f"{dataset.folders[0]} holds latents of {cached.title}, but this run's are of {encoder.config.title}: "
+                "choose another cache"
+            )
+        return
+    own = weights_sha256(encoder)
     if own != facts.encoder_sha256:
         raise UserError(
             f"{dataset.folders[0]} holds latents of the encoder {facts.encoder_sha256[:12]} "

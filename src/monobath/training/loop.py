@@ -13,7 +13,7 @@ import dataclasses
 import json
 import logging
 import signal
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,21 +21,17 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
-from torchvision.utils import make_grid
 
-from ..data import LatentDataset, PhotoDataset, StreamDataset, iterate_eval, make_dataset, make_loader
+from ..data import make_loader
 from ..errors import UserError
 from ..files import write_file, write_text
-from ..images import tensor_to_pil, to_float
-from ..models.decoder import Decoder
-from ..tokenizer import TokenizerConfig
+from ..images import tensor_to_pil
 from . import checkpoints
 from .adversary import Adversary
-from .building import make_objective, make_samples, make_tokenizer
 from .config import OptimizerConfig, Recipe
 from .ema import EMA
-from .latents import check_encoder, open_cache
-from .objectives import Draws, draw_seed
+from .generation import GenerationTask
+from .objectives import draw_seed
 from .optimizers import (
     evaluation_weights,
     is_schedule_free,
@@ -44,6 +40,7 @@ from .optimizers import (
     training_weights,
 )
 from .progress import Progress
+from .tasks import Place, Task, TokenizerTask, same_model
 
 log = logging.getLogger(__name__)
 
@@ -53,10 +50,10 @@ class Interrupted(Exception):
 
 
 def train(recipe: Recipe) -> Path:
-    """Train a tokenizer as the recipe says; go on where the run folder stands.
+    """Train what the recipe says; go on where the run folder stands.
 
     Returns:
-        The folder of the finished slim EMA model, for `Tokenizer.from_pretrained`.
+        The folder of the finished slim EMA model, for `Tokenizer.from_pretrained` or `Generator.from_pretrained`.
 
     Raises:
         UserError: the recipe cannot run (no data, other model in the folder, package missing, non-finite losses …).
@@ -93,32 +90,20 @@ class _Run:
             )
         self.micro = training.batch_size // share
 
-        # Data first: a wrong path should say so at once, and leave nothing behind.
-        data = recipe.data
-        self.dataset: PhotoDataset | StreamDataset | LatentDataset
-        if data.latents:
-            self.dataset = open_cache(data, seed=training.seed, train_encoder=training.train_encoder)
-        else:
-            self.dataset = make_dataset(
-                data.source, size=data.size, scale=(data.scale[0], data.scale[1]), flip=data.flip, seed=training.seed,
-                max_pixels=data.max_pixels, min_side=data.min_side, cache=data.cache,
-            )  # fmt: skip
-        self.examples = self._examples() if self.main and training.sample_every else None
+        place = Place(device=self.device, rank=self.rank, world=self.world, micro=self.micro)
+        self.task: Task = (GenerationTask if recipe.trains == "generator" else TokenizerTask)(recipe, place)
+        self.dataset = self.task.dataset
         if self.main:
             self._claim_folder()
 
         torch.manual_seed(training.seed)
-        self.tokenizer = make_tokenizer(recipe, quiet=not self.main)
-        self.objective = make_objective(recipe, self.tokenizer, batch=self.micro)
-        pictures = len(self.dataset) if isinstance(self.dataset, Sized) else None
-        self.samples = make_samples(recipe, self.objective, pictures=pictures, batch=(self.world, self.micro))
+        self.task.build()
+        self.model = self.task.model
+        self.objective: Any = self.task.objective
         self.objective.to(self.device)
         if training.channels_last:
             self.objective.to(memory_format=torch.channels_last)
-        self.tokenizer.encoder.checkpointing = training.checkpointing
-        if isinstance(self.tokenizer.decoder, Decoder):
-            self.tokenizer.decoder.set_checkpointing(training.checkpointing)
-        self.ema = EMA(self.tokenizer, training.ema)
+        self.ema = EMA(self.model, training.ema)
         self.optimizer: Any = make_optimizer(self.objective, recipe.optimizer)
         self.schedule_free = is_schedule_free(self.optimizer)
         self.step = 0
@@ -127,11 +112,9 @@ class _Run:
             self.adversary = Adversary(recipe.loss, self.accelerator, recipe.optimizer.clip)
             self.objective.judge = self.adversary.judge
         self._resume()
-        if isinstance(self.dataset, LatentDataset):
-            check_encoder(self.dataset, self.tokenizer.encoder)
+        self.task.resumed()
         if training.compile:
-            self.tokenizer.encoder.compile()
-            self.tokenizer.decoder.compile()
+            self.task.compile()
         self.prepared, self.optimizer = self.accelerator.prepare(self.objective, self.optimizer)
         if self._scaler_state is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(self._scaler_state)
@@ -194,27 +177,15 @@ class _Run:
             self.adversary.begin_step(self.step, training.steps)
         totals: dict[str, Tensor] = {}
         for micro in range(accumulation):
-            batch = next(batches)
-            x = to_float(batch["image"].to(self.device, non_blocking=True))
-            moments = batch["moments"].to(self.device, non_blocking=True) if "moments" in batch else None
-            if training.channels_last:
-                x = x.contiguous(memory_format=torch.channels_last)
             position = self.step * accumulation + micro
             seed = draw_seed(training.seed, position)
-            draws = Draws.make(
-                seed, tuple(x.shape), self._latent_shape(x), self.recipe.times, grid=self.objective.grid,
-                rank=self.rank, world=self.world, device=self.device,
-            )  # fmt: skip
-            target = self.samples.read(position, self.rank) if self.samples is not None else None
-            target = None if target is None else target.to(self.device)
+            inputs = self.task.inputs(next(batches), seed, position)
             torch.manual_seed(seed + self.rank)  # dropout
             syncing = micro == accumulation - 1
             with contextlib.nullcontext() if syncing else self.accelerator.no_sync(self.prepared):
-                more = self.objective.more_draws(seed, len(x), self.rank, self.world)
-                losses = self.prepared(x, draws.t, draws.noise, draws.latent_noise, moments, target, *more)
+                losses = self.prepared(*inputs)
                 self.accelerator.backward(losses["loss"] / accumulation)
-            if self.samples is not None and target is None:
-                self.samples.write(position, self.rank, self.objective.target)
+            self.task.learned(position)
             if self.adversary is not None:
                 losses["discriminator"] = self.adversary.learn(
                     self.objective.real, self.objective.generated, accumulation
@@ -246,19 +217,15 @@ class _Run:
         self.bad = torch.stack([in_a_row, torch.maximum(self.bad[1], in_a_row), self.bad[2] + bad])
         with evaluation_weights(self.optimizer.optimizer):
             if self.step < training.ema_start * training.steps:
-                self.ema.copy(self.tokenizer)
+                self.ema.copy(self.model)
             else:
-                self.ema.update(self.tokenizer)
+                self.ema.update(self.model)
         totals["grad_norm"] = norm.detach()
         for name, value in totals.items():
             kept = torch.where(finite, value.float(), 0.0)
             self.sums[name] = self.sums.get(name, torch.zeros((), device=self.device)) + kept
         self.sums["count"] = self.sums.get("count", torch.zeros((), device=self.device)) + finite.float()
         self.rate = rate
-
-    def _latent_shape(self, x: Tensor) -> tuple[int, ...]:
-        encoder = self.recipe.model.encoder
-        return (len(x), encoder.latent_channels, x.shape[2] // encoder.factor, x.shape[3] // encoder.factor)
 
     # ---- what is written ------------------------------------------------------------------------
 
@@ -282,19 +249,17 @@ class _Run:
             )
 
     def _sample(self, progress: Progress) -> None:
-        if not self.main or self.examples is None:
+        if not self.main:
             return
-        model = self.ema.model
         with self._autocast():
-            posterior = model.encode(self.examples.to(self.device))  # type: ignore[operator]
-            output = model.decode(posterior.mode(), output="uint8").cpu()  # type: ignore[operator]
-        error = (output.float() - self.examples.float()).div(255).square().mean((1, 2, 3))
-        psnr = (-10 * error.clamp_min(1e-10).log10()).mean().item()
-        shown = torch.cat([self.examples, output])
-        grid = make_grid(shown, nrow=len(output), padding=2)
+            shown = self.task.show(self.ema.model)
+        if shown is None:
+            return
+        grid, figures = shown
         write_file(self.run / "samples" / f"step-{self.step:08d}.png", tensor_to_pil(grid).save)
         progress.image(self.step, grid)
-        progress.log(self.step, {"sample_psnr": psnr})
+        if figures:
+            progress.log(self.step, figures)
 
     def _save(self) -> None:
         if self.main:
@@ -305,7 +270,7 @@ class _Run:
                 checkpoints.save(
                     self.run,
                     self.step,
-                    model=self.tokenizer,
+                    model=self.model,
                     ema=self.ema,
                     trainer={
                         "kind": self.recipe.optimizer.kind,
@@ -333,29 +298,19 @@ class _Run:
                 before = yaml.safe_load(file.read_text(encoding="utf-8"))
             except (yaml.YAMLError, UnicodeDecodeError) as error:
                 raise UserError(f"{file} is corrupt ({error}): choose another --run") from None
-            if checkpoints.latest(self.run) and not _same_model(before, self.recipe):
+            if checkpoints.latest(self.run) and not same_model(self.task, before):
                 raise UserError(f"{self.run} holds a run of another model: choose another --run, or delete that folder")
-            changed = [k for k, v in resolved.items() if before.get(k) != json.loads(json.dumps(v))]
+            changed = [k for k, v in resolved.items() if k in before and before[k] != json.loads(json.dumps(v))]
             if changed:
                 log.warning("%s: the recipe changed since this run began, in: %s", self.run, ", ".join(changed))
         write_text(file, yaml.safe_dump(json.loads(json.dumps(resolved)), sort_keys=False))
-
-    def _examples(self) -> Tensor:
-        """uint8 `(n, 3, size, size)`: what the sample grids show."""
-        data = self.recipe.data
-        fixed = make_dataset(
-            data.validation or data.source, size=data.size, augment=False, max_pixels=data.max_pixels,
-            min_side=data.min_side,
-        )  # fmt: skip
-        parts = iterate_eval(fixed, batch_size=8, limit=self.recipe.training.samples)
-        return torch.cat([part["image"] for part in parts])
 
     def _resume(self) -> None:
         self._scaler_state = None
         path = checkpoints.latest(self.run)
         if path is None:
             return
-        state, trainer = checkpoints.load(path, model=self.tokenizer, ema=self.ema)
+        state, trainer = checkpoints.load(path, model=self.model, ema=self.ema)
         try:
             if trainer.get("kind", "adamw") != self.recipe.optimizer.kind:
                 raise ValueError(f"its optimizer is {trainer.get('kind', 'adamw')}")
@@ -379,10 +334,10 @@ class _Run:
             log.info("resuming %s at step %d", self.run, self.step)
 
     def _loss_parameters(self) -> dict[str, Tensor]:
-        """What trains but is no part of the tokenizer, such as REPA's projector: kept in checkpoints only."""
-        tokenizer = {id(p) for p in self.tokenizer.parameters()}
+        """What trains but is no part of the model, such as REPA's projector: kept in checkpoints only."""
+        model = {id(p) for p in self.model.parameters()}
         trained = ((n, p) for n, p in self.objective.named_parameters() if p.requires_grad)
-        return {name: p for name, p in trained if id(p) not in tokenizer}
+        return {name: p for name, p in trained if id(p) not in model}
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -425,11 +380,3 @@ def _accelerator(recipe: Recipe) -> Any:
     return Accelerator(
         mixed_precision=precision, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
     )
-
-
-def _same_model(before: Any, recipe: Recipe) -> bool:
-    """Whether a stored recipe has this one's model; a field that came after it has its default."""
-    try:
-        return TokenizerConfig.from_dict(before["model"]) == recipe.model
-    except (UserError, TypeError, KeyError, AttributeError):
-        return False

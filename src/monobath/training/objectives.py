@@ -189,7 +189,8 @@ class AutoencoderObjective(nn.Module):
             with tap(self.repa, decoder):
                 prediction = decoder(x_t, t, z)
             space = self.loss.space or kind
-            losses = {"flow": flow.flow_loss(prediction, target, noise, x_t, t, kind, space)}  # type: ignore[arg-type]
+            power = self.loss.time_power
+            losses = {"flow": flow.flow_loss(prediction, target, noise, x_t, t, kind, space, power)}  # type: ignore[arg-type]
             clean = flow.to_clean(prediction.float(), x_t, t, kind)  # type: ignore[arg-type]
             total = self.loss.flow * losses["flow"]
         if self.perceptual is not None:

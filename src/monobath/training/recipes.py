@@ -21,6 +21,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from .. import resources
 from ..errors import UserError
+from ..foreign import as_encoder
 from ..tokenizer import Tokenizer
 from .config import Recipe
 
@@ -55,7 +56,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         if not separator:
             raise UserError(f"{key} has no value: write {key}=VALUE")
         values[key] = schema.parse(key, given)
-    return _build(Recipe, _inherited(values) | values)
+    return _build(Recipe, _inherited(values) | _of_encoder(values) | values)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -90,7 +91,23 @@ def _inherited(values: dict[str, Any]) -> dict[str, Any]:
             found |= {f"model.{part}.{name}": inner for name, inner in dataclasses.asdict(value).items()}
         else:
             found[f"model.{part}"] = value
+    if "decoder" not in missing:
+        found |= {f"model.decoder.{name}": getattr(model.encoder, name) for name in ("factor", "latent_channels")}
+    if model.encoder.family == "custom" and "encoder" in missing:
+        found["model.encoder.source"] = ""  # names code: the user says what is run, not a model's configuration
     return found
+
+
+def _of_encoder(values: dict[str, Any]) -> dict[str, Any]:
+    """What a foreign encoder says: channels and factor of the latents, the numbers that its family publishes."""
+    family, source = (values.get(f"model.encoder.{name}") for name in ("family", "source"))
+    known = {f"model.{part}.{name}" for part in ("encoder", "decoder") for name in ("factor", "latent_channels")}
+    if not (family and source) or known <= values.keys():  # a run's config.yaml holds all of it
+        return {}
+    encoder = as_encoder(f"{family}={source}")
+    shape = {"factor": encoder.config.factor, "latent_channels": encoder.config.latent_channels}
+    found = {f"model.{part}.{name}": value for part in ("encoder", "decoder") for name, value in shape.items()}
+    return found | {f"model.{name}": value for name, value in encoder.published.items()}
 
 
 class _Schema:

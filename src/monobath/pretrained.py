@@ -1,0 +1,89 @@
+"""Model folders: `config.json` beside `model.safetensors`, which holds the same configuration; never pickle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ._version import __version__
+from .errors import UserError
+from .files import write_folder
+
+T = TypeVar("T")
+
+
+def write_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    format: str,
+    config: dict[str, Any],
+    extra: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a model folder, atomically.
+
+    Args:
+        format: what kind of model, and which version of its files.
+        config: plain values.
+        extra: plain values kept in the config under "training".
+        dtype: type of the stored weights; default: what they are.
+
+    Raises:
+        UserError: the folder cannot be written; what was there stays as it was.
+    """
+    config = {"format": format, "monobath_version": __version__, **config} | ({"training": extra} if extra else {})
+    state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
+
+    def write(partial: Path) -> None:
+        save_file(state, partial / "model.safetensors", metadata={"config": json.dumps(config), "format": "pt"})
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    write_folder(folder, write)
+
+
+def read_checkpoint(path: Path, format: str, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and tensors of a folder or a `.safetensors` file.
+
+    Args:
+        format: what `write_checkpoint` was given.
+        what: kind of model, for messages.
+
+    Raises:
+        UserError: no such file, a corrupt one, or one of another kind or version.
+    """
+    file = path / "model.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"{path} holds no model.safetensors: give the folder that save_pretrained wrote")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            inside = (opened.metadata() or {}).get("config")
+            state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        beside = path / "config.json"
+        text = beside.read_text(encoding="utf-8") if path.is_dir() and beside.is_file() else inside
+        config = json.loads(text) if text else None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is corrupt or not a monobath checkpoint ({error}): fetch or save it again") from None
+    if not isinstance(config, dict) or config.get("format") != format:
+        found = config.get("format") if isinstance(config, dict) else None
+        raise UserError(f"{path} is not a monobath {what} (format {found!r}, expected {format!r})")
+    ignored = ("format", "monobath_version", "training")
+    return {k: v for k, v in config.items() if k not in ignored}, state
+
+
+def config_of(kind: type[T], values: Mapping[str, Any], parts: Mapping[str, type], what: str) -> T:
+    """A configuration dataclass from plain values, its `parts` from dictionaries of their own.
+
+    Raises:
+        UserError: an unknown key, which the message names.
+    """
+    try:
+        return kind(**{k: parts[k](**v) if k in parts else v for k, v in values.items()})
+    except TypeError as error:
+        raise UserError(f"not a {what} configuration of this version ({error})") from None

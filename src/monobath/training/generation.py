@@ -1,0 +1,188 @@
+"""What a latent generator learns, and from what: flow matching on normalised cached latents, classes dropped at times.
+
+DiT (arXiv 2212.09748) with the flow-matching objective of METHOD section 3, as in SSDD's generation experiments: clean
+is the latent, (z − mean) / std with z drawn from the posterior; classifier-free guidance (arXiv 2207.12598) needs a
+fraction of the samples to have the null class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.utils import make_grid
+
+from .. import flow
+from ..data import LatentDataset
+from ..data.latents import NO_LABELS
+from ..errors import UserError
+from ..generation import Generator, GeneratorConfig
+from ..models.dit import DiTConfig
+from ..models.encoder import Posterior
+from ..tokenizer import Tokenizer
+from .config import Recipe
+from .latents import LatentMoments, check_encoder, open_cache
+from .objectives import Draws
+from .tasks import Place, Task
+
+_DROPPING = 1 << 31
+"""Turns the seed of a batch into that of the classes that are dropped."""
+MEASURED = 10_000
+"""Pictures that the statistics are measured on, at most."""
+
+
+class GenerationObjective(nn.Module):
+    """Flow matching of a generator's network, in normalised latents."""
+
+    def __init__(self, generator: Generator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def forward(
+        self, moments: Tensor, t: Tensor, noise: Tensor, latent_noise: Tensor, numbers: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Losses of a batch: float32 scalars `loss` and `flow`, which are the same.
+
+        Args:
+            moments: `(B, 2c, h, w)`, mean and log-variance of the posteriors.
+            t, noise, latent_noise: see `Draws`; noise and latent noise are `(B, c, h, w)`.
+            numbers: the network's number of each sample's class, int64 `(B,)`; None: there are no classes.
+        """
+        mean, logvar = moments.float().chunk(2, dim=1)
+        z = self.generator.normalise(mean + (0.5 * logvar).exp() * latent_noise)
+        x_t = flow.interpolate(z, noise, t)
+        loss = flow.flow_loss(self.generator.dit(x_t, t, numbers), z, noise, x_t, t, "v", "v")
+        return {"loss": loss, "flow": loss}
+
+
+class GenerationTask(Task):
+    """A generator learns from what `monobath cache-latents` wrote."""
+
+    dataset: LatentDataset
+    model: Generator
+    objective: GenerationObjective
+
+    def __init__(self, recipe: Recipe, place: Place) -> None:
+        super().__init__(recipe, place)
+        ours, folder = recipe.generator, recipe.data.source[0]
+        cache = open_cache(recipe.data, seed=recipe.training.seed, train_encoder=False)
+        if ours.conditional and not cache.labels:
+            raise UserError(f"{folder} has no labels: {NO_LABELS}; or set generator.conditional to false")
+        self.dataset = cache.for_generation(ours.classes)
+        channels, factor = cache.facts.encoder["latent_channels"], cache.facts.factor
+        if ours.dit.latent_channels != channels:
+            raise UserError(
+                f"generator.dit.latent_channels is {ours.dit.latent_channels}, but the latents of {folder} have "
+                f"{channels} channels: set it to that"
+            )
+        self.side = cache.facts.size // factor
+        if self.side % ours.dit.patch:
+            raise UserError(
+                f"generator.dit.patch is {ours.dit.patch}, which does not divide latents of {self.side}×{self.side} "
+                f"({folder}): choose another patch"
+            )
+        self.tokenizer_name = ours.tokenizer or cache.facts.model
+        self.tokenizer = None
+        drawing = place.main and recipe.training.sample_every
+        if drawing or ours.statistics == "published":
+            self.tokenizer = self._tokenizer()
+
+    def build(self) -> None:
+        ours = self.recipe.generator
+        labels = (sorted(ours.classes) or self.dataset.labels) if ours.conditional else []
+        mean, std = self._statistics()
+        config = GeneratorConfig(
+            dit=dataclasses.replace(ours.dit, classes=len(labels)),
+            sampler=ours.sampler,
+            size=[self.side, self.side],
+            latent_mean=mean,
+            latent_std=std,
+            labels=labels,
+            tokenizer=self.tokenizer_name,
+            encoder_sha256=self.dataset.facts.encoder_sha256,
+        )
+        self.model = Generator(config).train()
+        self.model.dit.checkpointing = self.recipe.training.checkpointing
+        self.objective = GenerationObjective(self.model)
+        self.numbers = {label: number for number, label in enumerate(labels)}
+
+    def inputs(self, batch: dict[str, Tensor], seed: int, position: int) -> tuple[Any, ...]:
+        place = self.place
+        moments = batch["moments"].to(place.device, non_blocking=True)
+        shape = (len(moments), moments.shape[1] // 2, *moments.shape[2:])
+        draws = Draws.make(
+            seed, shape, shape, self.recipe.times, rank=place.rank, world=place.world, device=place.device
+        )
+        numbers = self._numbers(batch["label"].tolist(), seed) if self.numbers else None
+        return moments, draws.t, draws.noise, draws.latent_noise, numbers
+
+    def _numbers(self, labels: list[int], seed: int) -> Tensor:
+        """Each sample's class as the network counts it, or the null class."""
+        generator = torch.Generator().manual_seed(seed ^ _DROPPING)
+        first = self.place.rank * len(labels)
+        dropped = torch.rand(self.place.world * len(labels), generator=generator) < self.recipe.generator.drop
+        numbers = torch.tensor([self.numbers[label] for label in labels])
+        return torch.where(dropped[first : first + len(labels)], len(self.numbers), numbers).to(self.place.device)
+
+    def compile(self) -> None:
+        self.model.dit.compile()
+
+    def has_model(self, before: Mapping[str, Any]) -> bool:
+        ours, theirs = self.recipe.generator, before["generator"]
+        same_classes = (theirs["conditional"], theirs["classes"]) == (ours.conditional, ours.classes)
+        return same_classes and DiTConfig(**theirs["dit"]) == ours.dit
+
+    def show(self, model: Generator) -> tuple[Tensor, dict[str, float]] | None:
+        """Samples of the classes in turn, from seeds that are always the same."""
+        if self.tokenizer is None:
+            return None
+        count = self.recipe.training.samples
+        known: list[int | None] = [*model.config.labels[:count]] or [None]
+        labels = [known[i % len(known)] for i in range(count)]
+        pictures = self.tokenizer.to(self.place.device).decode(model.sample(labels), output="uint8").cpu()
+        return make_grid(pictures, nrow=min(count, max(8, len(known))), padding=2), {}
+
+    def _statistics(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of each channel, as `generator.statistics` says."""
+        kind, channels = self.recipe.generator.statistics, self.recipe.generator.dit.latent_channels
+        if kind == "published":
+            assert self.tokenizer is not None
+            config = self.tokenizer.config
+            if config.latent_mean:
+                return config.latent_mean, config.latent_std
+            if (config.scaling_factor, config.shift_factor) == (1.0, 0.0):
+                raise UserError(
+                    f"generator.statistics is published, but {self.tokenizer_name} publishes none: measure them with "
+                    'monobath stats, or set it to "channel"'
+                )
+            return [config.shift_factor] * channels, [1 / config.scaling_factor] * channels
+        sums, step = LatentMoments(), -(-len(self.dataset) // MEASURED)
+        pixels = (self.dataset.facts.size, self.dataset.facts.size)
+        for start in range(0, len(self.dataset), 256 * step):
+            part = range(start, min(len(self.dataset), start + 256 * step), step)
+            sums.add(Posterior(torch.stack([self.dataset[0, index]["moments"] for index in part]).float(), pixels))
+        found = sums.result()
+        if kind == "overall":
+            return [found.overall_mean] * channels, [found.overall_std] * channels
+        return found.mean, found.std
+
+    def _tokenizer(self) -> Tokenizer:
+        """The tokenizer that draws the sample grids, or publishes the statistics."""
+        try:
+            tokenizer = Tokenizer.from_pretrained(self.tokenizer_name)
+        except UserError as error:
+            raise UserError(
+                f"the tokenizer of these latents cannot be loaded ({error}): name one with generator.tokenizer, or "
+                'do without it (training.sample_every 0, generator.statistics "channel")'
+            ) from None
+        try:
+            check_encoder(self.dataset, tokenizer.encoder)
+        except UserError:
+            raise UserError(
+                f"{self.dataset.folders[0]} holds latents of another encoder than {self.tokenizer_name}'s: name its "
+                "own model with generator.tokenizer"
+            ) from None
+        return tokenizer
