@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from monobath import Tokenizer, UserError
 from monobath.data import make_dataset, make_loader
 from monobath.evaluation.evaluate import evaluate
-from monobath.evaluation.systems import Code, System
+from monobath.evaluation.system import Code, System
 from monobath.evaluation.throughput import system_speeds
 from monobath.files import write_file, write_text
 from monobath.images import to_float

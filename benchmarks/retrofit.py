@@ -38,7 +38,8 @@ from trainings import (
 )
 
 from monobath import UserError
-from monobath.evaluation.systems import System, TokenizerSystem, make_peer
+from monobath.evaluation.system import System
+from monobath.evaluation.systems import TokenizerSystem, make_peer
 from monobath.evaluation.throughput import system_speeds
 from monobath.files import write_text
 from monobath.foreign import as_encoder, split_spec

@@ -25,7 +25,7 @@ from monobath.evaluation.evaluate import half_sample_estimate, mean_estimate
 from monobath.evaluation.frechet import Gaussian, HalfSampled, frechet_distance
 from monobath.evaluation.metrics import PictureMetric, SetMetric, load_metrics
 from monobath.evaluation.results import Estimate
-from monobath.evaluation.systems import System
+from monobath.evaluation.system import System
 from monobath.files import write_text
 from monobath.images import to_float, to_uint8
 from monobath.training import checkpoints

@@ -26,7 +26,7 @@ from monobath.evaluation.evaluate import evaluate, half_sample_estimate, mean_es
 from monobath.evaluation.frechet import FeatureStatistics, frechet_distance
 from monobath.evaluation.metrics import PictureMetric, SetMetric
 from monobath.evaluation.results import MetricInfo
-from monobath.evaluation.systems import Code, System
+from monobath.evaluation.system import Code, System
 from monobath.images import tensor_to_pil
 
 

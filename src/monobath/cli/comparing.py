@@ -14,7 +14,7 @@ from .shared import DType, checked_device, out_folder, plain, show, write
 
 if TYPE_CHECKING:
     from ..evaluation.results import Evaluation
-    from ..evaluation.systems import System
+    from ..evaluation.system import System
 
 DECODERS = [f"{size}/{patch}" for size in ("XS", "S", "B", "M") for patch in (1, 2, 4)] + ["CS/4", "CM/4", "CL/4"]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..images import pil_to_tensor, tensor_to_pil, to_float, to_uint8
 from ..tiling import pad_to_multiple
-from .systems import Code, System
+from .system import Code, System
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from .frechet import Gaussian, HalfSampled, frechet_distance
 from .metrics import RESAMPLES, Metric, PictureMetric, SetMetric, load_metrics
 from .report import machine
 from .results import Estimate, Evaluation, SystemResult
-from .systems import System
+from .system import System
 
 Progress = Callable[[str, int, int | None], None]
 """(system's name, pictures done, pictures there are or None), after every batch that the main process has seen."""

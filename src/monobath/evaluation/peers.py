@@ -19,7 +19,7 @@ from ..foreign import (
 )
 from ..models import taesd
 from ..tiling import pad_to_multiple
-from .systems import Code, System
+from .system import Code, System
 
 
 class DiffusersSystem(System):

@@ -1,12 +1,10 @@
-"""Systems that turn images into codes and back, behind one small interface."""
+"""The systems there are, by name: our tokenizers, and the peers they are compared with."""
 
 from __future__ import annotations
 
 import difflib
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,42 +15,9 @@ from ..foreign import Foreign
 from ..models.foreign import ForeignEncoder
 from ..sampling import Noise
 from ..tokenizer import Tokenizer
+from .system import Code, System
 
 T = TypeVar("T")
-
-
-@dataclass(kw_only=True)
-class Code:
-    """What travels from `encode` to `decode`."""
-
-    payload: Any
-    """Latents `(B, c, h, w)`, or a list of B files as bytes."""
-    size: tuple[int, int]
-    """(H, W) of the images."""
-    bits: list[int]
-    """Size of each image's code in bits: real bytes of files; latent values at 16 bit each."""
-
-
-class System(ABC):
-    """An encoder and a decoder of images, with what the tables say about them."""
-
-    name: str
-    kind: str
-    weights: str = ""
-    family: str = ""
-    steps: int | None = None
-    encoder: nn.Module | None = None
-    """The network that encodes, for its parameters; None if there is none."""
-    decoder: nn.Module | None = None
-    device: torch.device = torch.device("cpu")
-
-    @abstractmethod
-    def encode(self, images: Tensor) -> Code:
-        """Float images `(B, 3, H, W)` in [-1, 1], any H and W → code. Deterministic: a posterior's mode."""
-
-    @abstractmethod
-    def decode(self, code: Code, seeds: Sequence[int]) -> Tensor:
-        """Code → float images `(B, 3, H, W)` in [-1, 1], clipped. `seeds`: one a picture, for those that draw noise."""
 
 
 class TokenizerSystem(System):

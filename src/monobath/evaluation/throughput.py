@@ -23,7 +23,7 @@ from .. import resources
 from ..errors import UserError
 from ..images import open_image, pil_to_tensor, to_float
 from .results import Speed
-from .systems import System
+from .system import System
 
 Work = Callable[[], object]
 Part = Literal["encode", "decode"]
