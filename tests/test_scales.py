@@ -473,6 +473,22 @@ def drawn(objective, x, seed: int = 0, ones: float = 0.5):
     return objective(x, draws.t, draws.noise, draws.latent_noise, None, None, *more)
 
 
+def test_small_noise_levels_can_count_more():
+    """Each stage's loss by its own noise level, which a stage's local time is not."""
+    x, tokenizer = rand_images(3, 3, 32, 64), multi()
+    noise, latent_noise, t = randn(3, 3, 32, 64), torch.zeros(3, 4, 4, 8), torch.full((3,), 0.5)
+    plain, weighted = (
+        ScalesObjective(tokenizer, LossConfig(perceptual=0, time_power=power), ScalesConfig(), train_encoder=False)(
+            x, t, noise, latent_noise, None, None, (0, 1, 2)
+        )
+        for power in (0.0, 2.0)
+    )
+    for stage in ScaleSchedule(3):
+        name = f"flow_stage{stage.index}"
+        expected = plain[name] * stage.level(torch.tensor(0.5)) ** -2
+        torch.testing.assert_close(weighted[name], expected)
+
+
 def test_stages_are_balanced():
     generator = torch.Generator().manual_seed(0)
     for stages in (1, 2, 3, 4):
@@ -843,6 +859,9 @@ STAGES = ["model.decoder.stages=3", "model.sampler.stages=3"]
          "1 step a stage"),
         ([*STAGES, "distill.teacher=t", "init=default", "training.train_encoder=false", "scales.times=uniform"],
          "only renoise counts"),
+        ([*STAGES, "scales.times=uniform", "times.mean=-1"], "times.mean=-1, times.std=1 are for logit-normal times"),
+        ([*STAGES, "distill.teacher=t", "init=default", "training.train_encoder=false", "loss.time_power=1"],
+         "would not act on a student of one step a stage"),
         (["scales.time=uniform"], "nearest valid one is scales.times"),
     ],
 )  # fmt: skip

@@ -24,7 +24,7 @@ from monobath import Tokenizer, UserError
 from monobath.losses.perceptual import EffLiteDistance
 from monobath.models.decoder import DecoderConfig
 from monobath.models.encoder import EncoderConfig
-from monobath.tokenizer import TokenizerConfig
+from monobath.tokenizer import SamplerConfig, TokenizerConfig
 from monobath.training import checkpoints, loop
 from monobath.training.config import (
     DataConfig,
@@ -523,6 +523,24 @@ def test_every_parameter_gets_a_gradient():
         assert parameter.grad.abs().sum() > 0, name
     assert isinstance(objective.perceptual, EffLiteDistance)
     assert all(p.grad is None for p in objective.perceptual.parameters())
+
+
+def test_small_times_can_count_more():
+    x, tokenizer = torch.rand(2, 3, 32, 48), Tokenizer(tiny_model())
+    draws = Draws.make(0, (2, 3, 32, 48), (2, 4, 4, 6), TimesConfig())
+    t = torch.full((2,), 0.25)
+    plain, weighted = (
+        AutoencoderObjective(tokenizer, LossConfig(perceptual=0, time_power=power), train_encoder=False)(
+            x, t, draws.noise, draws.latent_noise
+        )["loss"]
+        for power in (0.0, 1.5)
+    )
+    torch.testing.assert_close(weighted, plain * 0.25**-1.5)
+    with pytest.raises(UserError, match=r"time_power is -1"):
+        LossConfig(time_power=-1)
+    model = TokenizerConfig(kl_decoder=[8, 8, 8, 8], sampler=SamplerConfig(noise="zero"))
+    with pytest.raises(UserError, match="KL-VAE decoder, which has no times"):
+        Recipe(name="x", model=model, loss=LossConfig(time_power=1))
 
 
 def test_losses_are_the_sum_of_their_parts():

@@ -120,5 +120,10 @@ def flow_loss(
             velocity_from_clean(x_t, prediction, t, MIN_TIME).float() - velocity_from_clean(x_t, x, t, MIN_TIME).float()
         )
     if time_power:
-        error = error * t.float().clamp(min=MIN_TIME)[:, None, None, None] ** (-time_power / 2)
+        return (error.square() * time_weight(t, time_power)).mean()
     return error.square().mean()
+
+
+def time_weight(t: Tensor, power: float) -> Tensor:
+    """t^-power, with t at least `MIN_TIME`: `(B,)` → float32 `(B, 1, 1, 1)`, for squared errors of images."""
+    return t.float().clamp(min=MIN_TIME)[:, None, None, None] ** -power

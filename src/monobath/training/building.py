@@ -99,12 +99,8 @@ def start_from(tokenizer: Tokenizer, recipe: Recipe) -> bool:
         kept = {name: getattr(source.config, name) for name in names}
         tokenizer.config = dataclasses.replace(tokenizer.config, **kept)
     ours, theirs = recipe.model, source.config
-    free: dict[str, Any] = {
-        "size": "custom",
-        "attention": "auto",
-        "dropout": 0.0,
-        "residual": 0.0,
-    }  # change no weight's shape
+    # What changes no weight's shape.
+    free: dict[str, Any] = {"size": "custom", "attention": "auto", "dropout": 0.0, "residual": 0.0}
     if theirs.decoder.stages in (1, ours.decoder.stages):
         free |= {"stages": 1, "null_latent": False}  # add weights that are zero at first
     same = dataclasses.replace(ours.decoder, **free) == dataclasses.replace(theirs.decoder, **free)

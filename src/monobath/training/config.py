@@ -106,7 +106,7 @@ class LossConfig:
     """The discriminator's learning rate."""
 
     def __post_init__(self) -> None:
-        for name in ("flow", "perceptual", "kl", "repa", "adversarial", "adversarial_lr"):
+        for name in ("flow", "time_power", "perceptual", "kl", "repa", "adversarial", "adversarial_lr"):
             if getattr(self, name) < 0:
                 raise UserError(f"loss.{name} is {getattr(self, name)}: it must be at least 0")
         if not 0 <= self.adversarial_start <= 1:
@@ -302,6 +302,9 @@ class Recipe:
                     "distill.teacher is given, but training.train_encoder is true: the latents are the teacher's, so "
                     "set it to false"
                 )
+        if self.loss.time_power and (self.model.kl_decoder or (self.distill.teacher and self.model.decoder.stages > 1)):
+            what = "a KL-VAE decoder, which has no times" if self.model.kl_decoder else "a student of one step a stage"
+            raise UserError(f"loss.time_power is {self.loss.time_power:g}, which would not act on {what}: leave it out")
         if self.loss.adversarial and self.training.precision == "fp16":
             raise UserError('loss.adversarial needs training.precision "bf16" or "fp32"')
         decoder = self.model.decoder

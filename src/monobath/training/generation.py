@@ -1,8 +1,8 @@
 """What a latent generator learns, and from what: flow matching on normalised cached latents, classes dropped at times.
 
-DiT (arXiv 2212.09748) with the flow-matching objective of METHOD section 3, as in SSDD's generation experiments: clean
-is the latent, (z − mean) / std with z drawn from the posterior; classifier-free guidance (arXiv 2207.12598) needs a
-fraction of the samples to have the null class.
+DiT (arXiv 2212.09748) with SSDD's flow-matching objective (arXiv 2510.04961, section 3): clean is the latent,
+(z − mean) / std with z drawn from the posterior; classifier-free guidance (arXiv 2207.12598) needs a fraction of the
+samples to have the null class.
 """
 
 from __future__ import annotations

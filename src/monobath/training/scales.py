@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
-from ..flow import MIN_TIME, Prediction
+from ..flow import Prediction, time_weight
 from ..models.decoder import Decoder
 from ..sampling import time_grid
 from ..scales import ScaleSchedule, image_pyramid, integrate, noise_pyramid, predictor
@@ -135,7 +135,7 @@ class ScalesObjective(AutoencoderObjective):
             if self.scales.weighting == "sigmoid":
                 error = error * sigmoid_weight(level, self.scales.bias)[:, None, None, None]
             if self.loss.time_power:
-                error = error * level.clamp(min=MIN_TIME)[:, None, None, None] ** -self.loss.time_power
+                error = error * time_weight(level, self.loss.time_power)
             flow[stage.index] = error.mean()
             total = total + share * flow[stage.index]
             if stage.index == last:
