@@ -27,11 +27,13 @@ from trainings import (
     FIGURES,
     LABELS,
     Judge,
+    add_scoring,
     cell,
     device,
     estimate,
     exit_code,
     finished,
+    make_parser,
     markdown,
     read_score,
     recipe_of,
@@ -211,10 +213,7 @@ ACTIONS = {"train": run_training, "score": run_scoring, "show": show}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=ACTIONS)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the trainings and scores")
-    parser.add_argument("--data", nargs="+", default=[], help="folders or shards of photos: to train on, or held out")
+    parser = make_parser(__doc__, ACTIONS)
     train = parser.add_argument_group("train")
     train.add_argument("--start", default="default", help="start model and teacher: packaged name or folder")
     train.add_argument("--name", default="student", help="of the student's row and folder")
@@ -231,13 +230,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     train.add_argument("--workers", type=int, default=0, help="loader processes")
     train.add_argument("--seed", type=int, default=0)
-    score = parser.add_argument_group("score and show")
+    score = add_scoring(parser, "score and show")
     score.add_argument("--teacher-rows", type=int, nargs="+", default=[1, 2, 4, 8, 12], help="steps, Gaussian noise")
     score.add_argument("--zero-rows", type=int, nargs="+", default=[1], help="the teacher's steps from zero noise")
     score.add_argument("--against", type=int, default=8, help="teacher steps that students are compared with")
-    score.add_argument("--score-size", type=int, default=256, help="side of the held-out pictures, in pixels")
-    score.add_argument("--limit", type=int, help="at most so many held-out pictures")
-    score.add_argument("--repeats", type=int, default=5, help="timed decodes a number of steps")
     args = parser.parse_args(arguments)
     ACTIONS[args.action](args)
     return 0

@@ -31,7 +31,20 @@ from typing import Any
 
 import torch
 import yaml
-from trainings import FIGURES, LABELS, Judge, device, exit_code, facts_of, finished, markdown, read_score, trained
+from trainings import (
+    FIGURES,
+    LABELS,
+    Judge,
+    add_scoring,
+    device,
+    exit_code,
+    facts_of,
+    finished,
+    make_parser,
+    markdown,
+    read_score,
+    trained,
+)
 
 from monobath import Tokenizer, UserError
 from monobath.evaluation.systems import TokenizerSystem
@@ -260,10 +273,7 @@ ACTIONS = {"train": run_training, "score": run_scoring, "show": show}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=ACTIONS)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the trainings and scores")
-    parser.add_argument("--data", nargs="+", default=[], help="folders or shards of photos: to train on, or held out")
+    parser = make_parser(__doc__, ACTIONS)
     train = parser.add_argument_group("train")
     train.add_argument("--rows", nargs="+", choices=ROWS, default=["one-step", "kl", "kl-gan"])
     train.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -280,10 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("--size", type=int, default=64, help="side of the crops, in pixels")
     train.add_argument("--batch", type=int, default=16, help="crops a step")
     train.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
-    score = parser.add_argument_group("score")
-    score.add_argument("--score-size", type=int, default=256, help="side of the held-out pictures, in pixels")
-    score.add_argument("--limit", type=int, help="at most so many held-out pictures")
-    score.add_argument("--repeats", type=int, default=5, help="timed decodes a row")
+    add_scoring(parser)
     args = parser.parse_args(arguments)
     ACTIONS[args.action](args)
     return 0

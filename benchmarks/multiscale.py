@@ -28,7 +28,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torchvision.utils import make_grid
-from trainings import LABELS, Judge, cell, device, estimate, exit_code, facts_of, markdown, read_score, trained
+from trainings import (
+    LABELS,
+    Judge,
+    cell,
+    device,
+    estimate,
+    exit_code,
+    facts_of,
+    make_parser,
+    markdown,
+    read_score,
+    trained,
+)
 
 from monobath import Tokenizer, UserError
 from monobath.data import iterate_eval, make_dataset
@@ -251,10 +263,7 @@ ACTIONS = {"train": run_training, "score": run_scoring, "time": run_timing, "sho
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=ACTIONS)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the trainings, scores and times")
-    parser.add_argument("--data", nargs="+", default=[], help="folders or shards of photos: to train on, or held out")
+    parser = make_parser(__doc__, ACTIONS)
     parser.add_argument("--held-out", nargs="+", default=[], help="all: held-out photos, --data being the others")
     train = parser.add_argument_group("train")
     train.add_argument("--steps", type=int, default=4000, help="optimizer steps of full, and of the others together")

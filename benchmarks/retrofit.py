@@ -26,12 +26,14 @@ from trainings import (
     FIGURES,
     LABELS,
     Judge,
+    add_scoring,
     cell,
     device,
     estimate,
     exit_code,
     facts_of,
     finished,
+    make_parser,
     markdown,
     read_score,
     trained,
@@ -142,10 +144,7 @@ ACTIONS = {"train": run_training, "score": run_scoring, "show": show}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=ACTIONS)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the trainings and scores")
-    parser.add_argument("--data", nargs="+", default=[], help="folders or shards of photos: to train on, or held out")
+    parser = make_parser(__doc__, ACTIONS)
     parser.add_argument("--encoder", help="KIND=WHERE, as for monobath train; score measures its own decoder too")
     train = parser.add_argument_group("train")
     train.add_argument("--decoders", nargs="+", default=["CM/4"], help="sizes, such as CM/4 CL/4 S/2")
@@ -156,10 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("--batch", type=int, default=16, help="crops a step")
     train.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other values of the recipe")
     train.add_argument("--name", default="", help="name of the row with these values")
-    score = parser.add_argument_group("score")
-    score.add_argument("--score-size", type=int, default=256, help="side of the held-out pictures, in pixels")
-    score.add_argument("--limit", type=int, help="at most so many held-out pictures")
-    score.add_argument("--repeats", type=int, default=5, help="timed decodes a row")
+    add_scoring(parser)
     args = parser.parse_args(arguments)
     ACTIONS[args.action](args)
     return 0

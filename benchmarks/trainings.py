@@ -7,10 +7,11 @@ and a new one is measured alone.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,24 @@ FIGURES = {"psnr": 2, "ssim": 4, "efflite": 4, "fd_efflite": 1}
 LABELS = {
     "psnr": "PSNR, dB", "ssim": "SSIM", "efflite": "EffLite distance (Lite2)", "fd_efflite": "FD-EffLite",
 }  # fmt: skip
+
+
+def make_parser(doc: str | None, actions: Iterable[str]) -> argparse.ArgumentParser:
+    """What all of them take."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=actions)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the trainings and scores")
+    parser.add_argument("--data", nargs="+", default=[], help="folders or shards of photos: to train on, or held out")
+    return parser
+
+
+def add_scoring(parser: argparse.ArgumentParser, title: str = "score") -> argparse._ArgumentGroup:
+    """What those take that score pictures of another size than they train on, and time rows."""
+    score = parser.add_argument_group(title)
+    score.add_argument("--score-size", type=int, default=256, help="side of the held-out pictures, in pixels")
+    score.add_argument("--limit", type=int, help="at most so many held-out pictures")
+    score.add_argument("--repeats", type=int, default=5, help="timed decodes a row")
+    return score
 
 
 def device() -> torch.device:
