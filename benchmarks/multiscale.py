@@ -6,9 +6,10 @@
     python benchmarks/multiscale.py show --out runs/multiscale [--data HELD-OUT.tar --picture docs/images/stages.png]
     python benchmarks/multiscale.py all --data PHOTOS.tar --held-out HELD-OUT.tar --out runs/multiscale
 
-`train` fits three models of one network, from one start, on crops of 128² and the same encoder: `full` at one scale,
-`multi` at three, and `student`, one step a stage distilled from `multi`. Equal budget: `multi` and `student` together
-see as many crops, in as many steps, as `full` (--steps); `student` gets --share of them. Seconds are shown, too.
+`train` fits three models of one network, from one start (--start), on crops of 128² and the same encoder: `full` at one
+scale, `multi` at three, and `student`, one step a stage distilled from `multi`. Equal budget: `multi` and `student`
+together see as many crops, in as many steps, as `full` (--steps); `student` gets --share of them. Seconds are shown,
+too.
 `score` decodes held-out photos at 256²; `time` measures decoding of one of them, interleaved in one process, and the
 first preview. `show` prints the table and what it says of three claims: the student takes at most a tenth of the
 50-step time; its EffLite distance and FD-EffLite are at most 1.05 times those of 8 full-resolution steps; its first
@@ -86,18 +87,25 @@ def recipes(args: argparse.Namespace) -> dict[str, Recipe]:
     if not 0 < args.share < 1:
         raise UserError(f"--share is {args.share}: it is a fraction, above 0 and below 1")
     distilled = max(1, round(args.share * args.steps))
+    start = Tokenizer.from_pretrained(args.start).config
     plans = {
-        FULL: ("cpu-progressive", args.steps, ["model.decoder.stages=1", "model.sampler.stages=1"]),
-        MULTI: ("cpu-progressive", args.steps - distilled, []),
-        STUDENT: ("cpu-progressive-distill", distilled, [f"distill.teacher={place(args.out, MULTI)}"]),
+        FULL: ("cpu-progressive", args.steps, 1, args.set),
+        MULTI: ("cpu-progressive", args.steps - distilled, 3, args.set),
+        STUDENT: ("cpu-progressive-distill", distilled, 3, args.set_student),
     }
-    common = [f"training.seed={args.seed}", f"data.source={json.dumps(args.data)}", *args.set]
+    common = [f"training.seed={args.seed}", f"data.source={json.dumps(args.data)}"]
     found = {}
-    for name, (recipe, steps, own) in plans.items():
+    for name, (recipe, steps, stages, own) in plans.items():
         if name == STUDENT and not place(args.out, MULTI).is_dir():
             continue  # its teacher says what shape it has
         settings = [f"name={name}", f"run={args.out / name}", f"training.steps={steps}", *common, *own]
+        settings += [f"distill.teacher={place(args.out, MULTI)}"] if name == STUDENT else []
         found[name] = load_recipe(recipe, settings)
+        if name != STUDENT:
+            sampler = dataclasses.replace(found[name].model.sampler, stages=stages)
+            decoder = dataclasses.replace(start.decoder, stages=stages)
+            model = dataclasses.replace(start, decoder=decoder, sampler=sampler)
+            found[name] = dataclasses.replace(found[name], init=args.start, model=model)
     return found
 
 
@@ -268,7 +276,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train = parser.add_argument_group("train")
     train.add_argument("--steps", type=int, default=4000, help="optimizer steps of full, and of the others together")
     train.add_argument("--share", type=float, default=0.2, help="fraction of them that the student gets")
-    train.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="recipe values of all trainings")
+    train.add_argument("--start", default="default", help="single-scale model to start from: packaged name or folder")
+    train.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="recipe values of full and multi")
+    train.add_argument("--set-student", nargs="+", default=[], metavar="KEY=VALUE", help="recipe values of the student")
     train.add_argument("--seed", type=int, default=0)
     score = parser.add_argument_group("score, time and show")
     score.add_argument("--size", type=int, default=256, help="side of the held-out pictures, in pixels")

@@ -10,7 +10,7 @@ from test_training import photos as photos  # the fixture
 
 from monobath import Tokenizer, UserError
 
-SMALL = ["data.size=32", "data.scale=[32, 40]", "training.batch_size=6", "training.precision=fp32", "distill.steps=2"]
+SMALL = ["data.size=32", "data.scale=[32, 40]", "training.batch_size=6", "training.precision=fp32"]
 
 
 def test_all_of_it_in_one_run(benchmark, photos, tmp_path, monkeypatch, capsys):
@@ -20,7 +20,8 @@ def test_all_of_it_in_one_run(benchmark, photos, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "ROWS", [slow, reference, *others])
     out = tmp_path / "out"
     command = ["all", "--out", str(out), "--data", str(photos), "--held-out", str(photos), "--steps", "3"]
-    command += ["--share", "0.34", "--set", *SMALL, "--size", "32", "--limit", "4", "--repeats", "1"]
+    command += ["--share", "0.34", "--set", *SMALL, "--set-student", *SMALL, "distill.steps=2"]
+    command += ["--size", "32", "--limit", "4", "--repeats", "1"]
     assert bench.main([*command, "--picture", str(tmp_path / "stages.png"), "--shown", "2"]) == 0
     text = capsys.readouterr().out
     calls = {row.name: line.split("|")[2].strip() for row in bench.ROWS for line in text.splitlines()
@@ -39,7 +40,7 @@ def test_all_of_it_in_one_run(benchmark, photos, tmp_path, monkeypatch, capsys):
     assert bench.main(command) == 0
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.json")} == before
     with pytest.raises(UserError, match="other settings"):
-        bench.main([*command[:-1], "1", "--set", *SMALL[:-1], "distill.steps=3", "--seed", "1"])
+        bench.main([*command, "--seed", "1"])
 
 
 @pytest.mark.parametrize(
