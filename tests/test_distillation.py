@@ -155,7 +155,7 @@ def test_resumed_distillation_equals_the_uninterrupted_one(tmp_path, photos, tea
     from monobath.training import loop
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_any_signal", lambda run: run.step == 4)
+        patch.setattr(loop._Run, "_told_to_stop", lambda run: run.step == 4)
         with pytest.raises(loop.Interrupted):
             train(distill(tmp_path / "part", photos, teacher))
     assert same(weights(train(distill(tmp_path / "part", photos, teacher))), weights(whole))

@@ -308,7 +308,7 @@ def test_training_learns_the_classes(cache, tmp_path):
 def test_resumed_equals_uninterrupted(cache, tmp_path, monkeypatch):
     whole = Generator.from_pretrained(loop.train(tiny_recipe(tmp_path / "whole", cache)))
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_any_signal", lambda run: run.step == 3)
+        patch.setattr(loop._Run, "_told_to_stop", lambda run: run.step == 3)
         with pytest.raises(loop.Interrupted):
             loop.train(tiny_recipe(tmp_path / "cut", cache))
     cut = Generator.from_pretrained(loop.train(tiny_recipe(tmp_path / "cut", cache)))

@@ -83,7 +83,7 @@ def test_with_a_discriminator_it_resumes_bit_for_bit(tmp_path, photos, monkeypat
     assert heard == [False] * 3 + [True] * 3  # from half of the run on
     assert all(row["discriminator"] > 0 for row in logged)
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_any_signal", lambda run: run.step == 4)
+        patch.setattr(loop._Run, "_told_to_stop", lambda run: run.step == 4)
         with pytest.raises(loop.Interrupted):
             train(kl_recipe(tmp_path / "part", photos, adversarial=0.5))
     part = train(kl_recipe(tmp_path / "part", photos, adversarial=0.5))

@@ -803,7 +803,7 @@ def test_resumed_equals_uninterrupted(tmp_path, photos, monkeypatch):
     scales = {"drop": 0.3}
     whole = train(scaled_recipe(tmp_path / "whole", photos, scales=scales))
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_any_signal", lambda run: run.step == 4)
+        patch.setattr(loop._Run, "_told_to_stop", lambda run: run.step == 4)
         with pytest.raises(loop.Interrupted):
             train(scaled_recipe(tmp_path / "part", photos, scales=scales))
     assert same(weights(train(scaled_recipe(tmp_path / "part", photos, scales=scales))), weights(whole))

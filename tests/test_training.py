@@ -174,6 +174,15 @@ def test_resumed_equals_uninterrupted(tmp_path, photos, monkeypatch, workers):
     assert strip == expected
 
 
+def test_a_run_in_sittings_equals_one_without_limit(tmp_path, photos, caplog):
+    whole = weights(train(tiny_recipe(tmp_path / "whole", photos, steps=3)))
+    for done in (1, 2):
+        with pytest.raises(loop.Interrupted, match=f"stopped at step {done} of 3"):
+            train(tiny_recipe(tmp_path / "sittings", photos, steps=3, minutes=1e-6 * done))
+    assert same(weights(train(tiny_recipe(tmp_path / "sittings", photos, steps=3))), whole)
+    assert "recipe changed" not in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["adamw", "radam_schedulefree"])
 def test_resumed_equals_uninterrupted_with_a_projector_and_either_optimizer(tmp_path, photos, kind):
     """Also when the interrupted run saved at steps where the other did not: saving moves no weight."""

@@ -20,6 +20,11 @@ from ..files import write_folder
 from ..models.loading import load_strictly
 from .ema import EMA
 
+UNREADABLE = (
+    OSError, ValueError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile
+)  # fmt: skip
+"""What reading a damaged file of weights raises."""
+
 
 def latest(run: Path) -> Path | None:
     """The newest complete checkpoint of a run folder."""
@@ -68,9 +73,7 @@ def load(path: Path, *, model: nn.Module, ema: EMA) -> tuple[dict[str, Any], dic
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         weights, averaged = load_file(path / "model.safetensors"), load_file(path / "ema.safetensors")
         trainer = torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
-    except (
-        OSError, ValueError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile
-    ) as error:  # fmt: skip
+    except UNREADABLE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"checkpoint {path} is corrupt ({reason}): delete it to go on from the one before") from None
     load_strictly(model, weights, f"checkpoint {path}")

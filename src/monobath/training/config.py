@@ -171,6 +171,8 @@ class TrainingConfig:
     """Newest checkpoints kept."""
     max_bad: int = 10
     """Stop after this many non-finite steps in a row; each is skipped."""
+    minutes: float = 0.0
+    """Stop after so many minutes, as Ctrl-C does: saved, and the same command goes on. 0: no limit."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -184,6 +186,8 @@ class TrainingConfig:
         ):
             if getattr(self, name) < 1:
                 raise UserError(f"training.{name} is {getattr(self, name)}: it must be at least 1")
+        if self.minutes < 0:
+            raise UserError(f"training.minutes is {self.minutes}: it must be above 0, or 0 for no limit")
         if not 0 <= self.ema < 1 or not 0 <= self.ema_start <= 1:
             raise UserError(f"training: ema={self.ema} must be in [0, 1) and ema_start={self.ema_start} in [0, 1]")
 

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import logging
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -57,13 +58,18 @@ def train(recipe: Recipe) -> Path:
 
     Raises:
         UserError: the recipe cannot run (no data, other model in the folder, package missing, non-finite losses …).
-        Interrupted: a signal arrived; the state is saved.
+        Interrupted: a signal arrived, or the time was up; the state is saved.
     """
     return _Run(recipe).go()
 
 
-def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Rate of step 0 … steps−1: linear warm-up, then a cosine to zero or a constant; schedule-free always constant."""
+def learning_rate(config: OptimizerConfig, step: int, steps: int, anew: int = 0) -> float:
+    """Rate of step 0 … steps−1: linear warm-up, then a cosine to zero or a constant; schedule-free always constant.
+
+    At `anew` the optimizer began again without what it knew (see `travel.py`): it warms up to the schedule once more.
+    """
+    if anew and config.kind == "adamw" and step - anew < config.warmup:
+        return learning_rate(config, step, steps) * (step - anew + 1) / config.warmup
     if config.kind == "radam_schedulefree":
         return config.lr
     if step < config.warmup:
@@ -76,6 +82,7 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 class _Run:
     def __init__(self, recipe: Recipe) -> None:
+        started = time.monotonic()
         self.recipe, self.run = recipe, Path(recipe.run)
         self.accelerator = _accelerator(recipe)
         self.main = self.accelerator.is_main_process
@@ -106,7 +113,7 @@ class _Run:
         self.ema = EMA(self.model, training.ema)
         self.optimizer: Any = make_optimizer(self.objective, recipe.optimizer)
         self.schedule_free = is_schedule_free(self.optimizer)
-        self.step = 0
+        self.step = self.anew = 0
         self.adversary = None
         if recipe.loss.adversarial:
             self.adversary = Adversary(recipe.loss, self.accelerator, recipe.optimizer.clip)
@@ -121,6 +128,7 @@ class _Run:
         self.bad = torch.zeros(3, device=self.device)  # non-finite steps: in a row, most in a row, in all
         self.sums: dict[str, Tensor] = {}
         self.stop_signal: int | None = None
+        self.deadline = started + 60 * training.minutes if training.minutes else float("inf")
 
     # ---- the loop -------------------------------------------------------------------------------
 
@@ -151,7 +159,7 @@ class _Run:
                 progress.advance(training.batch_size)
                 if training.sample_every and (self.step % training.sample_every == 0 or last):
                     self._sample(progress)
-                stopping = self._any_signal()
+                stopping = self._told_to_stop()
                 if self.step % training.checkpoint_every == 0 or last or stopping:
                     self._save()
                 if stopping and not last:
@@ -169,7 +177,7 @@ class _Run:
 
     def _step(self, batches: Iterator[dict[str, Tensor]]) -> None:
         training, accumulation = self.recipe.training, self.recipe.training.accumulation
-        rate = learning_rate(self.recipe.optimizer, self.step, training.steps)
+        rate = learning_rate(self.recipe.optimizer, self.step, training.steps, self.anew)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
@@ -275,6 +283,7 @@ class _Run:
                     trainer={
                         "kind": self.recipe.optimizer.kind,
                         "optimizer": optimizer.state_dict(),
+                        "anew": self.anew,
                         "training_weights": weights,
                         "losses": {name: p.detach().cpu() for name, p in self._loss_parameters().items()},
                         "scaler": scaler.state_dict() if scaler is not None else None,
@@ -300,7 +309,8 @@ class _Run:
                 raise UserError(f"{file} is corrupt ({error}): choose another --run") from None
             if checkpoints.latest(self.run) and not same_model(self.task, before):
                 raise UserError(f"{self.run} holds a run of another model: choose another --run, or delete that folder")
-            changed = [k for k, v in resolved.items() if k in before and before[k] != json.loads(json.dumps(v))]
+            now = json.loads(json.dumps(resolved))
+            changed = [k for k, v in now.items() if k in before and _lasting(before[k]) != _lasting(v)]
             if changed:
                 log.warning("%s: the recipe changed since this run began, in: %s", self.run, ", ".join(changed))
         write_text(file, yaml.safe_dump(json.loads(json.dumps(resolved)), sort_keys=False))
@@ -323,10 +333,14 @@ class _Run:
                 self.adversary.load(trainer["adversary"])
             for name, parameter in own.items():
                 parameter.data.copy_(saved[name])
-            self.optimizer.load_state_dict(trainer["optimizer"])
+            self.anew = trainer.get("anew", 0)
+            if trainer["optimizer"] is None:  # it did not fit where the checkpoint came from
+                self.anew = state["step"]
+            else:
+                self.optimizer.load_state_dict(trainer["optimizer"])
         except (ValueError, KeyError) as error:
             raise UserError(f"checkpoint {path} does not fit this recipe ({error}): choose another --run") from None
-        if self.schedule_free:
+        if self.schedule_free and trainer["optimizer"] is not None:
             restore_training_weights(self.optimizer, trainer["training_weights"])
         self._scaler_state = trainer["scaler"]
         self.step = state["step"]
@@ -357,12 +371,18 @@ class _Run:
             for number, handler in kept.items():
                 signal.signal(number, handler)
 
-    def _any_signal(self) -> bool:
-        """True on every process as soon as one was told to stop, so that they leave the loop together."""
+    def _told_to_stop(self) -> bool:
+        """True on every process as soon as one was, or its time is up, so that they leave the loop together."""
+        own = self.stop_signal is not None or time.monotonic() >= self.deadline
         if self.world == 1:
-            return self.stop_signal is not None
-        flag = torch.tensor(float(self.stop_signal is not None), device=self.device)
+            return own
+        flag = torch.tensor(float(own), device=self.device)
         return bool(self.accelerator.reduce(flag, reduction="sum").item() > 0)
+
+
+def _lasting(values: Any) -> Any:
+    """A part of a recipe without what may differ from one sitting to the next."""
+    return {k: v for k, v in values.items() if k != "minutes"} if isinstance(values, dict) else values
 
 
 def _accelerator(recipe: Recipe) -> Any:
