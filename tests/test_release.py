@@ -1,0 +1,101 @@
+"""The kit that trains release weights in sittings, as its one command; on tiny networks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from test_training import photos as photos  # the fixture
+
+from monobath import Tokenizer
+from monobath.training.recipes import load_recipe
+
+ROOT = Path(__file__).parent.parent
+TINY = {
+    "name": "tiny",
+    "model": {
+        "encoder": {"base": 8, "multipliers": [1, 1], "blocks": 1, "patch": 4, "middle_attention": False},
+        "decoder": {"size": "custom", "patch": 4, "channels": [16, 32], "middle_blocks": 0, "norm": "local"},
+        "sampler": {"steps": 1, "noise": "zero"},
+    },
+    "data": {"size": 32, "workers": 0},
+    "loss": {"perceptual": 0},
+    "training": {"steps": 3, "batch_size": 4, "sample_every": 0},
+}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(TINY), encoding="utf-8")
+    return file
+
+
+def call(*command, **environment):
+    own = {"PYTHON": sys.executable, "LUGGAGE": "/nowhere", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [str(part) for part in command], cwd=ROOT, env=os.environ | own | environment, capture_output=True, text=True
+    )
+
+
+def release(*arguments):
+    return call(sys.executable, "scripts/release.py", *arguments)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a POSIX shell script")
+def test_sittings_end_in_a_model(recipe, photos, tmp_path):
+    train = ["scripts/train_release.sh", recipe, photos]
+    first = call(*train, tmp_path / "one", "--minutes", "0.00001", "--limit", "4")
+    assert first.returncode == 0, first.stderr
+    assert "checked in" in first.stdout
+    figures = json.loads((tmp_path / "one/back/figures.json").read_text(encoding="utf-8"))
+    assert (figures["step"], figures["of"], figures["state"]) == (1, 3, "everything")
+    assert figures["psnr"] > 5
+    second = call(*train, tmp_path / "two", "--state", tmp_path / "one/back", "--minutes", "0", "--limit", "4")
+    assert second.returncode == 0, second.stderr
+    figures = json.loads((tmp_path / "two/back/figures.json").read_text(encoding="utf-8"))
+    assert (figures["step"], figures["steps in this sitting"]) == (3, 2)
+    made = release("export", tmp_path / "two/back", "--out", tmp_path / "model")
+    assert made.returncode == 0, made.stderr
+    assert "averaged weights of step 3" in made.stdout
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "model")
+    assert tokenizer.config.decoder.channels == [16, 32]
+    facts = json.loads((tmp_path / "model/config.json").read_text(encoding="utf-8"))
+    assert facts["training"]["step"] == 3
+
+
+def test_mistakes_are_one_line(recipe, photos, tmp_path):
+    for arguments, words in (
+        (["train", "no-such-recipe", "--data", photos, "--out", tmp_path / "out"], "is neither packaged nor"),
+        (["train", recipe, "--data", tmp_path / "nothing", "--out", tmp_path / "out"], "nothing"),
+        (["export", tmp_path, "--out", tmp_path / "model"], "holds no state.00"),
+        (["luggage", "--out", tmp_path / "bag", "--files", tmp_path / "nothing", "--no-wheels"], "does not exist"),
+    ):
+        found = release(*arguments)
+        assert found.returncode == 2, found.stderr
+        assert words in found.stderr
+        assert "Traceback" not in found.stderr
+
+
+def test_luggage_is_weighed(tmp_path):
+    (tmp_path / "photos.tar").write_bytes(bytes(2_000_000))
+    found = release("luggage", "--out", tmp_path / "bag", "--files", tmp_path / "photos.tar", "--no-wheels")
+    assert found.returncode == 0, found.stderr
+    assert ": 2.0 MB; the repository's files: " in found.stdout
+    found = release("luggage", "--out", tmp_path / "bag", "--no-wheels", "--limit", "1")
+    assert found.returncode == 2
+    assert "more than 1 MB" in found.stderr
+
+
+def test_the_releases_have_recipes():
+    default, baseline = load_recipe("default"), load_recipe("kl-baseline")
+    assert default.model.decoder.size == "CM/4"
+    assert baseline.model.kl_decoder
+    assert default.model.encoder == baseline.model.encoder
+    for name in ("data", "training"):
+        assert getattr(default, name) == getattr(baseline, name)
