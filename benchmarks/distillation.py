@@ -109,6 +109,7 @@ def student(args: argparse.Namespace) -> Recipe:
             teacher=args.start,
             steps=args.teacher_steps,
             power=args.teacher_power,
+            perceptual_to=args.perceptual_to,
             cache=str(args.out / "teacher-samples" / cache) if args.cache else "",
         ),
     )
@@ -223,6 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("--teacher-power", type=float, default=0.0, help="of its time grid; 0: its own")
     train.add_argument("--zero-noise", type=float, default=0.5, help="fraction of samples that start from zero noise")
     train.add_argument("--loss.perceptual", dest="perceptual", type=float, default=0.02, help="weight (student)")
+    train.add_argument("--perceptual-to", choices=["teacher", "image"], default="teacher", help="(student)")
     train.add_argument("--loss.repa", dest="repa", type=float, default=0.0, help="weight (student)")
     train.add_argument("--cache", action="store_true", help="keep the teacher's samples, for the next variant")
     train.add_argument("--size", type=int, default=64, help="side of the crops, in pixels")

@@ -69,6 +69,23 @@ def test_student_equal_to_a_one_step_teacher_has_zero_loss(kind):
     assert losses["loss"] < 1e-8
 
 
+def test_the_perceptual_distance_is_to_the_teachers_sample_or_to_the_image():
+    weights = LossConfig(perceptual=0.1)
+    made = {
+        to: DistillationObjective(
+            tiny_tokenizer(), tiny_tokenizer(), weights, DistillConfig(teacher="t", steps=1, perceptual_to=to)
+        )
+        for to in ("", "teacher", "image")
+    }
+    x, t, noise, latent_noise = batch(made[""])
+    found = {to: each(x, t, noise, latent_noise) for to, each in made.items()}
+    assert found[""]["perceptual"] == found["teacher"]["perceptual"] < 1e-8
+    generated = made["image"].generated
+    assert torch.equal(found["image"]["perceptual"], made["image"].perceptual(generated, x).mean())
+    assert found["image"]["perceptual"] > 0.01
+    assert found["image"]["flow"] == found["teacher"]["flow"]
+
+
 def test_a_step_towards_the_target_brings_the_student_nearer():
     made = objective(4, same_weights=False)
     optimizer = torch.optim.Adam(made.tokenizer.decoder.parameters(), lr=1e-2)

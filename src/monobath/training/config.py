@@ -204,6 +204,9 @@ class DistillConfig:
     """Exponent of the teacher's time grid; 0: what its checkpoint says."""
     student_steps: int = 1
     """Steps that the student is made for."""
+    perceptual_to: Literal["", "teacher", "image"] = ""
+    """What the student's perceptual distance is taken to: the teacher's sample (SSDD's; default of a single scale) or
+    the real image (MSD's; the only one of several stages)."""
     cache: str = ""
     """Folder to keep the teacher's samples in: a second student on the same images, draws and teacher finds them there.
     Empty: none are kept. A sample takes 2 bytes a number, 24 KiB for 64² pixels."""
@@ -309,6 +312,10 @@ class Recipe:
         if self.loss.time_power and (self.model.kl_decoder or (self.distill.teacher and self.model.decoder.stages > 1)):
             what = "a KL-VAE decoder, which has no times" if self.model.kl_decoder else "a student of one step a stage"
             raise UserError(f"loss.time_power is {self.loss.time_power:g}, which would not act on {what}: leave it out")
+        if self.distill.perceptual_to == "teacher" and self.model.decoder.stages > 1:
+            raise UserError(
+                'distill.perceptual_to is "teacher", but students of several stages learn from the image: leave it out'
+            )
         if self.loss.adversarial and self.training.precision == "fp16":
             raise UserError('loss.adversarial needs training.precision "bf16" or "fp32"')
         decoder = self.model.decoder

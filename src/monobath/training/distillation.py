@@ -2,7 +2,8 @@
 
 SSDD (arXiv 2510.04961), section 3.3: a frozen teacher samples x̂_T from (ε, z) in N Euler steps; the student, which
 starts from the same weights, learns at t = 1, from the same ε, to give x̂_T: flow loss towards x̂_T, perceptual distance
-to x̂_T, REPA to the real image. A student of k steps learns the same at its k times, on the straight line from x̂_T to ε.
+to x̂_T, REPA to the real image. A student of k steps learns the same at its k times, on the straight line from x̂_T to
+ε. What we added: the perceptual distance can be to the real image (`distill.perceptual_to`), as MSD has it.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class DistillationObjective(AutoencoderObjective):
             )
         self._teacher = (teacher.requires_grad_(False).eval(),)  # in a tuple: no submodule, so never train()
         self.steps, self.power = config.steps, config.power or teacher.config.sampler.power
+        self.perceptual_to_image = config.perceptual_to == "image"
         self.grid = time_grid(config.student_steps, tokenizer.config.sampler.power)[:-1].tolist()
 
     @property

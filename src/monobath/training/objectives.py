@@ -116,6 +116,7 @@ class AutoencoderObjective(nn.Module):
 
     Attributes:
         grid: the only times that it trains at; empty: those of the recipe's `times`.
+        perceptual_to_image: the perceptual distance is to the image even where the target is another.
         judge: gives the adversarial loss of generated images (see `adversary.py`); None: there is none.
         generated: the last batch's predicted clean images, without gradients.
         target: what they should have been.
@@ -124,6 +125,7 @@ class AutoencoderObjective(nn.Module):
 
     judge: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     grid: Sequence[float] = ()
+    perceptual_to_image: bool = False
     generated: Tensor
     target: Tensor
     real: Tensor
@@ -194,7 +196,7 @@ class AutoencoderObjective(nn.Module):
             clean = flow.to_clean(prediction.float(), x_t, t, kind)  # type: ignore[arg-type]
             total = self.loss.flow * losses["flow"]
         if self.perceptual is not None:
-            losses["perceptual"] = self.perceptual(clean, target).mean()
+            losses["perceptual"] = self.perceptual(clean, x if self.perceptual_to_image else target).mean()
             total = total + self.loss.perceptual * losses["perceptual"]
         if self.judge is not None:
             losses["adversarial"] = self.judge(clean, total, decoder.conv_out.weight)  # type: ignore[union-attr,arg-type]
