@@ -862,7 +862,7 @@ STAGES = ["model.decoder.stages=3", "model.sampler.stages=3"]
         ([*STAGES, "scales.times=uniform", "times.mean=-1"], "times.mean=-1, times.std=1 are for logit-normal times"),
         ([*STAGES, "distill.teacher=t", "init=default", "training.train_encoder=false", "loss.time_power=1"],
          "would not act on a student of one step a stage"),
-        ([*STAGES, "distill.teacher=t", "init=default", "training.train_encoder=false", "distill.perceptual_to=teacher"],
+        ([*STAGES, "distill.teacher=t", "training.train_encoder=false", "distill.perceptual_to=teacher"],
          "several stages learn from the image"),
         (["scales.time=uniform"], "nearest valid one is scales.times"),
     ],
