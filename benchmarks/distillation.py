@@ -56,6 +56,9 @@ from monobath.training.config import (
     TrainingConfig,
 )
 
+PLAIN = "undistilled-"
+"""What names of (a) begin with."""
+
 
 def own_objective(start: str) -> tuple[TimesConfig, LossConfig]:
     """Times and losses that a model was trained with, from the recipe it carries."""
@@ -89,21 +92,24 @@ def common(args: argparse.Namespace, name: str) -> dict[str, Any]:
 def undistilled(args: argparse.Namespace) -> Recipe:
     """(a): the start model goes on as it began. Its name says what it depends on, so that variants share it."""
     times, loss = own_objective(args.start)
-    name = f"undistilled-{args.steps}-lr{args.lr:g}-crop{args.size}x{args.batch}-seed{args.seed}"
+    name = f"{PLAIN}{args.steps}-lr{args.lr:g}-crop{args.size}x{args.batch}-seed{args.seed}"
     config = Tokenizer.from_pretrained(args.start).config
     return Recipe(**common(args, name), model=config, times=times, loss=loss)
 
 
 def student(args: argparse.Namespace) -> Recipe:
-    """(b): the student."""
+    """(b): the student, or its control without a teacher."""
     config = Tokenizer.from_pretrained(args.start).config
     config.sampler = SamplerConfig(power=config.sampler.power, noise="zero" if args.zero_noise else "gaussian")
-    cache = f"samples-{args.teacher_steps}-zero{args.zero_noise:g}-crop{args.size}x{args.batch}-seed{args.seed}"
     loss = LossConfig(perceptual=args.perceptual, repa=args.repa)
+    times = TimesConfig(ones=1.0, zero_noise=args.zero_noise)
+    if args.no_teacher:
+        return Recipe(**common(args, args.name), model=config, times=times, loss=loss)
+    cache = f"samples-{args.teacher_steps}-zero{args.zero_noise:g}-crop{args.size}x{args.batch}-seed{args.seed}"
     return Recipe(
         **common(args, args.name),
         model=config,
-        times=TimesConfig(ones=1.0, zero_noise=args.zero_noise),
+        times=times,
         loss=loss,
         distill=DistillConfig(
             teacher=args.start,
@@ -118,7 +124,7 @@ def student(args: argparse.Namespace) -> Recipe:
 def run_training(args: argparse.Namespace) -> None:
     if not args.data:
         raise UserError("train needs --data: folders or shards of photos")
-    if args.name == "teacher" or args.name.startswith("undistilled-"):
+    if args.name == "teacher" or args.name.startswith(PLAIN):
         raise UserError(f"--name {args.name} is a name of another row: choose another")
     file = args.out / "start.json"
     if file.is_file() and (before := json.loads(file.read_text(encoding="utf-8"))["start"]) != args.start:
@@ -138,7 +144,7 @@ def rows(args: argparse.Namespace) -> list[tuple[str, str, int, Noise, Path]]:
     found: list[tuple[str, str, int, Noise]] = [("teacher", start, n, "gaussian") for n in sorted(args.teacher_rows)]
     if own_objective(start)[0].zero_noise:
         found += [("teacher", start, n, "zero") for n in sorted(args.zero_rows)]
-    for run in sorted(finished(args.out), key=lambda run: bool(recipe_of(run).distill.teacher)):
+    for run in sorted(finished(args.out), key=lambda run: (not run.name.startswith(PLAIN), run.name)):
         found.append((run.name, str(run / "model"), 1, "gaussian"))
         if recipe_of(run).times.zero_noise:
             found.append((run.name, str(run / "model"), 1, "zero"))
@@ -181,9 +187,9 @@ def show(args: argparse.Namespace) -> None:
     lines = []
     for run in finished(args.out):
         recipe = recipe_of(run)
-        if not recipe.distill.teacher:
+        if run.name.startswith(PLAIN):
             continue
-        plain = next((other.name for other in finished(args.out) if _is_without(recipe, recipe_of(other))), "")
+        plain = next((other.name for other in finished(args.out) if _is_plain(recipe, other)), "")
         for noise in ("gaussian", "zero"):
             own = scores.get((run.name, 1, noise))
             others = [(plain, 1, noise), ("teacher", args.against, "gaussian")]
@@ -200,14 +206,15 @@ def show(args: argparse.Namespace) -> None:
     sys.stdout.write("\n" + markdown(["difference", *LABELS.values(), "ratio of distances", "ratio of FD"], lines))
 
 
-def _is_without(student: Recipe, other: Recipe) -> bool:
-    """Whether `other` is (a) of a student: the same crops, steps and rates without a teacher."""
+def _is_plain(student: Recipe, run: Path) -> bool:
+    """Whether a run is (a) of a student: the same crops, steps and rates, its own objective."""
+    other = recipe_of(run)
     alike = (student.training, student.optimizer, student.data.size) == (
         other.training,
         other.optimizer,
         other.data.size,
     )
-    return alike and not other.distill.teacher
+    return alike and run.name.startswith(PLAIN)
 
 
 ACTIONS = {"train": run_training, "score": run_scoring, "show": show}
@@ -221,6 +228,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("--steps", type=int, default=500, help="optimizer steps of both trainings")
     train.add_argument("--lr", type=float, default=1e-4, help="peak learning rate of both trainings")
     train.add_argument("--teacher-steps", type=int, default=8, help="Euler steps of the teacher")
+    train.add_argument(
+        "--no-teacher", action="store_true", help="a control: the student's times and losses, no teacher"
+    )
     train.add_argument("--teacher-power", type=float, default=0.0, help="of its time grid; 0: its own")
     train.add_argument("--zero-noise", type=float, default=0.5, help="fraction of samples that start from zero noise")
     train.add_argument("--loss.perceptual", dest="perceptual", type=float, default=0.02, help="weight (student)")

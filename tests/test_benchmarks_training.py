@@ -61,8 +61,9 @@ def test_distillation(tmp_path, photos, start, benchmark, monkeypatch, capsys):
     assert main([*train, "--cache"]) == 0
     assert len(list((tmp_path / "out" / "teacher-samples").rglob("*.safetensors"))) == 2
     assert main([*train, "--name", "gaussian", "--zero-noise", "0"]) == 0
+    assert main([*train, "--name", "control", "--zero-noise", "0", "--no-teacher"]) == 0
     students = {path.parent.name for path in (tmp_path / "out").glob("*/facts.json")}
-    assert students == {"student", "gaussian", "undistilled-2-lr0.0001-crop32x2-seed0"}  # both share (a)
+    assert students == {"student", "gaussian", "control", "undistilled-2-lr0.0001-crop32x2-seed0"}  # both share (a)
     assert main([*score, *few]) == 0
     capsys.readouterr()
     assert main(["show", *out, *few]) == 0
@@ -71,11 +72,14 @@ def test_distillation(tmp_path, photos, start, benchmark, monkeypatch, capsys):
     assert [row[:3] for row in rows] == [
         ["teacher", "1", "gaussian"], ["teacher", "2", "gaussian"], ["teacher", "1", "zero"],
         [plain, "1", "gaussian"], [plain, "1", "zero"],
+        ["control", "1", "gaussian"],
         ["gaussian", "1", "gaussian"], ["student", "1", "gaussian"], ["student", "1", "zero"],
     ]  # fmt: skip
     assert all("±" in cell for row in rows for cell in row[3:7])
     assert all(float(row[7]) > 0 for row in rows)
     assert [row[0] for row in differences] == [
+        f"control (gaussian) − {plain} (1 step, gaussian)",
+        "control (gaussian) − teacher (2 steps, gaussian)",
         f"gaussian (gaussian) − {plain} (1 step, gaussian)",
         "gaussian (gaussian) − teacher (2 steps, gaussian)",
         f"student (gaussian) − {plain} (1 step, gaussian)",
