@@ -99,3 +99,9 @@ def test_the_releases_have_recipes():
     assert default.model.encoder == baseline.model.encoder
     for name in ("data", "training"):
         assert getattr(default, name) == getattr(baseline, name)
+    progressive, flux2 = load_recipe("progressive"), load_recipe("flux2")
+    assert progressive.model.decoder.stages == progressive.model.sampler.stages == 3
+    assert progressive.model.encoder == Tokenizer.from_pretrained("default").config.encoder
+    assert flux2.model.decoder.standardise
+    student = load_recipe("progressive-distill", ["distill.teacher=default"])
+    assert student.data == progressive.data
