@@ -40,6 +40,7 @@ from trainings import (
     make_parser,
     markdown,
     read_score,
+    recipe_of,
     trained,
 )
 
@@ -129,8 +130,12 @@ def load(args: argparse.Namespace, row: Row) -> TokenizerSystem:
 
 
 def rows_of(args: argparse.Namespace) -> list[Row]:
-    """The rows whose models are trained."""
-    found = [row for row in ROWS if place(args.out, row.model).is_dir()]
+    """The rows whose models are trained, those from zero noise only where the model has learnt it."""
+    found = []
+    for row in ROWS:
+        run = args.out / row.model
+        if (run / "model").is_dir() and (row.noise != "zero" or recipe_of(run).times.zero_noise):
+            found.append(row)
     if not found:
         raise UserError(f"{args.out} holds no training: run train first")
     return found
