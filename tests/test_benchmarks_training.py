@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import randomise, tiny_tokenizer
 from PIL import Image
 from test_training import photos as photos  # the fixture
@@ -96,6 +97,23 @@ def test_distillation(tmp_path, photos, start, benchmark, monkeypatch, capsys):
         main([*train, "--loss.perceptual", "0.5"])
     with pytest.raises(UserError, match="another --out"):
         main([*train, "--start", "default"])
+
+
+def test_denoising(photos, start, benchmark, capsys):
+    bench = benchmark("denoising")
+    assert bench.main([start, "--data", str(photos), "--size", "32", "--limit", "4", "--times", "0.1", "1"]) == 0
+    first, last, *_ = table(capsys.readouterr().out)
+    assert float(first[1]) == pytest.approx((0.1 / 0.9) ** 2, rel=0.05)
+    assert float(first[2]) <= float(first[1])
+    assert last[1:3] == ["", ""]
+    tokenizer = Tokenizer.from_pretrained(start)
+    x = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    z = 0.1 * tokenizer.encode(x).mode()
+    whole = bench.clean_error(tokenizer, x, torch.zeros_like(x), z, 1.0)
+    # At t = 1 without noise, the clean image is what decoding gives, but for clipping.
+    picture = tokenizer.decode(z, steps=1, noise="zero")
+    assert picture.abs().max() < 1
+    assert whole == pytest.approx((picture - x).square().mean().item(), rel=1e-5)
 
 
 def test_figures_are_those_of_monobath_eval(tmp_path, photos, start, benchmark):
