@@ -6,8 +6,10 @@
 
 `train` fits each decoder from random weights to the latents of one frozen encoder: the same crops of 64² in the same
 order, as many of them, the same optimizer and averaging, for each seed. `score` decodes held-out photos at 256² and
-then times one decoder a row, all interleaved; `show` prints means ± standard deviations over seeds, and differences to
-the first row, seed by seed. Every training runs in the library's loop; what is done is not done again.
+then times one decoder a row, all interleaved; with --crop 64 it scores the centres of the same photos, of the size that
+was trained on, apart: a KL-VAE's GroupNorms take their statistics over the whole picture. `show` prints means ±
+standard deviations over seeds, and differences to the first row, seed by seed. Every training runs in the library's
+loop; what is done is not done again.
 
 Learning rates and perceptual weights are each system's own (--lr kl=2e-4 …, --perceptual kl=0.2 …; a row for each
 value). The weights' defaults give the perceptual distance about the same share of each loss, a third: of the packaged
@@ -196,13 +198,18 @@ def system(run: Path) -> TokenizerSystem:
     return TokenizerSystem(str(run / "model"), device=device())
 
 
+def scores_name(args: argparse.Namespace) -> str:
+    """File of a run's scores."""
+    return f"scores-crop{args.crop}.json" if args.crop else "scores.json"
+
+
 def run_scoring(args: argparse.Namespace) -> None:
     if not args.data:
         raise UserError("score needs --data: folders or shards of held-out photos")
-    judge, rows = Judge(args.data, size=args.score_size, limit=args.limit), grouped(args)
+    judge, rows = Judge(args.data, size=args.score_size, limit=args.limit, crop=args.crop), grouped(args)
     for runs in rows.values():
         for run in runs:
-            judge.score(run / "scores.json", lambda run=run: system(run))
+            judge.score(run / scores_name(args), lambda run=run: system(run))
     file = args.out / "speeds.json"
     speeds = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if rows.keys() <= speeds.keys():
@@ -234,7 +241,7 @@ def show(args: argparse.Namespace) -> None:
         facts = [facts_of(run) for run in runs]
         figures = found[name] = {}
         for run, fact in zip(runs, facts, strict=True):
-            if (score := read_score(run / "scores.json")) is not None:
+            if (score := read_score(run / scores_name(args))) is not None:
                 values = score["figures"]
                 figures[fact["seed"]] = {
                     key: values[key][0] if key == "fd_efflite" else statistics.fmean(values[key]) for key in FIGURES
@@ -290,7 +297,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("--size", type=int, default=64, help="side of the crops, in pixels")
     train.add_argument("--batch", type=int, default=16, help="crops a step")
     train.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
-    add_scoring(parser)
+    score = add_scoring(parser, "score and show")
+    score.add_argument("--crop", type=int, default=0, help="score the pictures' centres of this side only")
     args = parser.parse_args(arguments)
     ACTIONS[args.action](args)
     return 0

@@ -19,6 +19,7 @@ import command
 import numpy as np
 import torch
 from rich.console import Console
+from torchvision.transforms.functional import center_crop
 
 from monobath import UserError
 from monobath.data import iterate_eval, make_dataset
@@ -119,11 +120,13 @@ class Judge:
         data: folders or shards.
         size: the short side is resized to it, then the centre square cropped.
         limit: at most so many pictures.
+        crop: of that square, only the centre of this side; 0: all.
     """
 
-    def __init__(self, data: Sequence[str], *, size: int, limit: int | None) -> None:
-        self.dataset, self.limit = make_dataset(list(data), size=size, augment=False), limit
+    def __init__(self, data: Sequence[str], *, size: int, limit: int | None, crop: int = 0) -> None:
+        self.dataset, self.limit, self.crop = make_dataset(list(data), size=size, augment=False), limit, crop
         self.protocol = {"data": [Path(source).name for source in data], "size": size, "limit": limit}
+        self.protocol |= {"crop": crop} if crop else {}
         _, loaded = load_metrics(list(FIGURES), device=device())
         self.of_pictures = [metric for metric in loaded if isinstance(metric, PictureMetric)]
         self.of_sets = [metric for metric in loaded if isinstance(metric, SetMetric)]
@@ -152,6 +155,7 @@ class Judge:
             positions = range(position, position + len(indices))
             position += len(indices)
             original = batch["image"].to(system.device)
+            original = center_crop(original, [self.crop]) if self.crop else original
             output = to_uint8(system.decode(system.encode(to_float(original)), indices))
             for metric in self.of_pictures:
                 figures[metric.info.key] += metric.measure(output, original).tolist()

@@ -147,6 +147,12 @@ def test_equal_budget(tmp_path, photos, start, benchmark, monkeypatch, capsys):
     ]  # fmt: skip
     assert all(("±" in cell) == (row[5] == "2") for row in rows for cell in row[6:10])
     assert [row[1] for row in differences] == ["2", "2", "1", "1", "1"]
+    assert main([*score, "--crop", "16"]) == 0
+    capsys.readouterr()
+    assert main(["show", *out, "--crop", "16"]) == 0
+    apart = table(capsys.readouterr().out.split("\n\n")[0])
+    assert [row[0] for row in apart] == [row[0] for row in rows]
+    assert all(one[6] != other[6] for one, other in zip(rows, apart, strict=True))
 
     folders = {path.name: path for path in (tmp_path / "out").glob("*-seed0")}
     encoder = Tokenizer.from_pretrained(start).encoder.state_dict()
