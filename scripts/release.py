@@ -166,8 +166,11 @@ def luggage(args: argparse.Namespace) -> None:
     if not args.no_wheels:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(args.out / "wheels")]
         subprocess.run([*command, *PACKAGES], check=True)
-    listed = subprocess.run(["git", "ls-files", "-z"], check=True, capture_output=True, text=True).stdout
-    tree = sum(Path(name).stat().st_size for name in listed.split("\0") if name and Path(name).is_file()) / 1e6
+    listed = subprocess.run(["git", "ls-files", "-z"], check=False, capture_output=True, text=True)
+    if listed.returncode:
+        say(f"git does not list the repository's files ({listed.stderr.strip()}): they are not counted")
+    names = listed.stdout.split("\0")
+    tree = sum(Path(name).stat().st_size for name in names if name and Path(name).is_file()) / 1e6
     own = size_of(args.out)
     say(f"{args.out}: {own:.1f} MB; the repository's files: {tree:.1f} MB; together {own + tree:.1f} MB")
     if own + tree > args.limit:
