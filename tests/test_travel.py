@@ -91,6 +91,32 @@ def test_without_moments_the_rate_warms_up_again(tmp_path, photos, kind, expecte
     assert rates == pytest.approx(expected)
 
 
+def test_of_the_optimizer_only_moments_are_rounded(tmp_path, photos):
+    """A schedule-free run keeps the weights that it trains at, and its iterates, to the bit."""
+
+    def recipe(name, minutes=0.0):
+        made = tiny_recipe(tmp_path / name, photos, steps=6, checkpoint_every=1, minutes=minutes, loss={"repa": 0.25})
+        made.optimizer = OptimizerConfig(kind="radam_schedulefree", lr=1e-3)
+        return made
+
+    with pytest.raises(loop.Interrupted):
+        train(recipe("run", minutes=1e-6))
+    whole = sum(f.stat().st_size for f in travel.pack(tmp_path / "run", tmp_path / "state")[0])
+    _, level = travel.pack(tmp_path / "run", tmp_path / "state", total=whole - 1)
+    assert level == "moments in bfloat16"
+    travel.unpack(tmp_path / "state", tmp_path / "there")
+    here, there = (
+        torch.load(checkpoints.latest(tmp_path / name) / "trainer.pt", weights_only=True) for name in ("run", "there")
+    )
+    assert all(torch.equal(a, b) for a, b in zip(here["training_weights"], there["training_weights"], strict=True))
+    assert same(here["losses"], there["losses"])
+    for number, state in here["optimizer"]["state"].items():
+        kept = there["optimizer"]["state"][number]
+        assert torch.equal(state["z"], kept["z"])
+        assert kept["exp_avg_sq"].dtype == torch.bfloat16
+    train(recipe("there"))
+
+
 def test_a_newer_checkpoint_stays(begun, tmp_path):
     travel.pack(tmp_path / "run", tmp_path / "state")
     train(begun("run"))

@@ -64,7 +64,11 @@ def pack(
         LEVELS,
         (
             {"weights": weights, "average": average, "trainer": trainer},
-            {"weights": weights, "average": average, "trainer": _cast(trainer)},
+            {
+                "weights": weights,
+                "average": average,
+                "trainer": trainer | {"optimizer": _smaller(trainer["optimizer"])},
+            },
             {"weights": weights, "average": average, "trainer": anew},
             {"average": average, "trainer": anew},
         ),
@@ -120,10 +124,18 @@ def unpack(folder: Path, run: Path) -> int:
     return step
 
 
-def _cast(value: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """Float tensors of a nested value in another precision; numbers of steps, which are single, stay exact."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() and value.numel() > 1 else value
-    if isinstance(value, dict):
-        return {key: _cast(each, dtype) for key, each in value.items()}
-    return [_cast(each, dtype) for each in value] if isinstance(value, list) else value
+def _smaller(optimizer: dict[str, Any] | None) -> dict[str, Any] | None:
+    """An optimizer's state with its moments in bfloat16; all else, such as steps and iterates, stays exact."""
+    if optimizer is None:
+        return None
+    moments = ("exp_avg", "exp_avg_sq")
+    states = {
+        number: {k: v.to(torch.bfloat16) if k in moments else v for k, v in state.items()}
+        for number, state in optimizer["state"].items()
+    }
+    return optimizer | {"state": states}
+
+
+def _cast(tensors: dict[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """Weights in another precision."""
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
