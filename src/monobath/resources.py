@@ -47,10 +47,17 @@ def weights_names() -> list[str]:
 
 def weights_path(name: str) -> Path | None:
     """Folder of packaged weights (an alias is followed), or None where nothing of that name is packaged."""
-    name = _aliases().get(name, name)
+    name = _aliases().get(name, (name, 0))[0]
     return _ROOT / "weights" / name if name in weights_names() else None
 
 
-def _aliases() -> dict[str, str]:
+def weights_stages(name: str) -> int:
+    """How many scales a packaged name decodes through (`SamplerConfig.stages`); 0: as many as its files say."""
+    return _aliases().get(name, (name, 0))[1]
+
+
+def _aliases() -> dict[str, tuple[str, int]]:
+    """Names → folder, and stages: two names may be one checkpoint, decoded in two ways."""
     file = _ROOT / "weights" / "aliases.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return {name: (entry["weights"], entry.get("stages", 0)) for name, entry in found.items()}

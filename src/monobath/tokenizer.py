@@ -51,7 +51,8 @@ class SamplerConfig:
     noise: Literal["gaussian", "zero"] = "gaussian"
     """Where sampling starts: a seeded random image, or all zeros (deterministic, higher PSNR)."""
     stages: int = 1
-    """Scales that the picture goes through, coarse to fine (`monobath.scales`); equal to the decoder's."""
+    """Scales that `decode` goes through, coarse to fine (`monobath.scales`): all of the decoder's, or 1, the full
+    resolution at once."""
     guidance: float = 1.0
     """Scale of classifier-free guidance on the latent; 1: none. Another needs `decoder.null_latent`."""
 
@@ -85,14 +86,17 @@ class TokenizerConfig:
             a, b = getattr(self.encoder, name), getattr(self.decoder, name)
             if a != b:
                 raise UserError(f"encoder.{name}={a} and decoder.{name}={b} must be equal")
-        if self.sampler.stages != self.decoder.stages:
+        if self.sampler.stages not in (1, self.decoder.stages):
             raise UserError(
-                f"sampler.stages={self.sampler.stages} and decoder.stages={self.decoder.stages} must be equal"
+                f"sampler.stages={self.sampler.stages} with decoder.stages={self.decoder.stages}: it must be equal to "
+                "that, or 1"
             )
         if self.sampler.guidance != 1 and not self.decoder.null_latent:
             raise UserError(
                 f"sampler.guidance={self.sampler.guidance} needs decoder.null_latent; without it, leave it at 1"
             )
+        if self.sampler.guidance != 1 and self.sampler.stages == 1:
+            raise UserError(f"sampler.guidance={self.sampler.guidance} needs sampler.stages above 1: leave it at 1")
         if self.kl_decoder and self.decoder.stages > 1:
             raise UserError("kl_decoder has one scale: leave decoder.stages at 1")
         if self.kl_decoder and (self.sampler.steps, self.sampler.noise) != (1, "zero"):
@@ -220,6 +224,8 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
             )
             return picture
         size, steps, noise = self._options(z, size, steps, noise, guidance, output)
+        if guidance is not None and guidance != 1:
+            raise UserError(f"guidance={guidance}: this tokenizer decodes at full resolution at once, without guidance")
         try:
             pixels = tiling.sample(
                 self.decoder,
@@ -255,12 +261,13 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
 
         Arguments are those of `decode`. Previews are clean images, not noisy states. Of a size that the stages do not
         divide, sides are rounded up: 500 × 375 comes as 125 × 94, 250 × 188, 500 × 375. The last picture is exactly
-        what `decode` gives; a tokenizer of one scale yields that alone.
+        what `decode` gives if that goes through the stages too (`sampler.stages` above 1); a tokenizer whose decoder
+        has one scale, or is optimized, yields what `decode` gives alone.
 
         Raises:
             UserError: as `decode`, when called.
         """
-        if self.config.sampler.stages == 1:
+        if self.config.decoder.stages == 1 or isinstance(self.decoder, OneStep):
             image = self.decode(z, size=size, steps=steps, seed=seed, noise=noise, guidance=guidance, output=output)
             return iter([image])
         size, steps, noise = self._options(z, size, steps, noise, guidance, output)
@@ -342,6 +349,11 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
         if isinstance(self.decoder, OneStep):
             why = "has a KL-VAE decoder" if self.decoder.trains else "is optimized already"
             raise UserError(f"this tokenizer {why}: use it as it is")
+        if self.config.sampler.stages > 1:
+            raise UserError(
+                f"this tokenizer decodes in {self.config.sampler.stages} stages, which cannot be folded into one step: "
+                "use it as it is"
+            )
         decoder = OneStepDecoder(self.decoder, noise or self.config.sampler.noise)
         decoder.to(memory_format=torch.channels_last)
         if compile:
@@ -437,6 +449,9 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
         if folder is None:
             folder = _download(str(name), revision, token, cache_dir, local_files_only)
         config, state = read_checkpoint(folder, FORMAT, "tokenizer")
+        stages = resources.weights_stages(str(name))
+        if stages:
+            config = config | {"sampler": config["sampler"] | {"stages": stages}}
         tokenizer = cls(TokenizerConfig.from_dict(config))
         load_strictly(tokenizer, state, str(folder))
         if encoder is not None:

@@ -48,8 +48,8 @@ def export(
     from ..export.engines import onnx_bytes, write_export
 
     tokenizer = load_tokenizer(model, "cpu", "float32")
-    if tokenizer.config.decoder.stages > 1:
-        raise UserError(f"{model} decodes in {tokenizer.config.decoder.stages} stages: only one step can be exported")
+    if tokenizer.config.sampler.stages > 1:
+        raise UserError(f"{model} decodes in {tokenizer.config.sampler.stages} stages: only one step can be exported")
     engines: Sequence[FileEngine] = list(dict.fromkeys(engine or ["onnxruntime", "openvino"]))
     latents = calibration_latents(tokenizer, calibration) if "openvino-int8" in engines else []
     tokenizer.save_pretrained(folder)

@@ -18,10 +18,14 @@ def check_progressive(tokenizer: Tokenizer, model: str, tile: int | None) -> Non
     """Refuse what --progressive cannot do.
 
     Raises:
-        UserError: the model has one scale, or --tile is given.
+        UserError: the model has one scale, or --tile or --engine is given.
     """
-    if tokenizer.config.sampler.stages == 1:
+    from ..models.one_step import OneStep
+
+    if tokenizer.config.decoder.stages == 1:
         raise UserError(f"--progressive needs a multi-scale model, and {model} has one scale: leave it out")
+    if isinstance(tokenizer.decoder, OneStep):
+        raise UserError("--engine with --progressive: engines run one step at full resolution; leave one of them out")
     if tile is not None:
         raise UserError(f"--tile {tile} with --progressive: a multi-scale model cannot decode in tiles; leave it out")
 
@@ -37,7 +41,7 @@ def with_previews(tokenizer: Tokenizer, target: Path, taken: set[Path]) -> Calla
     from ..images import tensor_to_pil
 
     def decode(z: Tensor, **options: Any) -> Tensor:
-        last = tokenizer.config.sampler.stages - 1
+        last = tokenizer.config.decoder.stages - 1
         for stage, image in enumerate(tokenizer.decode_progressive(z, **options)):
             if stage < last:
                 path = _preview_path(target, image.shape[-2], image.shape[-1], taken)

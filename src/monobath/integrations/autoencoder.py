@@ -87,9 +87,9 @@ class AutoencoderMonobath(ModelMixin, ConfigMixin):
         # Named apart from the modules: diffusers looks an attribute up in the config first.
         given_parts = {"encoder": encoder_config, "decoder": decoder_config, "sampler": sampler_config}
         config = TokenizerConfig.from_dict({name: dict(values or {}) for name, values in given_parts.items()})
-        if config.decoder.stages > 1:
+        if config.sampler.stages > 1:
             raise UserError(
-                f"a decoder of {config.decoder.stages} stages cannot become a diffusers model: use monobath.Tokenizer"
+                f"a tokenizer of {config.sampler.stages} stages cannot become a diffusers model: use monobath.Tokenizer"
             )
         derived = {
             "in_channels": 3,

@@ -372,7 +372,8 @@ class Decoder(nn.Module):
 
     The prediction is the velocity or the clean image (`config.prediction`); `monobath.flow` converts. H and W must
     be divisible by `config.token_side`. The latent may have another resolution than H/f (low-resolution stages).
-    A multi-scale decoder also takes the number of the stage, 0 … `config.stages` − 1, which all samples share.
+    A multi-scale decoder also takes the number of the stage, 0 … `config.stages` − 1, which all samples share; without
+    one it is the last, which is at full resolution.
     """
 
     latent_shift: Tensor
@@ -444,7 +445,7 @@ class Decoder(nn.Module):
         x = self.conv_in(torch.cat([x, resample_to(z, (x.shape[2], x.shape[3]))], dim=1))
         time = self.time(timestep_embedding(t, self.config.channels[0]).to(x.dtype))
         if self.config.stages > 1:
-            time = time + self.stage_embedding[stage]
+            time = time + self.stage_embedding[-1 if stage is None else stage]
         time = F.silu(time)
         skips = []
         for level in cast(Iterable[Level], self.down):
@@ -490,7 +491,7 @@ class Decoder(nn.Module):
 
     def _check(self, x_t: Tensor, t: Tensor, z: Tensor, stage: int | None) -> None:
         side, c, stages = self.config.token_side, self.config.latent_channels, self.config.stages
-        if stages > 1 if stage is None else not 0 <= stage < stages:
+        if stage is not None and not 0 <= stage < stages:
             raise ValueError(f"stage is {stage}: this decoder has {stages}, counted from 0")
         if x_t.ndim != 4 or x_t.shape[1] != 3 or x_t.shape[2] % side or x_t.shape[3] % side:
             raise ValueError(f"x_t is {tuple(x_t.shape)}: expected (B, 3, H, W) with sides divisible by {side}")

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UserError
 from .attention import windowed_attention
 from .decoder import (
     Decoder,
@@ -57,10 +56,7 @@ class OneStepDecoder(OneStep):
 
     Args:
         decoder: what to fold; it is left as it is, and shares no memory with the result.
-        noise: "zero" leaves out the noise input; "gaussian" keeps it.
-
-    Raises:
-        UserError: the decoder has several stages.
+        noise: "zero" leaves out the noise input; "gaussian" keeps it. Of several stages it is the last one, from t = 1.
     """
 
     latent_shift: Tensor
@@ -69,13 +65,9 @@ class OneStepDecoder(OneStep):
     @torch.no_grad()
     def __init__(self, decoder: Decoder, noise: Literal["gaussian", "zero"]) -> None:
         config = decoder.config
-        if config.stages > 1:
-            raise UserError(
-                f"a multi-scale decoder ({config.stages} stages) cannot be folded into one step: use it as it is, "
-                "or a single-scale one"
-            )
         super().__init__(config, noise)
-        time = F.silu(decoder.time(timestep_embedding(torch.ones(1), config.channels[0]).to(decoder.conv_in.weight)))
+        time = decoder.time(timestep_embedding(torch.ones(1), config.channels[0]).to(decoder.conv_in.weight))
+        time = F.silu(time + decoder.stage_embedding[-1] if config.stages > 1 else time)
         if config.standardise:
             # Not folded into the weights: where a convolution pads the latent with zeros, its mean would be missing.
             self.register_buffer("latent_shift", decoder.latent_shift.clone())

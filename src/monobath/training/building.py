@@ -18,7 +18,7 @@ from .distillation import DistillationObjective, SampleCache
 from .latents import weights_sha256
 from .objectives import AutoencoderObjective
 from .retrofit import fit_to_latents
-from .scales import ScaleDistillation, ScalesObjective
+from .scales import ScaleDistillation, ScalesObjective, UnionObjective
 
 log = logging.getLogger(__name__)
 
@@ -123,13 +123,17 @@ def make_objective(recipe: Recipe, tokenizer: Tokenizer, *, batch: int) -> Autoe
         UserError: the batch cannot be shared among the stages, or the teacher does not fit.
     """
     config, stages = recipe.distill, recipe.model.decoder.stages
-    if stages > 1 and batch % stages and batch < 2 * stages - 1:
+    if recipe.scales.union and batch < 2:
+        raise UserError(f"training.batch_size gives {batch} images a pass: scales.union needs at least 2")
+    if stages > 1 and not recipe.scales.union and batch % stages and batch < 2 * stages - 1:
         raise UserError(
             f"training.batch_size gives {batch} images a pass: {stages} stages need a multiple of {stages}, "
             f"or at least {2 * stages - 1}"
         )
     if not config.teacher:
         train_encoder = recipe.training.train_encoder
+        if recipe.scales.union:
+            return UnionObjective(tokenizer, recipe.loss, recipe.scales, train_encoder=train_encoder)
         if stages > 1:
             return ScalesObjective(tokenizer, recipe.loss, recipe.scales, train_encoder=train_encoder)
         return AutoencoderObjective(tokenizer, recipe.loss, train_encoder=train_encoder)

@@ -234,6 +234,11 @@ class ScalesConfig:
     drop: float = 0.0
     """Fraction of the samples whose latent is the null latent, for guidance; MSD's is 0.1. Needs
     `model.decoder.null_latent`."""
+    union: float = 0.0
+    """Above 0: train one step and one step a stage at once, without a teacher. This fraction of the samples runs
+    through all stages from the first, as in decoding; the rest takes the last stage's step from t = 1, at full
+    resolution. Needs `times.ones` 1. With `model.sampler.stages` 1 the model decodes at full resolution, and
+    `decode_progressive` gives its previews."""
     renoise: bool = False
     """In a distillation: the teacher starts from the student's own image, noised anew to a random time (MSD's), instead
     of where the student starts."""
@@ -241,6 +246,13 @@ class ScalesConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.drop < 1:
             raise UserError(f"scales.drop is {self.drop}: it is a fraction, in [0, 1)")
+        if not 0 <= self.union < 1:
+            raise UserError(f"scales.union is {self.union}: it is a fraction, in [0, 1)")
+        if self.union and (self.times, self.weighting, self.drop) != ("logit-normal", "none", 0):
+            raise UserError(
+                f"scales.union is {self.union}: it knows no other times than 1 and drops no latents; leave out "
+                "scales.times, scales.weighting and scales.drop"
+            )
 
 
 @dataclass(kw_only=True)
@@ -366,6 +378,16 @@ class Recipe:
                 f"distill.student_steps={self.distill.student_steps}, distill.cache={self.distill.cache!r}: a student "
                 "of several stages takes 1 step a stage, and its teacher starts where the student is, so that nothing "
                 "can be kept; leave both out"
+            )
+        if scales.union and (self.times.ones != 1 or self.loss.time_power):
+            raise UserError(
+                f"scales.union is {scales.union}, times.ones {self.times.ones:g} and loss.time_power "
+                f"{self.loss.time_power:g}: all steps of the union start at t = 1, so set them to 1 and 0"
+            )
+        if not (scales.union or distilling) and self.model.sampler.stages == 1:
+            raise UserError(
+                f"model.decoder.stages is {decoder.stages} and model.sampler.stages 1: set them equal, or scales.union "
+                "to the fraction of the samples that learns the stages"
             )
         if scales.renoise and not distilling:
             raise UserError("scales.renoise is for distillation: give distill.teacher, or leave it out")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -195,14 +195,39 @@ class AutoencoderObjective(nn.Module):
             losses = {"flow": flow.flow_loss(prediction, target, noise, x_t, t, kind, space, power)}  # type: ignore[arg-type]
             clean = flow.to_clean(prediction.float(), x_t, t, kind)  # type: ignore[arg-type]
             total = self.loss.flow * losses["flow"]
+        return self._with_others(losses, total, clean, target, x)
+
+    def _with_others(
+        self,
+        losses: dict[str, Tensor],
+        total: Tensor,
+        clean: Tensor,
+        target: Tensor,
+        x: Tensor,
+        *,
+        tapped: Tensor | None = None,
+        share: float = 1.0,
+    ) -> dict[str, Tensor]:
+        """The weighted sum and all losses of a batch, once perceptual distance, adversarial loss and REPA are added.
+
+        Args:
+            losses: those so far.
+            total: their weighted sum.
+            clean: predicted clean images, float32.
+            target: what they should have been.
+            x: the images they come from.
+            tapped: images of the decoder's tapped call; default: x.
+            share: what the losses that are added are multiplied by.
+        """
         if self.perceptual is not None:
             losses["perceptual"] = self.perceptual(clean, x if self.perceptual_to_image else target).mean()
-            total = total + self.loss.perceptual * losses["perceptual"]
+            total = total + share * self.loss.perceptual * losses["perceptual"]
         if self.judge is not None:
-            losses["adversarial"] = self.judge(clean, total, decoder.conv_out.weight)  # type: ignore[union-attr,arg-type]
-            total = total + losses["adversarial"]
+            weight = cast(nn.Conv2d, self.tokenizer.decoder.conv_out).weight
+            losses["adversarial"] = self.judge(clean, total, weight)
+            total = total + share * losses["adversarial"]
         if self.repa is not None:
-            losses["repa"] = self.repa(x).mean()
-            total = total + self.loss.repa * losses["repa"]
+            losses["repa"] = self.repa(x if tapped is None else tapped).mean()
+            total = total + share * self.loss.repa * losses["repa"]
         self.generated, self.target, self.real = clean.detach(), target.detach(), x
         return {"loss": total, **losses}

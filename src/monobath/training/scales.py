@@ -8,17 +8,19 @@ as SSDD distils (arXiv 2510.04961, section 3.3); MSD's own form is `loss.adversa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import flow
 from ..errors import UserError
 from ..flow import Prediction, time_weight
 from ..models.decoder import Decoder
 from ..sampling import time_grid
-from ..scales import ScaleSchedule, image_pyramid, integrate, noise_pyramid, predictor
+from ..scales import Predict, ScaleSchedule, Stage, image_pyramid, integrate, noise_pyramid, predictor
 from ..tokenizer import Tokenizer
 from .config import DistillConfig, LossConfig, ScalesConfig
 from .distillation import DistillationObjective
@@ -115,7 +117,7 @@ class ScalesObjective(AutoencoderObjective):
         last = len(self.schedule) - 1
         whites = noise_pyramid(noise, len(self.schedule))
         images = image_pyramid(x, len(self.schedule))
-        flow: dict[int, Tensor] = {}
+        flows: dict[int, Tensor] = {}
         losses: dict[str, Tensor] = {}
         total = x.new_zeros((), dtype=torch.float32)
         for stage in self.schedule:
@@ -136,27 +138,77 @@ class ScalesObjective(AutoencoderObjective):
                 error = error * sigmoid_weight(level, self.scales.bias)[:, None, None, None]
             if self.loss.time_power:
                 error = error * time_weight(level, self.loss.time_power)
-            flow[stage.index] = error.mean()
-            total = total + share * flow[stage.index]
+            flows[stage.index] = error.mean()
+            total = total + share * flows[stage.index]
             if stage.index == last:
                 kept, real, clean = share, image, stage.clean(prediction.float(), state, tau, kind)
         losses["flow"] = total
         if len(self.schedule) > 1:
-            losses |= {f"flow_stage{s}": value for s, value in flow.items()}
-        if last not in flow:
+            losses |= {f"flow_stage{s}": value for s, value in flows.items()}
+        if last not in flows:
             raise ValueError(f"no sample of {len(stages)} is at the last of {len(self.schedule)} stages")
-        total = self.loss.flow * total
-        if self.perceptual is not None:
-            losses["perceptual"] = self.perceptual(clean, real).mean()
-            total = total + kept * self.loss.perceptual * losses["perceptual"]
-        if self.judge is not None:
-            losses["adversarial"] = self.judge(clean, total, decoder.conv_out.weight)
-            total = total + kept * losses["adversarial"]
-        if self.repa is not None:
-            losses["repa"] = self.repa(real).mean()
-            total = total + kept * self.loss.repa * losses["repa"]
-        self.generated, self.target, self.real = clean.detach(), real.detach(), real
-        return {"loss": total, **losses}
+        return self._with_others(losses, self.loss.flow * total, clean, real, real, share=kept)
+
+
+def run_through(
+    predict: Predict, schedule: ScaleSchedule, noise: Tensor, kind: Prediction
+) -> Iterator[tuple[Stage, Tensor, Tensor, Tensor]]:
+    """One step a stage, through all of them, with gradients.
+
+    Args:
+        noise: white, of the finished picture's size `(B, 3, H, W)`.
+
+    Yields:
+        Each stage, the state that it starts from, the raw prediction there, and the clean image that this means, both
+        float32.
+    """
+    fields = noise_pyramid(noise, len(schedule))
+    state, ones = fields[0], noise.new_ones(len(noise), dtype=torch.float32)
+    for stage in schedule:
+        prediction = predict(state, stage.level(ones), stage.index).float()
+        yield stage, state, prediction, stage.clean(prediction, state, ones, kind)
+        if stage.index < len(schedule) - 1:
+            state = stage.step(prediction, state, ones, torch.zeros_like(ones), kind)
+            state = schedule.hand_over(state, stage.index, fields[stage.index + 1])
+
+
+class UnionObjective(AutoencoderObjective):
+    """One step, and one step a stage, of one network, without a teacher: `scales.union` of the samples runs through all
+    stages and learns each stage's image from the state that the network itself has led to; the rest learns the
+    picture in one step at full resolution, as the last stage's from t = 1.
+
+    A step's flow loss is that of its clean image, a sample's the sum of its steps'. Perceptual distance and adversarial
+    loss are those of all finished pictures, REPA that of the pictures made in one step.
+
+    Args:
+        tokenizer: what trains.
+        loss: weights.
+        scales: `union`.
+        train_encoder: see `AutoencoderObjective`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, loss: LossConfig, scales: ScalesConfig, *, train_encoder: bool) -> None:
+        super().__init__(tokenizer, loss, train_encoder=train_encoder)
+        self.schedule, self.union = ScaleSchedule(tokenizer.config.decoder.stages), scales.union
+
+    def _decoder_losses(self, x: Tensor, target: Tensor, t: Tensor, noise: Tensor, z: Tensor) -> dict[str, Tensor]:
+        decoder, kind = self.tokenizer.decoder, self.tokenizer.config.decoder.prediction
+        assert isinstance(decoder, Decoder)
+        count = min(max(1, round(self.union * len(x))), len(x) - 1)
+        images = image_pyramid(target[:count].float(), len(self.schedule))
+        stages: dict[str, Tensor] = {}
+        steps = run_through(predictor(decoder, z[:count]), self.schedule, noise[:count], kind)  # type: ignore[arg-type]
+        for stage, _, _, finished in steps:
+            stages[f"flow_stage{stage.index}"] = (finished - images[stage.index]).square().mean()
+        start, ones = noise[count:], t.new_ones(len(x) - count)
+        with tap(self.repa, decoder):
+            prediction = decoder(start, ones, z[count:])
+        at_once = flow.to_clean(prediction.float(), start, ones, kind)  # type: ignore[arg-type]
+        share, flow_at_once = count / len(x), (at_once - target[count:]).square().mean()
+        losses = {"flow": share * sum(stages.values()) + (1 - share) * flow_at_once, "flow_at_once": flow_at_once}
+        losses |= stages
+        total, clean = self.loss.flow * losses["flow"], torch.cat([finished, at_once])
+        return self._with_others(losses, total, clean, target, x, tapped=x[count:])
 
 
 class ScaleDistillation(DistillationObjective):
@@ -189,6 +241,7 @@ class ScaleDistillation(DistillationObjective):
         if ours != theirs:
             raise UserError(f"distill: the teacher has {theirs} stages, the student {ours}: they must be equal")
         self.schedule, self.renoise = ScaleSchedule(ours), scales.renoise
+        self.perceptual_to_image = True
         assert isinstance(tokenizer.decoder, Decoder)
         if tokenizer.decoder.config.null_latent:  # students are not guided
             tokenizer.decoder.null_latent.requires_grad_(False)
@@ -219,16 +272,17 @@ class ScaleDistillation(DistillationObjective):
         _, z = self._encoded(x, latent_noise, moments)
         decoder, kind = self.tokenizer.decoder, self.tokenizer.config.decoder.prediction
         assert isinstance(decoder, Decoder)
-        predict, last = predictor(decoder, z), len(self.schedule) - 1
-        fields = noise_pyramid(noise, len(self.schedule))
-        state, ones = fields[0], torch.ones_like(t)
+        predict, last, ones = predictor(decoder, z), len(self.schedule) - 1, torch.ones_like(t)
         seed, first, count = renoising
         generator = torch.Generator(x.device).manual_seed(seed)  # of new noise, where there is any
         losses: dict[str, Tensor] = {"flow": x.new_zeros((), dtype=torch.float32)}
-        for stage in self.schedule:
-            with tap(self.repa if stage.index == last else None, decoder):
-                prediction = predict(state, stage.level(ones), stage.index).float()
-            clean = stage.clean(prediction, state, ones, kind)  # type: ignore[arg-type]
+
+        def tapped(state: Tensor, level: Tensor, number: int) -> Tensor:
+            with tap(self.repa if number == last else None, decoder):
+                return predict(state, level, number)
+
+        steps = run_through(tapped, self.schedule, noise, kind)  # type: ignore[arg-type]
+        for stage, state, prediction, clean in steps:
             if self.renoise:
                 own = slice(first, first + len(x))
                 u = torch.rand(count, generator=generator, device=x.device)[own]
@@ -243,21 +297,7 @@ class ScaleDistillation(DistillationObjective):
                 error = (prediction - (goal if kind == "x" else line)).square()
             losses[f"flow_stage{stage.index}"] = error.mean()
             losses["flow"] = losses["flow"] + losses[f"flow_stage{stage.index}"]
-            if stage.index < last:
-                state = stage.step(prediction, state, ones, torch.zeros_like(t), kind)  # type: ignore[arg-type]
-                state = self.schedule.hand_over(state, stage.index, fields[stage.index + 1])
-        total = self.loss.flow * losses["flow"]
-        if self.perceptual is not None:
-            losses["perceptual"] = self.perceptual(clean, x).mean()
-            total = total + self.loss.perceptual * losses["perceptual"]
-        if self.judge is not None:
-            losses["adversarial"] = self.judge(clean, total, decoder.conv_out.weight)
-            total = total + losses["adversarial"]
-        if self.repa is not None:
-            losses["repa"] = self.repa(x).mean()
-            total = total + self.loss.repa * losses["repa"]
-        self.generated, self.target, self.real = clean.detach(), goal.detach(), x
-        return {"loss": total, **losses}
+        return self._with_others(losses, self.loss.flow * losses["flow"], clean, goal, x)
 
     @torch.no_grad()
     def teachers(self, state: Tensor, z: Tensor, stage: int, tau: Tensor) -> tuple[Tensor, Tensor]:
