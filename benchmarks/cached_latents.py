@@ -1,8 +1,8 @@
 """What cached latents save: training steps a second with the frozen encoder run live, and from a cache.
 
-    python benchmarks/cached_latents.py [--networks cpu-preview paper] [--data PHOTOS.tar] [--size 64] [--batch 16]
+    python benchmarks/cached_latents.py [--networks cpu-default paper] [--data PHOTOS.tar] [--size 64] [--batch 16]
 
-`cpu-preview` is that recipe's pair of networks, `paper` the 34 M parameter f8c4 encoder with decoder S/2. Random
+`cpu-default` is that recipe's pair of networks, `paper` the 34 M parameter f8c4 encoder with decoder S/2. Random
 weights: only speed is measured, of whole optimizer steps of the training loop, both kinds in one process and in turns,
 after a warm-up, with the pictures kept in memory. Further arguments are recipe keys, such as training.precision=fp32.
 """
@@ -29,7 +29,7 @@ from monobath.training.loop import _Run
 from monobath.training.recipes import load_recipe
 
 NETWORKS = {
-    "cpu-preview": ("cpu-preview", []),
+    "cpu-default": ("cpu-default", []),
     "paper": (
         "ssdd-stage1-pretrain",
         [

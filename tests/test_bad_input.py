@@ -177,7 +177,7 @@ TABLE: list[tuple[str, str, str]] = [
     ("latents missing", DECODE.format("none"), "none.safetensors does not exist"),
     ("no latents in the folder", "decode P/photos --out OUT", "no latents in "),
     # recipes and training
-    ("unknown recipe", TRAIN.format("cpu-previw"), "did you mean cpu-preview?"),
+    ("unknown recipe", TRAIN.format("cpu-defualt"), "did you mean cpu-default?"),
     ("recipe is a folder", TRAIN.format("P/empty"), "is a folder"),
     (
         "unknown recipe key",

@@ -257,7 +257,7 @@ def test_overrides_reach_every_type():
         "data.size=64", "data.validation=photos", 'data.source=["a b", "c"]', "loss.space=v",
         "model.encoder.base=32", "model.sampler.noise=zero",
     ]  # fmt: skip
-    recipe = load_recipe("cpu-preview", overrides)
+    recipe = load_recipe("cpu-default", overrides)
     assert (recipe.name, recipe.training.steps, recipe.loss.kl, recipe.training.compile) == ("123", 5, 1e-3, True)
     assert (recipe.data.scale, recipe.data.size, recipe.loss.space) == ([64, 96], 64, "v")
     assert (recipe.data.validation, recipe.data.source) == (["photos"], ["a b", "c"])

@@ -372,7 +372,7 @@ def test_recipes_that_do_not_go_with_the_cache(cache, tmp_path, generator, words
 
 
 def test_old_recipes_train_tokenizers():
-    recipe = load_recipe("cpu-preview", ["data.source=x"])
+    recipe = load_recipe("cpu-default", ["data.source=x"])
     assert (recipe.trains, recipe.generator) == ("tokenizer", GenerationConfig())
     assert load_recipe("dit-64", ["data.source=x"]).generator.dit.width > 0
     assert "generator:" in dump_recipe(recipe)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -100,8 +101,9 @@ def test_the_releases_have_recipes():
     for name in ("data", "training"):
         assert getattr(default, name) == getattr(baseline, name)
     progressive, flux2 = load_recipe("progressive"), load_recipe("flux2")
-    assert progressive.model.decoder.stages == progressive.model.sampler.stages == 3
-    assert progressive.model.encoder == Tokenizer.from_pretrained("default").config.encoder
+    assert (progressive.model.decoder.stages, progressive.model.sampler.stages) == (3, 1)
+    assert progressive.scales.union
+    same = dataclasses.replace(progressive.model.decoder, stages=1)
+    assert (same, progressive.model.encoder) == (default.model.decoder, default.model.encoder)
+    assert default.model.encoder == Tokenizer.from_pretrained("default").config.encoder
     assert flux2.model.decoder.standardise
-    student = load_recipe("progressive-distill", ["distill.teacher=default"])
-    assert student.data == progressive.data

@@ -871,7 +871,7 @@ STAGES = ["model.decoder.stages=3", "model.sampler.stages=3"]
 )  # fmt: skip
 def test_mistakes_in_recipes(overrides, words):
     with pytest.raises(UserError, match=words):
-        load_recipe("cpu-preview", overrides)
+        load_recipe("cpu-default", overrides)
 
 
 def test_too_small_a_batch_is_refused(tmp_path, photos):

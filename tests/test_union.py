@@ -218,13 +218,13 @@ def test_resumed_equals_uninterrupted(tmp_path, photos, monkeypatch):
     [
         (["scales.union=1"], "scales.union is 1"),
         (["scales.union=0.5", "scales.drop=0.1"], "drops no latents"),
-        (["scales.union=0.5", "model.decoder.stages=3"], "set them to 1 and 0"),
+        (["scales.union=0.5", "model.decoder.stages=3", "times.ones=0.5"], "set them to 1 and 0"),
         (["scales.union=0.5"], "scales.* is for multi-scale decoders"),
     ],
 )
 def test_mistakes_in_recipes(overrides, words):
     with pytest.raises(UserError, match=words.replace("*", r"\*")):
-        load_recipe("cpu-preview", overrides)
+        load_recipe("cpu-default", overrides)
 
 
 def test_a_batch_of_one_is_refused(tmp_path, photos):
@@ -242,3 +242,14 @@ def test_the_command_line_gives_previews_on_demand(tmp_path, capsys):
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"a.8.png", "a.16.png", "a.png"}
     assert main([*command, str(tmp_path / "no"), "--progressive", "--engine", "torch"]) == 2
     assert "--engine with --progressive" in capsys.readouterr().err
+
+
+def test_a_single_scale_starts_as_its_last_stage(tmp_path, photos):
+    first = train(union_recipe(tmp_path / "first", photos, steps=2))
+    recipe = tiny_recipe(tmp_path / "second", photos, steps=1, ema=0.0)
+    recipe.model = dataclasses.replace(recipe.model, sampler=SamplerConfig(noise="zero"))
+    recipe.init, recipe.optimizer.lr, recipe.optimizer.weight_decay = str(first), 0.0, 0.0
+    before, after = Tokenizer.from_pretrained(first), Tokenizer.from_pretrained(train(recipe))
+    assert (before.decoder.stage_embedding[-1] != 0).any()
+    z = randn(2, 4, 4, 6)
+    assert torch.allclose(after.decode(z), before.decode(z), atol=1e-5)

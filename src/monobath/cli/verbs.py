@@ -48,7 +48,7 @@ def train(
     --print_config shows all of them. On several GPUs: accelerate launch -m monobath train RECIPE …
 
     Args:
-        recipe: Name of a packaged recipe (cpu-preview), or a YAML file.
+        recipe: Name of a packaged recipe (cpu-default), or a YAML file.
         data: Folders of pictures, .tar shards or shard URLs; instead of the recipe's data.source.
         encoder: Train only the decoder, on the latents of this frozen encoder, KIND=WHERE: kl=FOLDER-OR-HUB-ID,
             flux2=…, tiny=… or dc=… (diffusers), taef2=FOLDER, custom=MODULE:NAME; default: the recipe's.

@@ -80,7 +80,8 @@ def start_from(tokenizer: Tokenizer, recipe: Recipe) -> bool:
     """Take encoder and decoder from the model `recipe.init`; a decoder of another shape keeps its random weights.
 
     The encoder must fit: it decides the latent space, which is why one starts from another model. A multi-scale
-    decoder may start from a single-scale one: all of its weights, beside embeddings of the stages that are zero.
+    decoder may start from a single-scale one: all of its weights, beside embeddings of the stages that are zero. A
+    single-scale one may start from a multi-scale one: it becomes the last stage, which is at full resolution.
 
     Returns:
         Whether the decoder was taken, too.
@@ -101,13 +102,15 @@ def start_from(tokenizer: Tokenizer, recipe: Recipe) -> bool:
     ours, theirs = recipe.model, source.config
     # What changes no weight's shape.
     free: dict[str, Any] = {"size": "custom", "attention": "auto", "dropout": 0.0, "residual": 0.0}
-    if theirs.decoder.stages in (1, ours.decoder.stages):
+    if 1 in (theirs.decoder.stages, ours.decoder.stages) or theirs.decoder.stages == ours.decoder.stages:
         free |= {"stages": 1, "null_latent": False}  # add weights that are zero at first
     same = dataclasses.replace(ours.decoder, **free) == dataclasses.replace(theirs.decoder, **free)
     if not same or ours.kl_decoder != theirs.kl_decoder:
         return False
-    own = tokenizer.decoder.state_dict()
-    own.update({name: value for name, value in source.decoder.state_dict().items() if name in own})
+    own, given = tokenizer.decoder.state_dict(), source.decoder.state_dict()
+    own.update({name: value for name, value in given.items() if name in own})
+    if ours.decoder.stages == 1 < theirs.decoder.stages:  # the stage's embedding is added to the time's
+        own["time.2.bias"] = own["time.2.bias"] + given["stage_embedding"][-1]
     tokenizer.decoder.load_state_dict(own)
     return True
 

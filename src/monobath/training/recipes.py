@@ -1,6 +1,6 @@
 """Reading recipes: YAML and `key=value` overrides → a checked `Recipe`.
 
-    load_recipe("cpu-preview", ["data.source=photos", "training.steps=100"])
+    load_recipe("cpu-default", ["data.source=photos", "training.steps=100"])
 
 The dataclasses in `config.py` are the schema: every dotted field is a key, its annotation the type. jsonargparse
 checks and converts values; a key that does not exist is an error that names the nearest one that does.
