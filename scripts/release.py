@@ -133,7 +133,7 @@ def measured(run: Path, data: Sequence[str], limit: int) -> dict[str, Any]:
 
 
 def export_run(run: Path, folder: Path) -> None:
-    """The averaged weights of a run's newest checkpoint as a model in bfloat16."""
+    """The averaged weights of a run's newest checkpoint as a model in bfloat16, which names no folder of this machine."""
     path = checkpoints.latest(run)
     if path is None:
         raise UserError(f"{run} holds no checkpoint: train first")
@@ -144,7 +144,12 @@ def export_run(run: Path, folder: Path) -> None:
         recipe = load_recipe(str(file))
     tokenizer = Tokenizer(recipe.model)
     tokenizer.load_state_dict(load_file(path / "ema.safetensors"))
-    extra = {"recipe": state["recipe"], "step": state["step"]}
+    told = state["recipe"]
+    for part, key in ((told, "run"), (told, "init"), (told["distill"], "teacher")):
+        part[key] = Path(part[key]).name if Path(part[key]).is_absolute() else part[key]
+    for key in ("source", "validation"):
+        told["data"][key] = [Path(source).name for source in told["data"][key]]
+    extra = {"recipe": told, "step": state["step"]}
     tokenizer.save_pretrained(folder, extra=extra, dtype=torch.bfloat16)
 
 

@@ -68,6 +68,8 @@ def test_sittings_end_in_a_model(recipe, photos, tmp_path):
     assert tokenizer.config.decoder.channels == [16, 32]
     facts = json.loads((tmp_path / "model/config.json").read_text(encoding="utf-8"))
     assert facts["training"]["step"] == 3
+    assert facts["training"]["recipe"]["data"]["source"] == [photos.name]
+    assert str(tmp_path) not in json.dumps(facts)
 
 
 def test_mistakes_are_one_line(recipe, photos, tmp_path):
