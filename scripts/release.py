@@ -133,7 +133,7 @@ def measured(run: Path, data: Sequence[str], limit: int) -> dict[str, Any]:
 
 
 def export_run(run: Path, folder: Path) -> None:
-    """The averaged weights of a run's newest checkpoint as a model in bfloat16, which names no folder of this machine."""
+    """The averaged weights of a run's newest checkpoint as a model in bfloat16, without any folder of this machine."""
     path = checkpoints.latest(run)
     if path is None:
         raise UserError(f"{run} holds no checkpoint: train first")
