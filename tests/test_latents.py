@@ -194,6 +194,17 @@ def test_a_cache_holds_the_crops_of_training_and_their_moments(tokenizer, photos
         dataset[0, 9]
 
 
+def test_the_sign_of_a_zero_is_no_other_encoder():
+    first, second = tiny_tokenizer().encoder, tiny_tokenizer().encoder
+    with torch.no_grad():
+        first.conv_in.weight[0, 0, 0, 0], second.conv_in.weight[0, 0, 0, 0] = 0.0, -0.0
+    assert torch.signbit(second.conv_in.weight[0, 0, 0, 0])
+    assert weights_sha256(first) == weights_sha256(second)
+    with torch.no_grad():
+        second.conv_in.weight[0, 0, 0, 0] = 1e-30
+    assert weights_sha256(first) != weights_sha256(second)
+
+
 def test_a_cache_is_plain_webdataset_shards(cache, photos):
     names = [p.name for p in sorted(cache.iterdir())]
     assert names == ["latents-000000.tar", "latents-000001.tar", "latents-000002.tar", "latents.json"]

@@ -229,7 +229,8 @@ def weights_sha256(module: nn.Module) -> str:
         module = module.network
     for name, tensor in sorted(module.state_dict().items()):
         found.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        values = tensor.detach().float().cpu() + 0.0  # −0 becomes 0: averaging weights may drop the sign of a zero
+        found.update(values.contiguous().numpy().tobytes())
     return found.hexdigest()
 
 
