@@ -155,7 +155,7 @@ def run_scoring(args: argparse.Namespace) -> None:
             if not grid.is_file():
                 shown = _decoded(latents[: 8 * columns], tokenizer, steps, facts["seed"], args.batch)
                 write_file(grid, tensor_to_pil(make_grid(torch.cat(list(shown)), nrow=columns)).save)
-    _time(args, json.loads(found[0].read_text(encoding="utf-8")))
+    _time(args, [json.loads(file.read_text(encoding="utf-8")) for file in found])
 
 
 def _decoded(latents: Tensor, tokenizer: Tokenizer, steps: int | None, seed: int, size: int) -> Iterator[Tensor]:
@@ -291,17 +291,27 @@ def _decoder(text: str) -> tuple[str, Tokenizer, int | None]:
     return name, Tokenizer.from_pretrained(path, device=device()), int(steps) if steps else None
 
 
-def _time(args: argparse.Namespace, facts: dict[str, Any]) -> None:
-    """Seconds a picture of the generator and of every decoder, in turns on one batch: `times.json`."""
+def _generation(facts: dict[str, Any]) -> str:
+    """Name of a generator's row of times."""
+    return "generator " + json.dumps({"model": facts["model"], **_options(facts)}, sort_keys=True)
+
+
+def _time(args: argparse.Namespace, samples: Sequence[dict[str, Any]]) -> None:
+    """Seconds a picture of the generator, as it made each of the samples, and of every decoder: `times.json`.
+
+    All in turns on one batch.
+    """
     file = args.out / "times.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    protocol = {**_options(facts), "batch": args.batch, "device": str(device()), "threads": torch.get_num_threads()}
-    if before.get("protocol") == protocol and set(before["seconds"]) >= {"generator", *args.decoders}:
+    protocol = {"batch": args.batch, "device": str(device()), "threads": torch.get_num_threads()}
+    if before.get("protocol") == protocol and set(before["seconds"]) >= {*map(_generation, samples), *args.decoders}:
         return
-    generator = Generator.from_pretrained(args.out / facts["model"] / "model", device=device())
-    labels = in_turn(generator, None, args.batch)
-    z = generator.sample(labels, **_options(facts))
-    systems: dict[str, Callable[[], Any]] = {"generator": lambda: generator.sample(labels, **_options(facts))}
+    systems: dict[str, Callable[[], Any]] = {}
+    for facts in samples:
+        generator = Generator.from_pretrained(args.out / facts["model"] / "model", device=device())
+        labels = in_turn(generator, None, args.batch)
+        systems[_generation(facts)] = partial(generator.sample, labels, **_options(facts))
+    z = systems[_generation(samples[0])]()
     for decoder in args.decoders:
         _, tokenizer, steps = _decoder(decoder)
         systems[decoder] = lambda t=tokenizer, s=steps: t.decode(z, steps=s, output="uint8")
@@ -341,8 +351,8 @@ def show(args: argparse.Namespace) -> None:
         facts = json.loads(facts_file.read_text(encoding="utf-8"))
         low, high = facts["interval"]
         settings = [str(facts["steps"]), f"{facts['guidance']:g} in ({low:g}, {high:g}]", str(facts["count"])]
-        same = times.get("protocol", {}) | _options(facts) == times.get("protocol", {})
-        made = statistics.median(times["seconds"]["generator"]) if same and times["seconds"] else None
+        seconds = times["seconds"].get(_generation(facts))
+        made = statistics.median(seconds) if seconds else None
         for score in sorted(facts_file.parent.glob("*.json")):
             if score != facts_file:
                 lines.append([score.stem, *settings, *_cells(score, times, made)])
