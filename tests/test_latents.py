@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import rand_images, randn, tiny_tokenizer
 from PIL import Image
-from test_training import tiny_recipe
+from test_training import same, tiny_recipe, weights
 
 from monobath import Tokenizer, UserError
 from monobath.data import LatentDataset, PhotoDataset, find_samples, iterate_eval, make_dataset, make_loader
@@ -448,7 +448,7 @@ def test_a_cache_of_another_encoder_is_refused_with_both_hashes(start, photos, t
             r'data.scale is \[32, 44\], but .* of scale \[32, 40\]: add --data.scale "\[32, 40\]"',
         ),
         ("data", "flip", False, 'data.flip is False, but .* of flip True: add --data.flip "true"'),
-        ("data", "size", 24, "data.size is 24, but .* of size 32"),
+        ("data", "size", 40, "data.size is 40, but .* of size 32"),
     ],
 )
 def test_recipes_that_ask_for_other_crops(start, tmp_path, section, name, value, words):
@@ -458,6 +458,48 @@ def test_recipes_that_ask_for_other_crops(start, tmp_path, section, name, value,
     with pytest.raises(UserError, match=words):
         loop.train(recipe)
     assert not (tmp_path / "run").exists()
+
+
+def test_windows_are_parts_of_the_cached_crops(start):
+    _, cache = start
+    whole, parts = LatentDataset(cache, seed=3), LatentDataset(cache, seed=3, window=16)
+    places = set()
+    for epoch in range(4):
+        crop, part = whole[epoch, 1], parts[epoch, 1]
+        assert part["image"].shape == (3, 16, 16)
+        found = [
+            (top, left)
+            for top in range(3)
+            for left in range(3)
+            if torch.equal(part["moments"], crop["moments"][:, top : top + 2, left : left + 2])
+        ]
+        assert len(found) == 1
+        top, left = (8 * place for place in found[0])
+        assert torch.equal(part["image"], crop["image"][:, top : top + 16, left : left + 16])
+        assert torch.equal(part["moments"], LatentDataset(cache, seed=3, window=16)[epoch, 1]["moments"])
+        places.add(found[0])
+    assert len(places) > 1
+    assert torch.equal(LatentDataset(cache, window=32)[0]["moments"], whole[0]["moments"])
+    for window in (12, 40, 0):
+        with pytest.raises(UserError, match=f"a window of {window} pixels"):
+            LatentDataset(cache, window=window)
+
+
+def test_a_run_trains_on_windows_and_resumes(start, tmp_path, monkeypatch):
+    model, cache = start
+
+    def recipe(run):
+        made = from_cache(run, cache, model, steps=4)
+        made.data.size = 16
+        return made
+
+    whole = loop.train(recipe(tmp_path / "whole"))
+    stop = loop._Run._told_to_stop
+    monkeypatch.setattr(loop._Run, "_told_to_stop", lambda run: run.step == 2 or stop(run))
+    with pytest.raises(loop.Interrupted):
+        loop.train(recipe(tmp_path / "parts"))
+    monkeypatch.undo()
+    assert same(weights(loop.train(recipe(tmp_path / "parts"))), weights(whole))
 
 
 def test_a_run_from_before_new_fields_of_the_model_goes_on(photos, tmp_path):

@@ -175,9 +175,12 @@ class LatentDataset(Dataset[Item]):
         source: the folder, or folders, that `monobath cache-latents` wrote; all of one encoder, size, scale and flip.
         seed: of the order that `make_loader` gives.
         cache: keep every decoded sample in memory.
+        window: side in pixels, a multiple of the factor: items are windows of the cached crops, and of their moments,
+            at places that seed, epoch and index decide; default: the whole crops.
 
     Raises:
-        UserError: not a finished cache, shards that are missing or cut short, or caches that do not go together.
+        UserError: a window that does not fit, not a finished cache, shards that are missing or cut short, or caches
+            that do not go together.
     """
 
     augment = True
@@ -187,8 +190,8 @@ class LatentDataset(Dataset[Item]):
     pictures = True
     """Items have an `image`."""
 
-    def __init__(self, source: Source, *, seed: int = 0, cache: bool = False) -> None:
-        self.source, self.seed, self.cache = source, seed, cache
+    def __init__(self, source: Source, *, seed: int = 0, cache: bool = False, window: int | None = None) -> None:
+        self.source, self.seed, self.cache, self.window = source, seed, cache, window
         self.folders = _folders(source)
         self.caches = [_open(folder) for folder in self.folders]
         for folder, facts in zip(self.folders[1:], self.caches[1:], strict=True):
@@ -201,6 +204,11 @@ class LatentDataset(Dataset[Item]):
                         f"{folder} has {name} {_short(own)}, but {self.folders[0]} has {_short(first)}: "
                         "caches of one run must agree"
                     )
+        if window is not None and (window % self.facts.factor or not 0 < window <= self.facts.size):
+            raise UserError(
+                f"a window of {window} pixels in {self.folders[0]}: give a multiple of {self.facts.factor} up to the "
+                f"{self.facts.size} of its crops"
+            )
         self._starts = np.cumsum([0, *(facts.pictures for facts in self.caches)])
         self._index = [_index(folder, facts) for folder, facts in zip(self.folders, self.caches, strict=True)]
         self._chosen = np.arange(self._starts[-1])  # positions of the pictures that are in use
@@ -249,7 +257,20 @@ class LatentDataset(Dataset[Item]):
         item = self._kept.get(place) or self._load(*place)
         if self.cache:
             self._kept[place] = item
-        return {**item, "index": index}
+        return {**self._window(item, epoch, index), "index": index}
+
+    def _window(self, item: Item, epoch: int, index: int) -> Item:
+        """A part of a sample: picture and moments at the same place."""
+        facts = self.facts
+        if self.window in (None, facts.size):
+            return item
+        side, places = self.window // facts.factor, facts.size // facts.factor
+        top, left = np.random.default_rng((self.seed, epoch, index)).integers(places - side + 1, size=2)
+        found = {**item, "moments": item["moments"][:, top : top + side, left : left + side].clone()}
+        if "image" in item:
+            y, x = top * facts.factor, left * facts.factor
+            found["image"] = item["image"][:, y : y + self.window, x : x + self.window].clone()
+        return found
 
     def preload(self) -> None:
         """Read everything into memory now, before worker processes start; needs `cache=True`."""

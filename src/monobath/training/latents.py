@@ -399,8 +399,11 @@ def _moments(encoder: Encoder | ForeignEncoder, images: Tensor, dtype: torch.dty
 # ---- training from it -------------------------------------------------------------------------------------------
 
 
-def open_cache(data: DataConfig, *, seed: int, train_encoder: bool) -> LatentDataset:
+def open_cache(data: DataConfig, *, seed: int, train_encoder: bool, windows: bool = False) -> LatentDataset:
     """The data set of a recipe with `data.latents`.
+
+    Args:
+        windows: the cached crops may be larger than `data.size`: then the items are windows of them.
 
     Raises:
         UserError: the encoder is to be trained, no finished cache, or a recipe that asks for other crops than it holds.
@@ -411,7 +414,10 @@ def open_cache(data: DataConfig, *, seed: int, train_encoder: bool) -> LatentDat
             "set training.train_encoder to false, or data.latents to false"
         )
     dataset = LatentDataset(data.source, seed=seed, cache=data.cache)
-    for name in ("size", "scale", "flip"):
+    larger = windows and data.size < dataset.facts.size and data.size % dataset.facts.factor == 0
+    if larger:
+        dataset = LatentDataset(data.source, seed=seed, cache=data.cache, window=data.size)
+    for name in ("scale", "flip") if larger else ("size", "scale", "flip"):
         ours, theirs = getattr(data, name), getattr(dataset.facts, name)
         if ours != theirs:
             raise UserError(

@@ -105,7 +105,7 @@ class TokenizerTask(Task):
         super().__init__(recipe, place)
         data, training = recipe.data, recipe.training
         if data.latents:
-            self.dataset = open_cache(data, seed=training.seed, train_encoder=training.train_encoder)
+            self.dataset = open_cache(data, seed=training.seed, train_encoder=training.train_encoder, windows=True)
         else:
             self.dataset = make_dataset(
                 data.source, size=data.size, scale=(data.scale[0], data.scale[1]), flip=data.flip, seed=training.seed,
