@@ -5,7 +5,8 @@
     python benchmarks/retrofit.py show --out runs/retrofit-taef2
 
 `train` runs the recipe `retrofit` for each of --decoders and --seeds, from cached latents where --copies says how many
-crops of each picture to keep (each is encoded once, for all trainings), else encoding on the fly. `score` decodes
+crops of each picture to keep (each is encoded once, for all trainings), else encoding on the fly. --encode-size 256
+caches crops of 256² and trains on windows of them, which is needed where the encoder has statistics over the picture. `score` decodes
 held-out photos at 256² with every decoder and times one a row, all interleaved; `show` prints means and differences to
 the family's own decoder, both paired by picture. What is done is not done again.
 
@@ -57,11 +58,17 @@ def run_training(args: argparse.Namespace) -> None:
         raise UserError("train needs --data, folders or shards of photos, and --encoder KIND=WHERE")
     family, source = split_spec(args.encoder)
     data = args.data
+    side = args.encode_size or args.size
+    scale = tuple(args.scale or (side, 3 * side))
+    if args.encode_size and not args.copies:
+        raise UserError("--encode-size is the size of cached crops: add --copies")
     if args.copies:
-        folder = args.out / f"latents-{args.size}x{args.copies}"
-        scale = (args.size, 3 * args.size)
+        folder = args.out / f"latents-{side}x{args.copies}"
         encoder = as_encoder(args.encoder).to(device())
-        cache_latents(encoder, args.data, folder, size=args.size, scale=scale, copies=args.copies, model=args.encoder)
+        cache_latents(
+            encoder, args.data, folder, size=side, scale=scale, copies=args.copies, model=args.encoder,
+            batch_size=max(1, 16 * args.size**2 // side**2),
+        )  # fmt: skip
         data = [str(folder)]
     for seed in args.seeds:
         for decoder in args.decoders:
@@ -70,7 +77,7 @@ def run_training(args: argparse.Namespace) -> None:
                 f"name={row}-seed{seed}", f"run={args.out / f'{row}-seed{seed}'}", f"data.source={json.dumps(data)}",
                 f"data.latents={json.dumps(bool(args.copies))}", f"model.encoder.family={family}",
                 f"model.encoder.source={source}", f"model.decoder.size={decoder}", f"data.size={args.size}",
-                f"data.scale=[{args.size}, {3 * args.size}]", f"training.steps={args.crops // args.batch}",
+                f"data.scale=[{scale[0]}, {scale[1]}]", f"training.steps={args.crops // args.batch}",
                 f"training.batch_size={args.batch}", f"training.seed={seed}", "training.sample_every=0", *args.set,
             ]  # fmt: skip
             facts = {"row": row, "decoder": decoder, "crops": args.crops, "cached": bool(args.copies), "seed": seed}
@@ -152,6 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("--crops", type=int, default=8000, help="budget of each training, in crops")
     train.add_argument("--copies", type=int, default=0, help="crops of each picture to encode once and keep; 0: none")
     train.add_argument("--size", type=int, default=64, help="side of the crops, in pixels")
+    train.add_argument("--encode-size", type=int, help="side of the cached crops, of which --size is a window")
+    train.add_argument("--scale", type=int, nargs=2, help="short side before cropping; default: 1 to 3 × the crop's")
     train.add_argument("--batch", type=int, default=16, help="crops a step")
     train.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other values of the recipe")
     train.add_argument("--name", default="", help="name of the row with these values")
