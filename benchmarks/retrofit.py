@@ -6,9 +6,9 @@
 
 `train` runs the recipe `retrofit` for each of --decoders and --seeds, from cached latents where --copies says how many
 crops of each picture to keep (each is encoded once, for all trainings), else encoding on the fly. --encode-size 256
-caches crops of 256² and trains on windows of them, which is needed where the encoder has statistics over the picture. `score` decodes
-held-out photos at 256² with every decoder and times one a row, all interleaved; `show` prints means and differences to
-the family's own decoder, both paired by picture. What is done is not done again.
+caches crops of 256² and trains on windows of them: needed where the encoder has statistics over the picture. `score`
+decodes held-out photos at 256² with every decoder and times one a row, all interleaved; `show` prints means and
+differences to the family's own decoder, both paired by picture. What is done is not done again.
 
 The family's own decoder saw many more pictures than a training here does: this says how far a budget of crops gets.
 """
