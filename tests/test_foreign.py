@@ -491,15 +491,18 @@ def test_the_benchmark(folders, photos, tmp_path, monkeypatch, capsys):
     out, given = ["--out", str(tmp_path / "out")], ["--encoder", spec(folders, "tiny"), "--data", str(photos)]
     words = [word.removeprefix("--") for word in SMALL]
     kept = [f"{k}={v}" for k, v in zip(words[::2], words[1::2], strict=True) if "data." not in k]
-    train = ["train", *out, *given, "--size", "32", "--batch", "4", "--crops", "8", "--copies", "1", "--set", *kept]
+    train = ["train", *out, *given, "--set", *kept, "--size", "32", "--batch", "4", "--crops", "8", "--copies", "1"]
     score = ["score", *out, *given, "--score-size", "32", "--limit", "4", "--repeats", "1"]
     assert run(train) == 0
+    assert run([*train, "--name", "windows", "--encode-size", "40", "--scale", "40", "48"]) == 0
+    assert (tmp_path / "out/latents-40x1/latents.json").is_file()
     assert run(score) == 0
     capsys.readouterr()
     assert run(["show", *out]) == 0
     rows, differences = capsys.readouterr().out.split("\n\n")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in rows.splitlines()[2:]]
-    assert [row[:3] for row in rows] == [["AutoencoderTiny (tiny)", "", ""], ["CM-4-8", "8", "0"]]
+    names = [["AutoencoderTiny (tiny)", "", ""], ["CM-4-8", "8", "0"], ["CM-4-windows-8", "8", "0"]]
+    assert [row[:3] for row in rows] == names
     assert all("±" in cell for row in rows for cell in row[3:7])
     assert "cached" in rows[1][-1]
     assert "CM-4-8-seed0 − AutoencoderTiny (tiny)" in differences
