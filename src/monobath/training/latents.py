@@ -416,7 +416,7 @@ def open_cache(data: DataConfig, *, seed: int, train_encoder: bool, windows: boo
     dataset = LatentDataset(data.source, seed=seed, cache=data.cache)
     larger = windows and data.size < dataset.facts.size and data.size % dataset.facts.factor == 0
     if larger:
-        dataset = LatentDataset(data.source, seed=seed, cache=data.cache, window=data.size)
+        dataset.window = data.size
     for name in ("scale", "flip") if larger else ("size", "scale", "flip"):
         ours, theirs = getattr(data, name), getattr(dataset.facts, name)
         if ours != theirs:
