@@ -142,7 +142,9 @@ def recipe_for(name: str, args: argparse.Namespace, *, lr: float, perceptual: fl
         run=str(args.out / folder),
         init="" if row.factor else frozen_encoder(args),
         model=model_of(row, args, source),
-        data=DataConfig(source=args.data, size=args.size, scale=[args.size, 3 * args.size], cache=True, workers=0),
+        data=DataConfig(
+            source=args.data, size=args.size, scale=args.scale or [args.size, 3 * args.size], cache=True, workers=0
+        ),
         times=TimesConfig(ones=0.75, zero_noise=0.667),
         loss=LossConfig(
             perceptual=perceptual,
@@ -295,6 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("--name", default="one-step", help="name of our decoder's row")
     train.add_argument("--kl-channels", type=int, nargs="+", default=[32, 64, 128, 128], help="of each level")
     train.add_argument("--size", type=int, default=64, help="side of the crops, in pixels")
+    train.add_argument("--scale", type=int, nargs=2, help="short side before cropping; default: 1 to 3 × the crop's")
     train.add_argument("--batch", type=int, default=16, help="crops a step")
     train.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     score = add_scoring(parser, "score and show")
