@@ -23,7 +23,7 @@ from torch import Tensor
 from .errors import UserError
 from .models.decoder import Decoder, DecoderConfig
 from .models.kl_decoder import KLDecoder
-from .models.one_step import OneStep
+from .models.one_step import OneStep, OneStepDecoder
 from .sampling import Noise, draw_noise, euler
 
 Interval = tuple[int, int]
@@ -65,7 +65,11 @@ def sample(
         ValueError: see `euler` and `draw_noise`.
     """
     config = decoder.config
-    f = config.factor
+    f, reach = config.factor, None if isinstance(decoder, KLDecoder) else decoder_reach(config, steps)
+    if config.trunk and isinstance(decoder, Decoder | OneStepDecoder):
+        z, f = decoder.features(z), config.read_factor  # of the whole picture, once
+    elif config.trunk:  # an exported program, whose trunk takes its statistics over a tile
+        reach = None
     size = size or (z.shape[2] * f, z.shape[3] * f)
     unit = max(f, config.token_side)
     # A token may be larger than a latent position: then whole tokens are decoded and the excess cropped.
@@ -80,7 +84,6 @@ def sample(
         kind = config.prediction
         return euler(lambda x_t, t: decoder(x_t, t, z), start, kind=kind, steps=steps, power=power)  # type: ignore[arg-type]
 
-    reach = None if isinstance(decoder, KLDecoder) else decoder_reach(config, steps)
     layout = None if tile is None else plan(full, tile, overlap, unit, reach)
     if layout is None:
         start = draw_noise((3, *full), seeds, noise).to(z) if needs_start else None
@@ -153,16 +156,17 @@ def decoder_reach(config: DecoderConfig, steps: int = 1) -> int | None:
     """How many pixels around a token's square its picture depends on, at most; None: on all of them (GroupNorm)."""
     if config.norm != "local":
         return None
-    unit = max(config.factor, config.token_side)
+    unit = max(config.read_factor, config.token_side)
     return max(max(-first, last + 1 - unit) for first, last in receptive_field(config, (0, unit - 1), steps))
 
 
 def receptive_field(config: DecoderConfig, output: Interval, steps: int = 1) -> tuple[Interval, Interval]:
     """Rows (or columns) of noise and of latents that rows `output` of a `norm: local` decoder's picture depend on.
 
-    Both in pixels. Exact: the walk back through `Decoder.forward`, and `steps` times through the sampler.
+    Both in pixels; with a trunk, of its features instead of latents. Exact: the walk back through `Decoder.forward`,
+    and `steps` times through the sampler.
     """
-    pixels, latents = output, (output[0] // config.factor * config.factor, output[1])
+    pixels, latents = output, (output[0] // config.read_factor * config.read_factor, output[1])
     for _ in range(steps):
         pixels, read = _one_pass(config, pixels)
         latents = (min(latents[0], read[0]), max(latents[1], read[1]))
@@ -170,7 +174,7 @@ def receptive_field(config: DecoderConfig, output: Interval, steps: int = 1) -> 
 
 
 def _one_pass(config: DecoderConfig, output: Interval) -> tuple[Interval, Interval]:
-    f, deepest = config.factor, len(config.channels) - 1
+    f, deepest = config.read_factor, len(config.channels) - 1
     reads = []  # what is read of z, in pixels
 
     def read(first: int, last: int, side: int, around: int) -> None:

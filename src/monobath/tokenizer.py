@@ -99,6 +99,8 @@ class TokenizerConfig:
             raise UserError(f"sampler.guidance={self.sampler.guidance} needs sampler.stages above 1: leave it at 1")
         if self.kl_decoder and self.decoder.stages > 1:
             raise UserError("kl_decoder has one scale: leave decoder.stages at 1")
+        if self.kl_decoder and self.decoder.trunk:
+            raise UserError(f"kl_decoder runs behind no trunk: leave decoder.trunk at 0, not {self.decoder.trunk}")
         if self.kl_decoder and (self.sampler.steps, self.sampler.noise) != (1, "zero"):
             raise UserError('kl_decoder needs sampler.steps 1 and sampler.noise "zero": it takes no noise')
         for name in ("latent_mean", "latent_std"):

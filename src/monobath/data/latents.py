@@ -18,7 +18,7 @@ import dataclasses
 import io
 import json
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -185,6 +185,9 @@ class LatentDataset(Dataset[Item]):
 
     augment = True
     """The crops are augmented already: this is for training."""
+    through: Callable[[Tensor], Tensor] | None = None
+    """Mean latents of whole crops, `(1, c, h, w)`, → features `(1, d, s·h, s·w)`, as by `Decoder.features`: items then
+    have float16 `features` in place of moments. With `cache` they are computed once; called without gradients."""
     skipped_count = 0
     """Unusable pictures were replaced when the cache was written."""
     pictures = True
@@ -265,11 +268,13 @@ class LatentDataset(Dataset[Item]):
         if self.window in (None, facts.size):
             return item
         side, places = self.window // facts.factor, facts.size // facts.factor
-        top, left = np.random.default_rng((self.seed, epoch, index)).integers(places - side + 1, size=2)
-        found = {**item, "moments": item["moments"][:, top : top + side, left : left + side].clone()}
-        if "image" in item:
-            y, x = top * facts.factor, left * facts.factor
-            found["image"] = item["image"][:, y : y + self.window, x : x + self.window].clone()
+        corner = np.random.default_rng((self.seed, epoch, index)).integers(places - side + 1, size=2)
+        found = dict(item)
+        for name in ("image", "moments", "features"):
+            if name in item:
+                finer = item[name].shape[1] // places  # positions behind one of the latent
+                top, left = (corner * finer).tolist()
+                found[name] = item[name][:, top : top + side * finer, left : left + side * finer].clone()
         return found
 
     def preload(self) -> None:
@@ -304,7 +309,11 @@ class LatentDataset(Dataset[Item]):
                 f"{path}: sample {name} holds a picture {shape} and moments {moments.shape}, but "
                 f"{FACTS_FILE} says {(3, facts.size, facts.size)} and {expected}: write the cache anew"
             )
-        return {**item, "moments": torch.from_numpy(moments)}
+        found = torch.from_numpy(moments)
+        if self.through is None:
+            return {**item, "moments": found}
+        with torch.no_grad():
+            return {**item, "features": self.through(found[None, : len(found) // 2].float())[0].half()}
 
 
 def _short(value: object) -> str:

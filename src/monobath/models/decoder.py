@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
+from . import taesd
 from .attention import windowed_attention
 from .blocks import cosine_basis, norm_groups, resample_to, zero_init
 
@@ -33,12 +34,14 @@ SIZES: dict[str, tuple[int, tuple[int, ...], int]] = {
     "H": (192, (1, 2, 4, 4), 16),  # 362,688,003
 }
 PATCHES = (1, 2, 4, 8)
-# Ours, for speed (docs/performance.md): convolutions alone, at patch 4: channels of both levels, residual blocks down
-# and up. What runs between pixels and latent is two grids, of 4×4 and of 8×8 pixels.
+# Ours, for speed (docs/performance.md): convolutions alone: channels of each level, residual blocks down and up. At
+# patch 4, what runs between pixels and latent is two grids, of 4×4 and of 8×8 pixels. CT is one grid of 2×2 pixels, for
+# the features of a trunk.
 CONVOLUTIONAL: dict[str, tuple[list[int], list[int], list[int]]] = {
-    "CS": ([64, 128], [0, 2], [2, 3]),
-    "CM": ([96, 192], [0, 2], [2, 3]),
-    "CL": ([128, 256], [0, 3], [3, 4]),
+    "CT/2": ([64], [0], [2]),
+    "CS/4": ([64, 128], [0, 2], [2, 3]),
+    "CM/4": ([96, 192], [0, 2], [2, 3]),
+    "CL/4": ([128, 256], [0, 3], [3, 4]),
 }
 
 
@@ -47,8 +50,8 @@ class DecoderConfig:
     """The shape of a decoder. `size` fills in what is left at its zero value; every field can be set by hand."""
 
     size: str = "S/1"
-    """`SIZE/PATCH`: XS, S, B, M, L, XL, H and 1, 2, 4, 8, the paper's network; or CS/4, CM/4, CL/4, convolutions alone
-    and the fastest, which set norm, modulation, upsampling and linear_skip too; or `custom`: give patch, channels,
+    """`SIZE/PATCH`: XS, S, B, M, L, XL, H and 1, 2, 4, 8, the paper's network; or CT/2, CS/4, CM/4, CL/4: convolutions
+    alone, the fastest, which set norm, modulation, upsampling and linear_skip too; or `custom`: give patch, channels,
     middle_blocks, heads."""
     latent_channels: int = 4
     """c: channels of the latent."""
@@ -98,6 +101,10 @@ class DecoderConfig:
     standardise: bool = False
     """Bring each channel of the latent to mean 0 and standard deviation ½ by constants, for foreign encoders. They are
     measured, and `linear_skip` is fitted, before training (`training/retrofit.py`); the weights keep them."""
+    trunk: int = 0
+    """Layers of the latents' own decoder, TAEF2's, that run before ours, frozen: ours decodes their features instead of
+    the latent (`models/taesd.py`). 6: up to the last one with statistics over the picture; 11 and 16: up to the last
+    one at twice and at four times the latent's resolution. 0: none."""
 
     def __post_init__(self) -> None:
         if self.size != "custom":
@@ -136,6 +143,13 @@ class DecoderConfig:
             raise UserError(f"decoder.stages is {self.stages}: it must be at least 1")
         if self.null_latent and self.stages == 1:
             raise UserError("decoder.null_latent needs decoder.stages above 1: guidance is for multi-scale decoding")
+        if self.trunk and (self.trunk not in taesd.TRUNKS or self.factor != taesd.FACTOR):
+            raise UserError(
+                f"decoder.trunk is {self.trunk} at factor {self.factor}: choose of {', '.join(map(str, taesd.TRUNKS))} "
+                f"for TAEF2's latents, of factor {taesd.FACTOR}, or 0"
+            )
+        if self.trunk and self.latent_channels == taesd.CHANNELS:
+            raise UserError(f"decoder.trunk needs latents of other than {taesd.CHANNELS} channels: set it to 0")
         self.down = self.down or [self.down_blocks] * len(self.channels)
         self.up = self.up or [blocks + 1 for blocks in self.down]
         for name, least in (("down", 0), ("up", 1)):
@@ -148,9 +162,9 @@ class DecoderConfig:
 
     def _fill_from_size(self) -> None:
         name, _, patch = self.size.partition("/")
-        if name in CONVOLUTIONAL and patch == "4":
-            channels, down, up = CONVOLUTIONAL[name]
-            self.patch, self.middle_blocks = self.patch or 4, max(0, self.middle_blocks)
+        if self.size in CONVOLUTIONAL:
+            channels, down, up = CONVOLUTIONAL[self.size]
+            self.patch, self.middle_blocks = self.patch or int(patch), max(0, self.middle_blocks)
             self.channels, self.down, self.up = self.channels or channels, self.down or down, self.up or up
             self.norm, self.modulation, self.upsampling, self.linear_skip = "local", False, "shuffle", True
             return
@@ -158,7 +172,7 @@ class DecoderConfig:
             raise UserError(
                 f"decoder.size is {self.size!r}: give SIZE/PATCH with SIZE in {', '.join(SIZES)} "
                 f"and PATCH in {', '.join(map(str, PATCHES))}, one of "
-                f"{', '.join(f'{name}/4' for name in CONVOLUTIONAL)}, or custom"
+                f"{', '.join(CONVOLUTIONAL)}, or custom"
             )
         base, multipliers, middle_blocks = SIZES[name]
         self.patch = self.patch or int(patch)
@@ -172,6 +186,16 @@ class DecoderConfig:
     def token_side(self) -> int:
         """Side, in pixels, of one transformer token: image sides must be divisible by it."""
         return self.patch * 2 ** (len(self.channels) - 1)
+
+    @property
+    def read_channels(self) -> int:
+        """Channels of what the network reads: the latent, or the features that the trunk makes of it."""
+        return taesd.CHANNELS if self.trunk else self.latent_channels
+
+    @property
+    def read_factor(self) -> int:
+        """Side of the pixel square behind one position of that."""
+        return self.factor // taesd.TRUNKS[self.trunk] if self.trunk else self.factor
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
@@ -337,7 +361,7 @@ def keep_scale(decoder: Decoder) -> None:
     takes two thirds of the variance. Training then takes several times as long (docs/performance.md, levers).
     """
     for name, module in decoder.named_modules():
-        if not isinstance(module, nn.Conv2d) or name.startswith("context"):
+        if not isinstance(module, nn.Conv2d) or name.startswith(("context", "trunk")):
             continue
         if name.endswith((".context", "conv2", "conv_out")):  # start without modulation, as the identity, at zero
             zero_init(module)
@@ -372,6 +396,7 @@ class Decoder(nn.Module):
 
     The prediction is the velocity or the clean image (`config.prediction`); `monobath.flow` converts. H and W must
     be divisible by `config.token_side`. The latent may have another resolution than H/f (low-resolution stages).
+    With a trunk, z may also be its features, which `features` gives.
     A multi-scale decoder also takes the number of the stage, 0 … `config.stages` − 1, which all samples share; without
     one it is the last, which is at full resolution.
     """
@@ -386,12 +411,14 @@ class Decoder(nn.Module):
         widths, patch = config.channels, config.patch
         context = widths[0]
         time = 4 * context
-        self.conv_in = nn.Conv2d(3 * patch**2 + config.latent_channels, widths[0], 3, padding=1)
+        read = config.read_channels
+        self.trunk = taesd.Trunk(config.latent_channels, config.trunk) if config.trunk else None
+        self.conv_in = nn.Conv2d(3 * patch**2 + read, widths[0], 3, padding=1)
         # Only what reads the context makes it.
         self.context: nn.Module = nn.Identity()
         if config.modulation or config.middle_blocks:
             self.context = nn.Sequential(
-                nn.Conv2d(config.latent_channels, context, 3, padding=1),
+                nn.Conv2d(read, context, 3, padding=1),
                 nn.SiLU(),
                 nn.Conv2d(context, context, 3, padding=1),
             )
@@ -423,15 +450,15 @@ class Decoder(nn.Module):
         if config.norm == "local":
             keep_scale(self)
         if config.linear_skip:
-            self.linear_skip = zero_init(nn.Conv2d(config.latent_channels, 3 * config.factor**2, 3, padding=1))
-        if config.linear_skip and not config.standardise:
+            self.linear_skip = zero_init(nn.Conv2d(read, 3 * config.read_factor**2, 3, padding=1))
+        if config.linear_skip and not (config.standardise or config.trunk):
             # Starts as the inverse of our encoder's shortcut: the latents' low frequencies as an image.
             basis = cosine_basis(config.latent_channels, config.factor) * config.factor
             with torch.no_grad():
                 self.linear_skip.weight[:, :, 1, 1] = basis.T  # type: ignore[operator]
         if config.standardise:
-            self.register_buffer("latent_shift", torch.zeros(config.latent_channels, 1, 1))
-            self.register_buffer("latent_scale", torch.ones(config.latent_channels, 1, 1))
+            self.register_buffer("latent_shift", torch.zeros(read, 1, 1))
+            self.register_buffer("latent_scale", torch.ones(read, 1, 1))
         if config.stages > 1:  # zero: a single-scale decoder's weights mean what they meant
             self.stage_embedding = nn.Parameter(torch.zeros(config.stages, time))
         if config.null_latent:
@@ -439,7 +466,7 @@ class Decoder(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, z: Tensor, stage: int | None = None) -> Tensor:
         self._check(x_t, t, z, stage)
-        z = self.standardised(z)
+        z = self.standardised(self.features(z))
         context = self.context(z)
         x = F.pixel_unshuffle(x_t, self.config.patch)
         x = self.conv_in(torch.cat([x, resample_to(z, (x.shape[2], x.shape[3]))], dim=1))
@@ -465,12 +492,22 @@ class Decoder(nn.Module):
                 x = enlarged(x, level.resample, self.config.upsampling)
         x = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.config.patch)
         if self.config.linear_skip:
-            linear = F.pixel_shuffle(self.linear_skip(z), self.config.factor)
+            linear = F.pixel_shuffle(self.linear_skip(z), self.config.read_factor)
             x = x + resample_to(linear, (x.shape[2], x.shape[3]))
         return mixed(x, x_t, t, self.config.residual) if self.config.residual else x
 
+    def features(self, z: Tensor) -> Tensor:
+        """What the trunk makes of the latent: `(B, 64, …)`, in the weights' own type; without one, the latent.
+
+        It has statistics over the whole picture. To decode in parts, cut its features, not the latent.
+        """
+        if self.trunk is None:
+            return z
+        with torch.autocast(z.device.type, enabled=False):
+            return self.trunk(z)
+
     def standardised(self, z: Tensor) -> Tensor:
-        """The latent as the network takes it; see `DecoderConfig.standardise`."""
+        """The latent, or the trunk's features, as the network takes it; see `DecoderConfig.standardise`."""
         return (z - self.latent_shift) * self.latent_scale if self.config.standardise else z
 
     def without(self, z: Tensor) -> Tensor:
@@ -491,11 +528,12 @@ class Decoder(nn.Module):
 
     def _check(self, x_t: Tensor, t: Tensor, z: Tensor, stage: int | None) -> None:
         side, c, stages = self.config.token_side, self.config.latent_channels, self.config.stages
+        channels = {c, self.config.read_channels}
         if stage is not None and not 0 <= stage < stages:
             raise ValueError(f"stage is {stage}: this decoder has {stages}, counted from 0")
         if x_t.ndim != 4 or x_t.shape[1] != 3 or x_t.shape[2] % side or x_t.shape[3] % side:
             raise ValueError(f"x_t is {tuple(x_t.shape)}: expected (B, 3, H, W) with sides divisible by {side}")
-        if z.ndim != 4 or z.shape[1] != c or z.shape[0] != x_t.shape[0]:
+        if z.ndim != 4 or z.shape[1] not in channels or z.shape[0] != x_t.shape[0]:
             raise ValueError(f"z is {tuple(z.shape)}: expected ({x_t.shape[0]}, {c}, h, w)")
         if t.shape != (x_t.shape[0],):
             raise ValueError(f"t is {tuple(t.shape)}: expected ({x_t.shape[0]},), one time a sample")

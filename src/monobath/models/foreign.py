@@ -22,6 +22,11 @@ NO_SPREAD = -30.0
 """Log-variance of a deterministic encoder: the least that `Posterior` knows, a standard deviation of 3e-7."""
 
 
+def without_spread(mean: Tensor) -> Tensor:
+    """Moments `(B, 2c, h, w)` of what is certain: `mean` `(B, c, h, w)`."""
+    return torch.cat([mean, torch.full_like(mean, NO_SPREAD)], dim=1)
+
+
 class ForeignEncoder(nn.Module):
     """Image `(B, 3, H, W)` in [-1, 1], sides divisible by `config.factor` → moments `(B, 2c, H/f, W/f)`.
 
@@ -83,7 +88,7 @@ class ForeignEncoder(nn.Module):
                     f"the {config.family} encoder gave {name} {tuple(part.shape)} for images {tuple(x.shape)}: "
                     f"expected {expected}"
                 )
-        return torch.cat([mean, torch.full_like(mean, NO_SPREAD) if logvar is None else logvar], dim=1)
+        return without_spread(mean) if logvar is None else torch.cat([mean, logvar], dim=1)
 
     def _apply(self, fn: Any, recurse: bool = True) -> ForeignEncoder:
         if isinstance(self.network, nn.Module):

@@ -72,7 +72,7 @@ class OneStepDecoder(OneStep):
             # Not folded into the weights: where a convolution pads the latent with zeros, its mean would be missing.
             self.register_buffer("latent_shift", decoder.latent_shift.clone())
             self.register_buffer("latent_scale", decoder.latent_scale.clone())
-        self.context = deepcopy(decoder.context)
+        self.trunk, self.context = deepcopy(decoder.trunk), deepcopy(decoder.context)
         pixels = 3 * config.patch**2
         self.conv_in = deepcopy(decoder.conv_in)
         if noise == "zero":
@@ -94,12 +94,13 @@ class OneStepDecoder(OneStep):
         self.requires_grad_(False).eval()
 
     def forward(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
-        config = self.config
+        config, factor = self.config, self.config.read_factor
+        z = self.features(z)
         if config.standardise:
             z = (z - self.latent_shift) * self.latent_scale
         context = self.context(z)
         modulations = iter(self.modulation(context).split(self.widths, dim=1) if config.modulation else ())
-        x = _to_level(z, config.factor, config.patch)
+        x = _to_level(z, factor, config.patch)
         if self.noise == "gaussian":
             assert noise is not None, "this decoder was folded for Gaussian noise: give it"
             x = torch.cat([F.pixel_unshuffle(noise, config.patch), x], dim=1)
@@ -108,27 +109,31 @@ class OneStepDecoder(OneStep):
         for depth, (blocks, resample) in enumerate(cast(list[tuple[nn.ModuleList, nn.Module]], self.down)):
             skips.append([x])
             for block in blocks:
-                x = block(x, next(modulations, None), config.factor, config.patch << depth)
+                x = block(x, next(modulations, None), factor, config.patch << depth)
                 skips[-1].append(x)
             if not isinstance(resample, nn.Identity):
                 x = resample(x)
         if self.middle is not None:
-            x = self.middle(x, context, config.factor, config.token_side)
+            x = self.middle(x, context, factor, config.token_side)
         depth = len(self.up)
         for blocks, resample in cast(list[tuple[nn.ModuleList, nn.Module]], self.up):
             depth, kept = depth - 1, skips.pop()
             for block in blocks:
                 x = torch.cat([x, kept.pop()], dim=1) if kept else x
-                x = block(x, next(modulations, None), config.factor, config.patch << depth)
+                x = block(x, next(modulations, None), factor, config.patch << depth)
             if not isinstance(resample, nn.Identity):
                 x = enlarged(x, resample, config.upsampling)
         x = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), config.patch)
         if self.linear_skip is not None:
-            x = x + F.pixel_shuffle(self.linear_skip(z), config.factor)
+            x = x + F.pixel_shuffle(self.linear_skip(z), factor)
         if config.prediction == "v" and self.noise == "gaussian":
             assert noise is not None
             x = x + noise  # x̂ = x_t + t·v at t = 1; with zero noise, v is the picture itself
         return x
+
+    def features(self, z: Tensor) -> Tensor:
+        """See `Decoder.features`."""
+        return z if self.trunk is None else self.trunk(z)
 
 
 class FoldedBlock(nn.Module):

@@ -17,6 +17,10 @@ from .loading import load_strictly
 
 FACTOR = 8
 """Side of the pixel square behind one latent position."""
+CHANNELS = 64
+"""Of the features between the layers of the published networks."""
+TRUNKS = {3: 1, 4: 1, 5: 1, 6: 1, 9: 2, 10: 2, 11: 2, 14: 4, 15: 4, 16: 4}
+"""How many first layers of a decoder make a `Trunk`, and how many times the latent's resolution their features have."""
 
 
 class Block(nn.Module):
@@ -51,6 +55,28 @@ class Clamp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(x / 3) * 3
+
+
+class Trunk(nn.Module):
+    """The first layers of a TAESD decoder, frozen: latents `(B, c, h, w)` → features `(B, 64, s·h, s·w)`.
+
+    Published latents may hold what no neighbourhood tells, such as the mean colour of TAEF2's: the norms that undo it
+    are among these layers (`Block`). What comes after them is local. Features are left as they are: latents are told
+    from them by their number of channels.
+
+    Args:
+        latent_channels: c, not 64.
+        layers: how many; a key of `TRUNKS`, whose value is s.
+    """
+
+    def __init__(self, latent_channels: int, layers: int) -> None:
+        super().__init__()
+        self.latent_channels = latent_channels
+        self.layers = taesd_decoder(latent_channels)[:layers]
+        self.requires_grad_(False)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.layers(z) if z.shape[1] == self.latent_channels else z
 
 
 def conv(i: int, o: int, stride: int = 1, bias: bool = True) -> nn.Conv2d:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 from ..data import LatentDataset, PhotoDataset, StreamDataset
 from ..errors import UserError
+from ..foreign import read_taesd
 from ..models.decoder import Decoder
 from ..models.encoder import FAMILIES
+from ..models.loading import load_strictly
 from ..tokenizer import Tokenizer
 from . import checkpoints
 from .config import Recipe
@@ -47,10 +50,33 @@ def make_tokenizer(
             log.info("init: the encoder comes from %s; its decoder has another shape, so ours starts anew", recipe.init)
     elif not recipe.training.train_encoder and not recipe.model.encoder.family and not quiet:
         log.warning("training.train_encoder is false without init: the decoder learns a random encoder's latents")
+    if recipe.model.decoder.trunk:
+        _add_trunk(tokenizer, recipe, dataset, taken)
     fits = recipe.model.decoder.standardise and isinstance(tokenizer.decoder, Decoder) and not taken
     if fits and dataset is not None and checkpoints.latest(Path(recipe.run)) is None:
         fit_to_latents(tokenizer, dataset, seed=recipe.training.seed)
     return tokenizer.train()
+
+
+def _add_trunk(
+    tokenizer: Tokenizer, recipe: Recipe, dataset: PhotoDataset | StreamDataset | LatentDataset | None, taken: bool
+) -> None:
+    """The weights of the trunk, from the files of the family's decoder unless they are there; cached latents go through
+    it when they are read, before they are cut to windows."""
+    encoder, decoder = recipe.model.encoder, tokenizer.decoder
+    assert isinstance(decoder, Decoder)
+    assert decoder.trunk is not None
+    if not taken:
+        if encoder.family != "taef2" or not encoder.source:
+            given = f"{encoder.family or 'ours'}={encoder.source}" if encoder.source else encoder.family or "ours"
+            raise UserError(
+                f"model.decoder.trunk is {decoder.config.trunk} with the encoder {given}: its layers are read from "
+                "TAEF2's files; add --encoder taef2=FOLDER, or set it to 0"
+            )
+        layers = read_taesd(encoder.family, encoder.source, "decoder")[: decoder.config.trunk]
+        load_strictly(decoder.trunk.layers, layers.state_dict(), encoder.source)
+    if isinstance(dataset, LatentDataset):
+        dataset.through = copy.deepcopy(decoder.trunk)
 
 
 def _check_latents(recipe: Recipe) -> None:

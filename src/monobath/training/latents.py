@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -31,7 +31,7 @@ from ..errors import UserError
 from ..files import write_folder
 from ..images import MAX_PIXELS, to_float
 from ..models.encoder import Encoder, EncoderConfig, Posterior
-from ..models.foreign import ForeignEncoder, missing_encoder
+from ..models.foreign import ForeignEncoder, missing_encoder, without_spread
 from ..tokenizer import Tokenizer
 from .config import DataConfig
 
@@ -425,6 +425,13 @@ def open_cache(data: DataConfig, *, seed: int, train_encoder: bool, windows: boo
                 f'add --data.{name} "{json.dumps(theirs)}", or cache others'
             )
     return dataset
+
+
+def stored_moments(batch: Mapping[str, Tensor]) -> Tensor | None:
+    """Moments `(B, 2c, h, w)` that a batch of a cache has, or those of its features; None: it is of pictures alone."""
+    if "features" in batch:
+        return without_spread(batch["features"])
+    return batch.get("moments")
 
 
 def check_encoder(dataset: LatentDataset, encoder: nn.Module) -> None:

@@ -19,8 +19,9 @@ from ..data import LatentDataset, PhotoDataset, StreamDataset, make_loader
 from ..images import to_float
 from ..models.decoder import Decoder
 from ..models.encoder import Posterior
+from ..models.foreign import without_spread
 from ..tokenizer import Tokenizer
-from .latents import LatentMoments
+from .latents import LatentMoments, stored_moments
 
 CROPS, POSITIONS = 32, 4096
 """Of the run's first crops, at least so many are looked at, and so many latent positions."""
@@ -43,7 +44,7 @@ def fit_to_latents(tokenizer: Tokenizer, dataset: PhotoDataset | StreamDataset |
     """
     decoder = tokenizer.decoder
     assert isinstance(decoder, Decoder), decoder
-    assert decoder.config.standardise
+    assert decoder.config.standardise  # with a trunk, "latents" are its features from here on
     sums, pairs = LatentMoments(), []
     for x, posterior in _encoded(tokenizer, dataset, seed):
         sums.add(posterior)
@@ -55,7 +56,7 @@ def fit_to_latents(tokenizer: Tokenizer, dataset: PhotoDataset | StreamDataset |
     decoder.latent_shift.copy_(torch.tensor(found.mean)[:, None, None])
     decoder.latent_scale.copy_(0.5 / std[:, None, None])
     if decoder.config.linear_skip:
-        weight, bias = least_squares([(x, decoder.standardised(z)) for x, z in pairs], decoder.config.factor)
+        weight, bias = least_squares([(x, decoder.standardised(z)) for x, z in pairs], decoder.config.read_factor)
         decoder.linear_skip.load_state_dict({"weight": weight, "bias": bias})
 
 
@@ -88,8 +89,16 @@ def _encoded(
     crops = positions = 0
     for batch in make_loader(dataset, batch_size=BATCH, num_workers=0, seed=seed):
         x = to_float(batch["image"])
-        moments = batch["moments"] if "moments" in batch else tokenizer.encoder(x)
-        yield x, Posterior(moments, (x.shape[2], x.shape[3]))
+        moments = stored_moments(batch)
+        if moments is None:
+            moments = tokenizer.encoder(x)
+        posterior = Posterior(moments, (x.shape[2], x.shape[3]))
+        decoder = tokenizer.decoder
+        assert isinstance(decoder, Decoder)
+        features = decoder.features(posterior.mean)
+        if features is not posterior.mean:
+            posterior = Posterior(without_spread(features), posterior.size)
+        yield x, posterior
         crops, positions = crops + len(x), positions + len(x) * moments[0, 0].numel()
         if crops >= CROPS and positions >= POSITIONS:
             return

@@ -21,7 +21,7 @@ from ..models.decoder import Decoder
 from ..tokenizer import TokenizerConfig
 from .building import make_objective, make_samples, make_tokenizer
 from .config import Recipe
-from .latents import check_encoder, open_cache
+from .latents import check_encoder, open_cache, stored_moments
 from .objectives import Draws
 
 
@@ -126,12 +126,13 @@ class TokenizerTask(Task):
     def inputs(self, batch: dict[str, Tensor], seed: int, position: int) -> tuple[Any, ...]:
         place = self.place
         x = to_float(batch["image"].to(place.device, non_blocking=True))
-        moments = batch["moments"].to(place.device, non_blocking=True) if "moments" in batch else None
+        moments = stored_moments(batch)
+        moments = None if moments is None else moments.to(place.device, non_blocking=True)
         if self.recipe.training.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         draws = Draws.make(
-            seed, tuple(x.shape), self._latent_shape(x), self.recipe.times, grid=self.objective.grid, rank=place.rank,
-            world=place.world, device=place.device,
+            seed, tuple(x.shape), self._latent_shape(x, moments), self.recipe.times, grid=self.objective.grid,
+            rank=place.rank, world=place.world, device=place.device,
         )  # fmt: skip
         target = self.samples.read(position, place.rank) if self.samples is not None else None
         self._sampled = target is not None
@@ -175,7 +176,9 @@ class TokenizerTask(Task):
         parts = iterate_eval(fixed, batch_size=8, limit=self.recipe.training.samples)
         return torch.cat([part["image"] for part in parts])
 
-    def _latent_shape(self, x: Tensor) -> tuple[int, ...]:
+    def _latent_shape(self, x: Tensor, moments: Tensor | None) -> tuple[int, ...]:
+        if moments is not None:
+            return (len(x), moments.shape[1] // 2, *moments.shape[2:])
         encoder = self.recipe.model.encoder
         return (len(x), encoder.latent_channels, x.shape[2] // encoder.factor, x.shape[3] // encoder.factor)
 
