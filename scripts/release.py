@@ -1,12 +1,14 @@
 """Train weights for a release in sittings, on whatever machine is at hand; scripts/train_release.sh calls this.
 
-    python scripts/release.py train RECIPE --data PHOTOS.tar --out OUT [--state BEFORE] [--minutes 9] [KEY=VALUE …]
+    python scripts/release.py train RECIPE --data PHOTOS.tar --out OUT [--state BEFORE] [--minutes 9] [--set KEY=VALUE]
     python scripts/release.py export STATE --out FOLDER
     python scripts/release.py luggage --out FOLDER --files PHOTOS.tar … [--limit 60]
 
 `train` first checks in seconds that everything works (one step, one checkpoint, one evaluation), then goes on from the
 newest of OUT/run and --state, for so many minutes, evaluates the averaged weights and leaves in OUT/back what is to be
-kept: figures.json, metrics.jsonl and the state in parts (`monobath.training.travel`). `export` makes a model folder
+kept: figures.json, metrics.jsonl and the state in parts (`monobath.training.travel`). A foreign encoder is named by
+--encoder KIND=WHERE; with --encode-size 256 its latents of crops of 256² are cached in OUT/latents before, and the
+recipe's crops are windows of these. `export` makes a model folder
 of such a state, in bfloat16. `luggage` gathers what a machine without a network needs beside the repository: photos,
 states, and as wheels the packages that a machine with PyTorch and accelerate may lack; it refuses to exceed the limit.
 """
@@ -33,8 +35,10 @@ from monobath import Tokenizer, UserError
 from monobath.evaluation.evaluate import evaluate
 from monobath.evaluation.systems import TokenizerSystem
 from monobath.files import write_text
+from monobath.foreign import as_encoder, split_spec
 from monobath.training import checkpoints, travel
 from monobath.training.config import Recipe
+from monobath.training.latents import cache_latents
 from monobath.training.loop import Interrupted, train
 from monobath.training.recipes import load_recipe
 
@@ -60,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one.add_argument("--minutes", type=float, default=9.0, help="of training; 0: to the end")
     one.add_argument("--limit", type=int, default=64, help="evaluate on at most so many photos, at 256²")
     one.add_argument("--total", type=int, default=travel.TOTAL, help="bytes that the state may take")
+    one.add_argument("--encoder", help="KIND=WHERE, as for monobath train")
+    one.add_argument("--encode-size", type=int, help="cache latents of crops of this side first")
     one.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="recipe values")
     two = actions.add_parser("export", help="a model of a state")
     two.add_argument("state", type=Path)
@@ -77,7 +83,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def sitting(args: argparse.Namespace) -> None:
     """Check, train for a while, evaluate, pack."""
     settings = [f"run={args.out / 'run'}", f"data.source={json.dumps(args.data)}", *args.set]
+    if args.encoder:
+        family, source = split_spec(args.encoder)
+        settings += [f"model.encoder.family={family}", f"model.encoder.source={source}"]
     recipe = load_recipe(args.recipe, settings)
+    if args.encode_size:
+        recipe = on_cached_latents(recipe, args)
     begin = time.perf_counter()
     check(recipe, args)
     say(f"checked in {time.perf_counter() - begin:.0f} s: a step, a checkpoint and an evaluation")
@@ -96,7 +107,7 @@ def sitting(args: argparse.Namespace) -> None:
     figures["images/s"] = (after - before) * recipe.training.batch_size / seconds
     if torch.cuda.is_available():
         figures["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
-    figures |= measured(run, args.held_out or args.data, args.limit)
+    figures |= measured(run, args)
     parts, level = ([], "none") if recipe.loss.adversarial else travel.pack(run, back, total=args.total)
     figures["state"] = level
     if recipe.loss.adversarial:
@@ -105,6 +116,23 @@ def sitting(args: argparse.Namespace) -> None:
     shutil.copyfile(run / "metrics.jsonl", back / "metrics.jsonl")
     say(json.dumps(figures, indent=2))
     say(f"{back}: {len(parts)} parts of a state ({level}), {size_of(back):.1f} MB in all")
+
+
+def on_cached_latents(recipe: Recipe, args: argparse.Namespace) -> Recipe:
+    """The recipe on windows of latents, which are cached first: what an earlier sitting here wrote is kept."""
+    if not args.encoder:
+        raise UserError("--encode-size is for the latents of a foreign encoder: add --encoder KIND=WHERE")
+    side, folder, begin = args.encode_size, args.out / "latents", time.perf_counter()
+    scale = (side, max(side, recipe.data.scale[1]))
+    encoder = as_encoder(args.encoder).to(device())
+    cache_latents(encoder, args.data, folder, size=side, scale=scale, model=args.encoder, batch_size=8)
+    say(f"latents cached in {time.perf_counter() - begin:.0f} s")
+    data = dataclasses.replace(recipe.data, source=[str(folder)], latents=True, scale=list(scale))
+    return dataclasses.replace(recipe, data=data)
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check(recipe: Recipe, args: argparse.Namespace) -> None:
@@ -116,18 +144,18 @@ def check(recipe: Recipe, args: argparse.Namespace) -> None:
         )
         data = dataclasses.replace(recipe.data, cache=False, workers=0)
         train(dataclasses.replace(recipe, run=str(run), training=training, data=data))
-        values = measured(run, args.held_out or args.data, 4)
+        values = measured(run, args, 4)
     if not math.isfinite(values["psnr"]):
         raise UserError(f"the check gave a PSNR of {values['psnr']}: see the recipe's losses and precision")
 
 
-def measured(run: Path, data: Sequence[str], limit: int) -> dict[str, Any]:
-    """Figures of the averaged weights of a run, on 256² crops."""
+def measured(run: Path, args: argparse.Namespace, limit: int | None = None) -> dict[str, Any]:
+    """Figures of the averaged weights of a run, on 256² crops of at most so many photos; default: --limit."""
     with tempfile.TemporaryDirectory() as folder:
         export_run(run, Path(folder) / "model")
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        system = TokenizerSystem(str(Path(folder) / "model"), device=device)
-        found, _ = evaluate([system], data, size=256, metrics=FIGURES, limit=limit, keep=1)
+        system = TokenizerSystem(str(Path(folder) / "model"), encoder=args.encoder, device=device())
+        data = args.held_out or args.data
+        found, _ = evaluate([system], data, size=256, metrics=FIGURES, limit=limit or args.limit, keep=1)
     values = found.as_dict()["systems"][0]["figures"]
     return {"photos": len(found.names), **{key: value["value"] for key, value in values.items()}}
 
@@ -142,9 +170,11 @@ def export_run(run: Path, folder: Path) -> None:
         file = Path(scratch) / "recipe.yaml"
         file.write_text(json.dumps(state["recipe"]), encoding="utf-8")  # JSON is YAML
         recipe = load_recipe(str(file))
+    told = state["recipe"]
+    where = recipe.model.encoder.source  # of a foreign encoder
+    told["model"]["encoder"]["source"] = recipe.model.encoder.source = Path(where).name if where else ""
     tokenizer = Tokenizer(recipe.model)
     tokenizer.load_state_dict(load_file(path / "ema.safetensors"))
-    told = state["recipe"]
     for part, key in ((told, "run"), (told, "init"), (told["distill"], "teacher")):
         part[key] = Path(part[key]).name if Path(part[key]).is_absolute() else part[key]
     for key in ("source", "validation"):

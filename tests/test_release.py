@@ -10,10 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 from test_training import photos as photos  # the fixture
 
 from monobath import Tokenizer
+from monobath.models import taesd
 from monobath.training.recipes import load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -72,6 +75,30 @@ def test_sittings_end_in_a_model(recipe, photos, tmp_path):
     assert str(tmp_path) not in json.dumps(facts)
 
 
+def test_a_decoder_of_foreign_latents_in_sittings(photos, tmp_path):
+    """From latents that are cached first, by the family's own encoder, with a trunk."""
+    folder = tmp_path / "family"
+    folder.mkdir()
+    for part, module in (("encoder", taesd.taesd_encoder(6, channels=8)), ("decoder", taesd.taesd_decoder(6))):
+        save_file({k: v.contiguous() for k, v in module.state_dict().items()}, folder / f"taef2_{part}.safetensors")
+    small = ["data.size=32", "data.scale=[48, 56]", "loss.perceptual=0", "training.steps=2", "training.batch_size=2"]
+    small += ["training.compile=false", "training.precision=fp32", "data.workers=0"]
+    given = ["train", "flux2", "--data", photos, "--minutes", "0", "--limit", "4", "--encode-size", "48"]
+    found = release(*given, "--out", tmp_path / "out", "--encoder", f"taef2={folder}", "--set", *small)
+    assert found.returncode == 0, found.stderr
+    assert "latents cached in" in found.stdout
+    figures = json.loads((tmp_path / "out/back/figures.json").read_text(encoding="utf-8"))
+    assert (figures["step"], figures["photos"]) == (2, 4)
+    assert release("export", tmp_path / "out/back", "--out", tmp_path / "model").returncode == 0
+    config = json.loads((tmp_path / "model/config.json").read_text(encoding="utf-8"))
+    assert (config["encoder"]["family"], config["encoder"]["source"]) == ("taef2", "family")
+    assert str(tmp_path) not in json.dumps(config)
+    Tokenizer.from_pretrained(tmp_path / "model", encoder=f"taef2={folder}")(torch.zeros(1, 3, 24, 32))
+    found = release(*given, "--out", tmp_path / "other")
+    assert found.returncode == 2
+    assert "add --encoder KIND=WHERE" in found.stderr
+
+
 def test_mistakes_are_one_line(recipe, photos, tmp_path):
     for arguments, words in (
         (["train", "no-such-recipe", "--data", photos, "--out", tmp_path / "out"], "is neither packaged nor"),
@@ -109,3 +136,4 @@ def test_the_releases_have_recipes():
     assert (same, progressive.model.encoder) == (default.model.decoder, default.model.encoder)
     assert default.model.encoder == Tokenizer.from_pretrained("default").config.encoder
     assert flux2.model.decoder.standardise
+    assert flux2.model.decoder.trunk
