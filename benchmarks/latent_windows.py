@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -34,13 +35,13 @@ def parts(error: Tensor) -> Tensor:
     return torch.stack([*squares, squares[0] - squares[1] - squares[2]], 1)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", required=True, help="KIND=WHERE, as for monobath eval --peer")
     parser.add_argument("--data", nargs="+", required=True, help="folders or shards of photos")
     parser.add_argument("--model", help="a decoder of ours for these latents")
     parser.add_argument("--limit", type=int, default=32, help="at most so many pictures")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     peer = make_peer(args.encoder, torch.device("cpu"))
     ours = Tokenizer.from_pretrained(args.model, encoder=args.encoder) if args.model else None
     errors: dict[str, list[Tensor]] = {"own": [], "own, windows": []} | ({"ours": []} if ours else {})

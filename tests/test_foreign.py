@@ -451,6 +451,9 @@ def test_the_page_is_true(folders, photos, tmp_path, monkeypatch):
     """Its blocks run in order, at tiny size."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(folders["kl"], "stable-diffusion")
+    shutil.copytree(folders["taef2"], "FOLDER")
+    decoder = randomise(taesd.taesd_decoder(6)).state_dict()
+    save_file({k: v.contiguous() for k, v in decoder.items()}, "FOLDER/taef2_decoder.safetensors")
     for name in ("my-photos", "held-out"):
         shutil.copytree(photos, name)
     shutil.copy(photos / "00.png", "photo.png")
@@ -469,12 +472,15 @@ def test_the_page_is_true(folders, photos, tmp_path, monkeypatch):
             program, verb, *rest = shlex.split(line)
             assert program == "monobath"
             options = smaller.get(verb, [])
-            if "runs/from-windows" in rest:  # its size and scale are the point
+            if "flux2" in rest:
+                options = [*options, "--training.compile", "false"]
+            if {"runs/from-windows", "runs/flux2"} & set(rest):  # their size and scale are the point
                 pairs = zip(options[::2], options[1::2], strict=True)
                 options = [word for pair in pairs for word in pair if not pair[0].startswith("--data.")]
             assert main([verb, *rest, *options]) == 0, line
             verbs.append(verb)
-    assert verbs == ["train", "cache-latents", "train", "reconstruct", "eval", "cache-latents", "train"]
+    learned = ["cache-latents", "train"]
+    assert verbs == ["train", *learned, *learned, "reconstruct", "eval", *learned]
     assert names["pictures"][0].size == (64, 64)
     assert names["factors"] == PUBLISHED["kl"]
     assert Path("runs/pooled/latents.json").is_file()
@@ -482,6 +488,24 @@ def test_the_page_is_true(folders, photos, tmp_path, monkeypatch):
     assert len(facts["systems"]) == 2
     page = Path(__file__).parent.parent / "docs" / "retrofit.md"
     assert all(f"`{kind}=" in page.read_text(encoding="utf-8") for kind in FAMILIES)
+
+
+@pytest.mark.parametrize("kind", ["kl", "tiny"])
+def test_the_benchmark_of_windows(folders, photos, monkeypatch, capsys, kind):
+    """Without norms, the middle of a crop's latents is that of the picture's; with GroupNorm it is not."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+    run = importlib.import_module("latent_windows").main
+    assert run(["--encoder", spec(folders, kind), "--data", str(photos), "--limit", "2"]) == 0
+    first, *gaps, head, _, own, windows = capsys.readouterr().out.splitlines()
+    assert float(first.rpartition(" ")[2]) > 0.1
+    found = [float(line.rpartition(" ")[2]) for line in gaps]
+    assert len(found) == 2
+    # Of what only convolutions made, a crop's border is felt less the farther away it is.
+    assert (found[1] < 0.3 * found[0]) == (kind == "tiny")
+    assert head.count("|") == own.count("|") == windows.count("|") == 6
+    cells = [float(cell) for cell in own.split("|")[2:-1]]
+    # Squared errors of the parts are those of the whole.
+    assert sum(10 ** (-cell / 10) for cell in cells[1:]) == pytest.approx(10 ** (-cells[0] / 10), rel=0.03)
 
 
 def test_the_benchmark(folders, photos, tmp_path, monkeypatch, capsys):
