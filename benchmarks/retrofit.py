@@ -76,12 +76,18 @@ def run_training(args: argparse.Namespace) -> None:
             overrides = [
                 f"name={row}-seed{seed}", f"run={args.out / f'{row}-seed{seed}'}", f"data.source={json.dumps(data)}",
                 f"data.latents={json.dumps(bool(args.copies))}", f"model.encoder.family={family}",
-                f"model.encoder.source={source}", f"model.decoder.size={decoder}", f"data.size={args.size}",
+                f"model.encoder.source={source}", shape_of(decoder), f"data.size={args.size}",
                 f"data.scale=[{scale[0]}, {scale[1]}]", f"training.steps={args.crops // args.batch}",
                 f"training.batch_size={args.batch}", f"training.seed={seed}", "training.sample_every=0", *args.set,
             ]  # fmt: skip
             facts = {"row": row, "decoder": decoder, "crops": args.crops, "cached": bool(args.copies), "seed": seed}
             trained(load_recipe("retrofit", overrides), **facts)
+
+
+def shape_of(decoder: str) -> str:
+    """The recipe's setting for one of --decoders."""
+    name, _, channels = decoder.partition("/")
+    return f"model.decoder.slim={channels}" if name == "slim" else f"model.decoder.size={decoder}"
 
 
 def system(run: Path, encoder: str) -> TokenizerSystem:
@@ -154,7 +160,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__, ACTIONS)
     parser.add_argument("--encoder", help="KIND=WHERE, as for monobath train; score measures its own decoder too")
     train = parser.add_argument_group("train")
-    train.add_argument("--decoders", nargs="+", default=["CM/4"], help="sizes, such as CM/4 CL/4 S/2")
+    train.add_argument(
+        "--decoders",
+        nargs="+",
+        default=["CM/4"],
+        help="sizes, such as CM/4 CL/4 S/2; slim/32: the family's own with that many channels in its last block",
+    )
     train.add_argument("--seeds", type=int, nargs="+", default=[0])
     train.add_argument("--crops", type=int, default=8000, help="budget of each training, in crops")
     train.add_argument("--copies", type=int, default=0, help="crops of each picture to encode once and keep; 0: none")

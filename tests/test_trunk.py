@@ -55,7 +55,7 @@ def folder(tmp_path_factory) -> Path:
         ("encoder", taesd.taesd_encoder(CHANNELS, channels=8)),
         ("decoder", taesd.taesd_decoder(CHANNELS)),
     ):
-        state = {name: value.contiguous() for name, value in randomise(module, scale=0.5).state_dict().items()}
+        state = {name: 0.7 * value.contiguous() for name, value in randomise(module, scale=0.5).state_dict().items()}
         save_file(state, root / f"taef2_{part}.safetensors")
     return root
 
@@ -126,19 +126,86 @@ def test_tiles_have_the_statistics_of_the_whole(noise, form):
     assert (tokenizer.decode(far, noise=noise)[:, :, :8, :8] - whole[:, :, :8, :8]).abs().max() > 1e-4
 
 
-def test_the_reach_is_that_behind_the_features():
-    config = tokenizer_with(11).decoder.config
+@pytest.mark.parametrize("slim", [False, True])
+def test_the_reach_is_that_behind_the_features(slim):
+    config = DecoderConfig(slim=8, latent_channels=CHANNELS) if slim else tokenizer_with(11).decoder.config
     assert decoder_reach(config) is not None
     pixels, latents = receptive_field(config, (40, 47))
     decoder = Decoder(config).eval()
     randomise(decoder, scale=0.5)
-    features = randn(1, 64, 24, 24).requires_grad_()
+    cell = config.read_factor
+    features = randn(1, 64, 96 // cell, 96 // cell).requires_grad_()
     x = draw_noise((3, 96, 96), [0], "gaussian").requires_grad_()
     decoder(x, torch.ones(1), features)[:, :, 40:48, 48].abs().sum().backward()
-    for given, (first, last), side in ((x, pixels, 1), (features, latents, 4)):
+    for given, (first, last), side in ((x, pixels, 1), (features, latents, cell)):
+        if slim and given is x:
+            assert given.grad is None
+            continue
         assert given.grad is not None
         rows = given.grad.abs().sum((0, 1, 3)).nonzero().flatten()
         assert (rows.min() * side, (rows.max() + 1) * side - 1) == (first, last)
+
+
+# ---- slim -------------------------------------------------------------------------------------------------------
+
+
+def slim_tokenizer(folder: Path, channels: int) -> Tokenizer:
+    """With weights of the family's decoder, chosen over some features."""
+    values = {
+        "encoder": {"family": "taef2", "factor": 8, "latent_channels": CHANNELS},
+        "decoder": {"slim": channels, "latent_channels": CHANNELS},
+        "sampler": {"noise": "zero"},
+    }
+    made = Tokenizer(TokenizerConfig.from_dict(values)).eval()
+    own, decoder = read_taesd("taef2", str(folder), "decoder"), made.decoder
+    assert isinstance(decoder, Decoder)
+    assert decoder.trunk is not None
+    decoder.trunk.layers.load_state_dict(own[:16].state_dict())
+    decoder.tail.take(own, decoder.features(3 * randn(2, CHANNELS, 4, 5, seed=2)).detach())
+    decoder.conv_out.load_state_dict(own[-1].state_dict())
+    return made
+
+
+def test_with_all_channels_it_is_the_family_s_decoder(folder):
+    own, z = read_taesd("taef2", str(folder), "decoder"), 3 * randn(2, CHANNELS, 3, 5)
+    with torch.no_grad():
+        expected = (2 * own(z) - 1).clamp(-1, 1)
+        assert expected.std() > 0.1
+        torch.testing.assert_close(slim_tokenizer(folder, 64).decode(z), expected, atol=1e-4, rtol=0)
+        errors = [(slim_tokenizer(folder, n).decode(z) - expected).square().mean() for n in (8, 32, 56)]
+    assert errors[0] > errors[1] > errors[2] > 0
+
+
+def test_channels_that_say_nothing_are_left_out_without_loss(folder):
+    """Constant ones go into the biases; of the others none is lost."""
+    own = read_taesd("taef2", str(folder), "decoder")
+    block = own[18].conv
+    with torch.no_grad():
+        for i in (0, 2):
+            block[i].weight[::2] = 0
+            block[i].bias[::2] = 0.7
+    features = own[:16](3 * randn(2, CHANNELS, 4, 5, seed=2))
+    tail = taesd.SlimTail(32)
+    tail.take(own, features)
+    inside = (..., slice(4, -4), slice(4, -4))  # away from the border, where a constant is padded with zeros
+    with torch.no_grad():
+        torch.testing.assert_close(tail(features)[inside], own[16:19](features)[inside], atol=1e-3, rtol=1e-4)
+
+
+def test_slim_folded_exported_in_tiles_and_in_diffusers(folder, tmp_path):
+    from monobath.export.engines import with_engine
+
+    tokenizer = slim_tokenizer(folder, 8)
+    z = 3 * randn(1, CHANNELS, 9, 7)
+    expected = tokenizer.decode(z)
+    for made in (tokenizer.optimize(), with_engine(tokenizer, "torch-export")):
+        torch.testing.assert_close(made.decode(z), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(tokenizer.decode(z, tile=32), expected, atol=1e-4, rtol=0)
+    AutoencoderMonobath.from_tokenizer(tokenizer).save_pretrained(tmp_path / "vae")
+    again = AutoencoderMonobath.from_pretrained(tmp_path / "vae").decode(z).sample
+    torch.testing.assert_close(again.clamp(-1, 1), expected, atol=1e-5, rtol=0)
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert Tokenizer.from_pretrained(tmp_path / "model").decode(z).equal(expected)
 
 
 # ---- training ---------------------------------------------------------------------------------------------------
@@ -147,7 +214,7 @@ def test_the_reach_is_that_behind_the_features():
 def command(folder: Path, data: Path, run: Path, *more: str) -> list[str]:
     return [
         "train", "retrofit", "--encoder", f"taef2={folder}", "--data", str(data), "--run", str(run),
-        "--model.decoder.size", "CT/2", "--model.decoder.trunk", "16", "--data.size", "32", "--data.scale", "[48, 56]",
+        "--model.decoder.size", "CM/4", "--model.decoder.trunk", "16", "--data.size", "32", "--data.scale", "[48, 56]",
         "--loss.perceptual", "0", "--training.batch_size", "2", "--training.precision", "fp32",
         "--training.sample_every", "0", "--training.log_every", "1", "--training.steps", "2", *more,
     ]  # fmt: skip
@@ -227,7 +294,7 @@ def test_decoding_starts_from_the_best_linear_map_of_the_features(folder, cache,
     for layers in (0, 16):
         overrides = [f"model.encoder.source={folder}", "model.encoder.family=taef2", "training.sample_every=0"]
         overrides += [f"model.decoder.trunk={layers}", "data.latents=true", f"data.source={cache}", "run="]
-        overrides += [f"model.decoder.size={'CT/2' if layers else 'CM/4'}", "data.size=48", "data.scale=[48, 56]"]
+        overrides += ["model.decoder.size=CM/4", "data.size=48", "data.scale=[48, 56]"]
         dataset = LatentDataset(cache)
         tokenizer = make_tokenizer(load_recipe("retrofit", overrides), dataset, quiet=True).eval()
         decoder = tokenizer.decoder
@@ -253,12 +320,16 @@ def test_what_cannot_be_is_explained(folder, photos, tmp_path, capsys):
     for changes, words in (
         ({"trunk": 7}, "decoder.trunk is 7 at factor 8: choose of 3, 4, 5, 6, 9"),
         ({"trunk": 6, "factor": 16}, "decoder.trunk is 6 at factor 16"),
+        ({"slim": 65}, "decoder.slim is 65, with 1 stages: give 1 to 64"),
+        ({"slim": 8, "stages": 3}, "decoder.slim is 8, with 3 stages"),
         ({"trunk": 6, "latent_channels": 64}, "needs latents of other than 64 channels"),
     ):
         with pytest.raises(UserError, match=words):
             DecoderConfig(**({"size": "CM/4", "latent_channels": CHANNELS} | changes))
     with pytest.raises(UserError, match="kl_decoder runs behind no trunk"):
         TokenizerConfig(decoder=DecoderConfig(size="CM/4", trunk=6), kl_decoder=[8, 8, 8, 8])
+    with pytest.raises(UserError, match=r'decoder\.slim needs sampler\.steps 1 and sampler\.noise "zero"'):
+        TokenizerConfig(decoder=DecoderConfig(slim=8))
     given = command(folder, photos, tmp_path / "run")
     (tmp_path / "half").mkdir()
     half = tmp_path / "half/taef2_encoder.safetensors"

@@ -175,6 +175,9 @@ def receptive_field(config: DecoderConfig, output: Interval, steps: int = 1) -> 
 
 def _one_pass(config: DecoderConfig, output: Interval) -> tuple[Interval, Interval]:
     f, deepest = config.read_factor, len(config.channels) - 1
+    if config.slim:  # four 3×3 convolutions, behind a transposed one of 4×4
+        a, b = -((6 - output[0]) // 2), (output[1] + 5) // 2
+        return output, (a * f, (b + 1) * f - 1)
     reads = []  # what is read of z, in pixels
 
     def read(first: int, last: int, side: int, around: int) -> None:

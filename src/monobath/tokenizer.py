@@ -101,8 +101,9 @@ class TokenizerConfig:
             raise UserError("kl_decoder has one scale: leave decoder.stages at 1")
         if self.kl_decoder and self.decoder.trunk:
             raise UserError(f"kl_decoder runs behind no trunk: leave decoder.trunk at 0, not {self.decoder.trunk}")
-        if self.kl_decoder and (self.sampler.steps, self.sampler.noise) != (1, "zero"):
-            raise UserError('kl_decoder needs sampler.steps 1 and sampler.noise "zero": it takes no noise')
+        for name, given in (("kl_decoder", self.kl_decoder), ("decoder.slim", self.decoder.slim)):
+            if given and (self.sampler.steps, self.sampler.noise) != (1, "zero"):
+                raise UserError(f'{name} needs sampler.steps 1 and sampler.noise "zero": it takes no noise')
         for name in ("latent_mean", "latent_std"):
             if len(getattr(self, name)) not in (0, self.encoder.latent_channels):
                 raise UserError(

@@ -34,14 +34,12 @@ SIZES: dict[str, tuple[int, tuple[int, ...], int]] = {
     "H": (192, (1, 2, 4, 4), 16),  # 362,688,003
 }
 PATCHES = (1, 2, 4, 8)
-# Ours, for speed (docs/performance.md): convolutions alone: channels of each level, residual blocks down and up. At
-# patch 4, what runs between pixels and latent is two grids, of 4×4 and of 8×8 pixels. CT is one grid of 2×2 pixels, for
-# the features of a trunk.
+# Ours, for speed (docs/performance.md): convolutions alone, at patch 4: channels of both levels, residual blocks down
+# and up. What runs between pixels and latent is two grids, of 4×4 and of 8×8 pixels.
 CONVOLUTIONAL: dict[str, tuple[list[int], list[int], list[int]]] = {
-    "CT/2": ([64], [0], [2]),
-    "CS/4": ([64, 128], [0, 2], [2, 3]),
-    "CM/4": ([96, 192], [0, 2], [2, 3]),
-    "CL/4": ([128, 256], [0, 3], [3, 4]),
+    "CS": ([64, 128], [0, 2], [2, 3]),
+    "CM": ([96, 192], [0, 2], [2, 3]),
+    "CL": ([128, 256], [0, 3], [3, 4]),
 }
 
 
@@ -50,8 +48,8 @@ class DecoderConfig:
     """The shape of a decoder. `size` fills in what is left at its zero value; every field can be set by hand."""
 
     size: str = "S/1"
-    """`SIZE/PATCH`: XS, S, B, M, L, XL, H and 1, 2, 4, 8, the paper's network; or CT/2, CS/4, CM/4, CL/4: convolutions
-    alone, the fastest, which set norm, modulation, upsampling and linear_skip too; or `custom`: give patch, channels,
+    """`SIZE/PATCH`: XS, S, B, M, L, XL, H and 1, 2, 4, 8, the paper's network; or CS/4, CM/4, CL/4, convolutions alone
+    and the fastest, which set norm, modulation, upsampling and linear_skip too; or `custom`: give patch, channels,
     middle_blocks, heads."""
     latent_channels: int = 4
     """c: channels of the latent."""
@@ -105,8 +103,20 @@ class DecoderConfig:
     """Layers of the latents' own decoder, TAEF2's, that run before ours, frozen: ours decodes their features instead of
     the latent (`models/taesd.py`). 6: up to the last one with statistics over the picture; 11 and 16: up to the last
     one at twice and at four times the latent's resolution. 0: none."""
+    slim: int = 0
+    """Channels between the convolutions of TAEF2's last block, which has 64: its own decoder, slimmed and trained on,
+    behind trunk 16, in place of ours. It sets all other fields; it reads neither noise nor time. 0: ours."""
 
     def __post_init__(self) -> None:
+        if self.slim:
+            if not 0 < self.slim <= taesd.CHANNELS or self.stages > 1:
+                raise UserError(
+                    f"decoder.slim is {self.slim}, with {self.stages} stages: give 1 to {taesd.CHANNELS}, and one stage"
+                )
+            self.size, self.patch, self.channels, self.middle_blocks = "custom", 1, [taesd.CHANNELS], 0
+            self.down, self.up, self.norm, self.modulation, self.prediction = [0], [1], "local", False, "x"
+            self.linear_skip = self.standardise = False
+            self.residual, self.trunk = 0.0, 16
         if self.size != "custom":
             self._fill_from_size()
         for name in ("patch", "middle_blocks"):
@@ -162,9 +172,9 @@ class DecoderConfig:
 
     def _fill_from_size(self) -> None:
         name, _, patch = self.size.partition("/")
-        if self.size in CONVOLUTIONAL:
-            channels, down, up = CONVOLUTIONAL[self.size]
-            self.patch, self.middle_blocks = self.patch or int(patch), max(0, self.middle_blocks)
+        if name in CONVOLUTIONAL and patch == "4":
+            channels, down, up = CONVOLUTIONAL[name]
+            self.patch, self.middle_blocks = self.patch or 4, max(0, self.middle_blocks)
             self.channels, self.down, self.up = self.channels or channels, self.down or down, self.up or up
             self.norm, self.modulation, self.upsampling, self.linear_skip = "local", False, "shuffle", True
             return
@@ -172,7 +182,7 @@ class DecoderConfig:
             raise UserError(
                 f"decoder.size is {self.size!r}: give SIZE/PATCH with SIZE in {', '.join(SIZES)} "
                 f"and PATCH in {', '.join(map(str, PATCHES))}, one of "
-                f"{', '.join(CONVOLUTIONAL)}, or custom"
+                f"{', '.join(f'{name}/4' for name in CONVOLUTIONAL)}, or custom"
             )
         base, multipliers, middle_blocks = SIZES[name]
         self.patch = self.patch or int(patch)
@@ -412,7 +422,12 @@ class Decoder(nn.Module):
         context = widths[0]
         time = 4 * context
         read = config.read_channels
+        self.middle: nn.Module
         self.trunk = taesd.Trunk(config.latent_channels, config.trunk) if config.trunk else None
+        if config.slim:
+            self.middle = nn.Identity()
+            self.tail, self.conv_out = taesd.SlimTail(config.slim), taesd.conv(taesd.CHANNELS, 3)
+            return
         self.conv_in = nn.Conv2d(3 * patch**2 + read, widths[0], 3, padding=1)
         # Only what reads the context makes it.
         self.context: nn.Module = nn.Identity()
@@ -432,7 +447,7 @@ class Decoder(nn.Module):
             self.down.append(Level(pairs, previous, config, "down" if i < last else ""))
             skips[-1] += [width] * blocks
             skips.append([previous])
-        self.middle: nn.Module = Middle(config, context) if config.middle_blocks else nn.Identity()
+        self.middle = Middle(config, context) if config.middle_blocks else nn.Identity()
         self.up = nn.ModuleList()
         for i, width in reversed(list(enumerate(widths))):
             pairs = []
@@ -467,6 +482,8 @@ class Decoder(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, z: Tensor, stage: int | None = None) -> Tensor:
         self._check(x_t, t, z, stage)
         z = self.standardised(self.features(z))
+        if self.config.slim:
+            return 2 * self.conv_out(self.tail(z)) - 1
         context = self.context(z)
         x = F.pixel_unshuffle(x_t, self.config.patch)
         x = self.conv_in(torch.cat([x, resample_to(z, (x.shape[2], x.shape[3]))], dim=1))

@@ -66,13 +66,18 @@ class OneStepDecoder(OneStep):
     def __init__(self, decoder: Decoder, noise: Literal["gaussian", "zero"]) -> None:
         config = decoder.config
         super().__init__(config, noise)
+        self.trunk = deepcopy(decoder.trunk)
+        if config.slim:  # nothing to fold
+            self.tail, self.conv_out = deepcopy(decoder.tail), deepcopy(decoder.conv_out)
+            self.requires_grad_(False).eval()
+            return
         time = decoder.time(timestep_embedding(torch.ones(1), config.channels[0]).to(decoder.conv_in.weight))
         time = F.silu(time + decoder.stage_embedding[-1] if config.stages > 1 else time)
         if config.standardise:
             # Not folded into the weights: where a convolution pads the latent with zeros, its mean would be missing.
             self.register_buffer("latent_shift", decoder.latent_shift.clone())
             self.register_buffer("latent_scale", decoder.latent_scale.clone())
-        self.trunk, self.context = deepcopy(decoder.trunk), deepcopy(decoder.context)
+        self.context = deepcopy(decoder.context)
         pixels = 3 * config.patch**2
         self.conv_in = deepcopy(decoder.conv_in)
         if noise == "zero":
@@ -96,6 +101,8 @@ class OneStepDecoder(OneStep):
     def forward(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
         config, factor = self.config, self.config.read_factor
         z = self.features(z)
+        if config.slim:
+            return 2 * self.conv_out(self.tail(z)) - 1
         if config.standardise:
             z = (z - self.latent_shift) * self.latent_scale
         context = self.context(z)

@@ -8,6 +8,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ..data import LatentDataset, PhotoDataset, StreamDataset
 from ..errors import UserError
 from ..foreign import read_taesd
@@ -20,7 +22,7 @@ from .config import Recipe
 from .distillation import DistillationObjective, SampleCache
 from .latents import weights_sha256
 from .objectives import AutoencoderObjective
-from .retrofit import fit_to_latents
+from .retrofit import fit_to_latents, slim_to_latents
 from .scales import ScaleDistillation, ScalesObjective, UnionObjective
 
 log = logging.getLogger(__name__)
@@ -50,22 +52,24 @@ def make_tokenizer(
             log.info("init: the encoder comes from %s; its decoder has another shape, so ours starts anew", recipe.init)
     elif not recipe.training.train_encoder and not recipe.model.encoder.family and not quiet:
         log.warning("training.train_encoder is false without init: the decoder learns a random encoder's latents")
-    if recipe.model.decoder.trunk:
-        _add_trunk(tokenizer, recipe, dataset, taken)
-    fits = recipe.model.decoder.standardise and isinstance(tokenizer.decoder, Decoder) and not taken
-    if fits and dataset is not None and checkpoints.latest(Path(recipe.run)) is None:
+    own = _add_trunk(tokenizer, recipe, dataset, taken) if recipe.model.decoder.trunk else None
+    fits = isinstance(tokenizer.decoder, Decoder) and not taken and checkpoints.latest(Path(recipe.run)) is None
+    if fits and dataset is not None and recipe.model.decoder.slim and own is not None:
+        slim_to_latents(tokenizer, own, dataset, seed=recipe.training.seed)
+    elif fits and dataset is not None and recipe.model.decoder.standardise:
         fit_to_latents(tokenizer, dataset, seed=recipe.training.seed)
     return tokenizer.train()
 
 
 def _add_trunk(
     tokenizer: Tokenizer, recipe: Recipe, dataset: PhotoDataset | StreamDataset | LatentDataset | None, taken: bool
-) -> None:
+) -> nn.Sequential | None:
     """The weights of the trunk, from the files of the family's decoder unless they are there; cached latents go through
-    it when they are read, before they are cut to windows."""
+    it when they are read, before they are cut to windows. Returns that decoder, if it was read."""
     encoder, decoder = recipe.model.encoder, tokenizer.decoder
     assert isinstance(decoder, Decoder)
     assert decoder.trunk is not None
+    own = None
     if not taken:
         if encoder.family != "taef2" or not encoder.source:
             given = f"{encoder.family or 'ours'}={encoder.source}" if encoder.source else encoder.family or "ours"
@@ -73,10 +77,11 @@ def _add_trunk(
                 f"model.decoder.trunk is {decoder.config.trunk} with the encoder {given}: its layers are read from "
                 "TAEF2's files; add --encoder taef2=FOLDER, or set it to 0"
             )
-        layers = read_taesd(encoder.family, encoder.source, "decoder")[: decoder.config.trunk]
-        load_strictly(decoder.trunk.layers, layers.state_dict(), encoder.source)
+        own = read_taesd(encoder.family, encoder.source, "decoder")
+        load_strictly(decoder.trunk.layers, own[: decoder.config.trunk].state_dict(), encoder.source)
     if isinstance(dataset, LatentDataset):
         dataset.through = copy.deepcopy(decoder.trunk)
+    return own
 
 
 def _check_latents(recipe: Recipe) -> None:

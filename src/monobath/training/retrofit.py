@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data import LatentDataset, PhotoDataset, StreamDataset, make_loader
 from ..images import to_float
@@ -58,6 +58,24 @@ def fit_to_latents(tokenizer: Tokenizer, dataset: PhotoDataset | StreamDataset |
     if decoder.config.linear_skip:
         weight, bias = least_squares([(x, decoder.standardised(z)) for x, z in pairs], decoder.config.read_factor)
         decoder.linear_skip.load_state_dict({"weight": weight, "bias": bias})
+
+
+@torch.no_grad()
+def slim_to_latents(
+    tokenizer: Tokenizer, own: nn.Sequential, dataset: PhotoDataset | StreamDataset | LatentDataset, *, seed: int
+) -> None:
+    """Give a decoder with `slim` the weights of the family's own, chosen over the first crops of a run.
+
+    Args:
+        tokenizer: its decoder has its trunk already.
+        own: the family's whole decoder.
+        dataset, seed: as for `fit_to_latents`.
+    """
+    decoder = tokenizer.decoder
+    assert isinstance(decoder, Decoder)
+    features = torch.cat([posterior.mean for _, posterior in _encoded(tokenizer, dataset, seed)])
+    decoder.tail.take(own, features)
+    decoder.conv_out.load_state_dict(own[-1].state_dict())
 
 
 def least_squares(pairs: list[tuple[Tensor, Tensor]], factor: int) -> tuple[Tensor, Tensor]:
