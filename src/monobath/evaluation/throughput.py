@@ -113,7 +113,9 @@ def peak_memory(work: Work, device: torch.device) -> float | None:
     """Peak memory of one call above what was held before it, in 10⁶ bytes; None: cannot be measured here.
 
     CUDA: PyTorch's allocator. CPU: the process's resident memory on Linux with glibc (its high-water mark is reset
-    before the call), libraries' buffers included; repeatable to about a tenth, while other threads are idle.
+    before the call), libraries' buffers included; repeatable to about a tenth, while other threads are idle. In a
+    process that has run much else before, what the call frees and allocates again may count twice: the allocator keeps
+    freed blocks that lie between others.
     """
     with torch.no_grad():
         if device.type == "cuda":
