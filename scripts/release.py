@@ -10,7 +10,8 @@ kept: figures.json, metrics.jsonl and the state in parts (`monobath.training.tra
 --encoder KIND=WHERE; with --encode-size 256 its latents of crops of 256² are cached in OUT/latents before, and the
 recipe's crops are windows of these. `export` makes a model folder
 of such a state, in bfloat16. `luggage` gathers what a machine without a network needs beside the repository: photos,
-states, and as wheels the packages that a machine with PyTorch and accelerate may lack; it refuses to exceed the limit.
+states, and as wheels the packages that a machine with PyTorch and accelerate may lack; it refuses to exceed the limit,
+or, with --fit, leaves photos out.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import math
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Sequence
@@ -74,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     three.add_argument("--out", type=Path, required=True)
     three.add_argument("--files", nargs="+", type=Path, default=[], help="photos and states")
     three.add_argument("--limit", type=float, default=60, help="MB, the repository's tracked files included")
+    three.add_argument("--fit", action="store_true", help="leave out photos of the shards, evenly, until it fits")
     three.add_argument("--no-wheels", action="store_true")
     args = parser.parse_args(arguments)
     {"train": sitting, "export": export, "luggage": luggage}[args.action](args)
@@ -207,9 +210,44 @@ def luggage(args: argparse.Namespace) -> None:
     names = listed.stdout.split("\0")
     tree = sum(Path(name).stat().st_size for name in names if name and Path(name).is_file()) / 1e6
     own = size_of(args.out)
+    if args.fit and own + tree > args.limit:
+        shards = [args.out / file.name for file in args.files if file.suffix == ".tar"]
+        whole = sum(shard.stat().st_size for shard in shards) / 1e6
+        share = (args.limit - tree - (own - whole)) / whole if whole else 0.0
+        if share <= 0:
+            raise UserError(
+                f"without any photo it is {own + tree - whole:.1f} MB: raise --limit, now {args.limit:g} MB"
+            )
+        for shard in shards:
+            thin(shard, share)
+        own = size_of(args.out)
     say(f"{args.out}: {own:.1f} MB; the repository's files: {tree:.1f} MB; together {own + tree:.1f} MB")
     if own + tree > args.limit:
         raise UserError(f"that is more than {args.limit:g} MB: take fewer photos, or a smaller state (train --total)")
+
+
+def thin(shard: Path, share: float) -> None:
+    """Leave out samples of a tar shard, evenly, until at most that share of its bytes is left."""
+    with tarfile.open(shard) as whole:
+        members = [member for member in whole if member.isfile()]
+        blocks = [1024 + -(-member.size // 512) * 512 for member in members]  # a long name has a header of its own
+        keys = [member.name.partition(".")[0] for member in members]
+        names = list(dict.fromkeys(keys))
+        budget = share * shard.stat().st_size - 2 * 10240
+        part = shard.with_suffix(".partial")
+        kept: set[str] = set()
+        for count in range(len(names), -1, -1):
+            kept = {names[i * len(names) // count] for i in range(count)}
+            if sum(size for size, key in zip(blocks, keys, strict=True) if key in kept) <= budget:
+                break
+        if not kept:
+            raise UserError(f"no photo of {shard.name} fits: raise --limit")
+        with tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as thinned:
+            for member, key in zip(members, keys, strict=True):
+                if key in kept:
+                    thinned.addfile(member, whole.extractfile(member))
+    part.replace(shard)
+    say(f"{shard}: {len(kept)} of {len(names)} photos")
 
 
 def _made(path: Path) -> Path:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import itertools
 import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -120,6 +123,34 @@ def test_luggage_is_weighed(tmp_path):
     found = release("luggage", "--out", tmp_path / "bag", "--no-wheels", "--limit", "1")
     assert found.returncode == 2
     assert "more than 1 MB" in found.stderr
+
+
+def test_luggage_that_is_made_to_fit(tmp_path):
+    """Whole samples, evenly, byte for byte; no more than the limit, and hardly less."""
+    shard, random = tmp_path / "photos.tar", torch.Generator().manual_seed(0)
+    sizes = torch.randint(1_000, 40_000, (100,), generator=random).tolist()
+    with tarfile.open(shard, "w") as tar:
+        for i, size in enumerate(sizes):
+            for kind, content in (("webp", bytes([i]) * size), ("cls", b"7")):
+                member = tarfile.TarInfo(f"{i:03d}.{kind}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    line = ["luggage", "--out", tmp_path / "bag", "--files", shard, "--no-wheels", "--fit", "--limit"]
+    told = release(*line, "1000").stdout
+    tree = float(told.partition("files: ")[2].split()[0])
+    assert (tmp_path / "bag/photos.tar").read_bytes() == shard.read_bytes()
+    found = release(*line, f"{tree + 1.2}")
+    assert found.returncode == 0, found.stderr
+    with tarfile.open(tmp_path / "bag/photos.tar") as tar:
+        members = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+    kept = sorted({name.partition(".")[0] for name in members})
+    assert f": {len(kept)} of 100 photos" in found.stdout
+    assert 1.0e6 < (tmp_path / "bag/photos.tar").stat().st_size <= 1.25e6
+    assert all(members[f"{key}.webp"] == bytes([int(key)]) * sizes[int(key)] for key in kept)
+    assert all(members[f"{key}.cls"] == b"7" for key in kept)
+    gaps = [int(b) - int(a) for a, b in itertools.pairwise(kept)]
+    assert max(gaps) <= min(gaps) + 1
+    assert "raise --limit" in release(*line, f"{tree - 1}").stderr
 
 
 def test_the_releases_have_recipes():
