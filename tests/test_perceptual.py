@@ -20,6 +20,7 @@ from monobath.errors import UserError
 from monobath.losses.perceptual import (
     EffLiteDistance,
     LpipsDistance,
+    PooledDistance,
     efficientnet_input,
     load_efficientnet_lite,
     perceptual_distance,
@@ -34,6 +35,11 @@ def lite0():
 @pytest.fixture(scope="module")
 def lite2():
     return EffLiteDistance("lite2")
+
+
+@pytest.fixture(scope="module")
+def pooled():
+    return PooledDistance()
 
 
 def picture(batch=2, height=64, width=96):
@@ -90,9 +96,11 @@ def test_float32_whatever_the_autocast(lite0):
         assert lite0(a.bfloat16(), b.bfloat16()).dtype == torch.float32
 
 
-def test_it_stays_in_evaluation_mode(lite0):
-    torch.nn.Sequential(lite0).train()
-    assert not any(module.training for module in lite0.modules())
+@pytest.mark.parametrize("name", ["lite0", "pooled"])
+def test_it_stays_in_evaluation_mode(name, request):
+    distance = request.getfixturevalue(name)
+    torch.nn.Sequential(distance).train()
+    assert not any(module.training for module in distance.modules())
 
 
 @pytest.mark.parametrize("network", ["lite0", "lite2"])
@@ -111,6 +119,42 @@ def test_features_are_those_of_the_unfused_network(network, request):
         assert feature.shape[2:] == (64 // stride, 96 // stride)
         expected = last[stride] / last[stride].norm(dim=1, keepdim=True).clamp_min(1e-6)
         assert torch.allclose(feature, expected, atol=1e-4)
+
+
+def test_pooled_features_are_those_of_the_unfused_network(pooled):
+    model, images = load_efficientnet_lite("lite0"), 1.2 * picture(2, 128, 96)
+    with torch.no_grad():
+        resized = F.interpolate(images.clamp(-1, 1), size=(224, 224), mode="bicubic", antialias=True)
+        expected = model.extract_features(efficientnet_input(resized)).mean((2, 3))
+    assert expected.shape == (2, 1280)
+    assert torch.allclose(pooled.features(images), expected, atol=1e-4)
+
+
+def test_the_pooled_distance_is_a_squared_distance_of_its_features(pooled):
+    a, b = picture(), picture().flip(0)
+    expected = (pooled.features(a) - pooled.features(b)).square().sum(1)
+    assert torch.allclose(pooled(a, b), expected, rtol=1e-5)
+    assert torch.allclose(pooled(a, b), pooled(b, a), rtol=1e-5)
+    assert torch.equal(pooled(a, a), torch.zeros(2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(pooled(a, b), pooled(a, b).float())
+        assert torch.allclose(pooled(a, b), expected, rtol=1e-5)
+
+
+def test_a_blurred_picture_and_one_with_other_grain_change_places(pooled, lite0):
+    """What the pooled distance is for: of two guesses at unknown grain, position by position the smooth one is nearer."""
+    smooth = F.interpolate(rand_images(2, 3, 6, 9), size=(128, 192), mode="bicubic").clamp(-0.8, 0.8)
+    photo, other = (smooth + 0.15 * randn(*smooth.shape, seed=seed) for seed in (1, 2))
+    assert (photo - smooth).square().mean() < (photo - other).square().mean()
+    assert (pooled(photo, other) < 0.5 * pooled(photo, smooth)).all()
+
+
+def test_gradients_of_the_pooled_distance_reach_the_inputs_only(pooled):
+    a, b = picture(1, 32, 48).requires_grad_(), picture(1, 32, 48).flip(3)
+    pooled(a, b).sum().backward()
+    assert a.grad.abs().max() > 0
+    assert b.grad is None
+    assert all(not p.requires_grad and p.grad is None for p in pooled.parameters())
 
 
 def test_input_range():

@@ -554,11 +554,14 @@ def test_small_times_can_count_more():
 
 def test_losses_are_the_sum_of_their_parts():
     torch.manual_seed(0)
-    config = LossConfig(flow=2.0, perceptual=0.3, kl=1e-3)
+    config = LossConfig(flow=2.0, perceptual=0.3, pooled=0.02, kl=1e-3)
     objective = AutoencoderObjective(Tokenizer(tiny_model()), config, train_encoder=True)
     draws = Draws.make(0, (2, 3, 32, 48), (2, 4, 4, 6), TimesConfig())
     losses = objective(torch.rand(2, 3, 32, 48), draws.t, draws.noise, draws.latent_noise)
-    expected = 2 * losses["flow"] + 0.3 * losses["perceptual"] + 1e-3 * losses["kl"]
+    assert objective.pooled is not None
+    pooled = objective.pooled(objective.generated, objective.target).mean()
+    assert 0 < losses["pooled"] == pooled
+    expected = 2 * losses["flow"] + 0.3 * losses["perceptual"] + 0.02 * losses["pooled"] + 1e-3 * losses["kl"]
     torch.testing.assert_close(losses["loss"], expected)
 
 

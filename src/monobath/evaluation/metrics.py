@@ -26,7 +26,7 @@ from torch import Tensor
 from ..data.transforms import mix_seed
 from ..errors import UserError
 from ..images import tensor_to_pil, to_float
-from ..losses.perceptual import EffLiteDistance, LpipsDistance, efficientnet_input, load_efficientnet_lite
+from ..losses.perceptual import SIDES, EffLiteDistance, LpipsDistance, load_efficientnet_lite, pooled_features
 from .frechet import HALVES
 from .results import MetricInfo
 
@@ -222,8 +222,6 @@ class EffLiteFeatures:
     """Pooled features of ImageNet-trained EfficientNet-Lite2 of random crops, for FD-EffLite."""
 
     dim = 1280
-    side = 260
-    """Of the network's input, in pixels."""
 
     def __init__(self, device: torch.device, seed: int = 0) -> None:
         self.network = load_efficientnet_lite("lite2").to(device, memory_format=torch.channels_last)
@@ -242,9 +240,7 @@ class EffLiteFeatures:
     @torch.no_grad()
     def pooled(self, crops: Tensor) -> Tensor:
         """uint8 `(B, 3, H, W)`, taken whole → float32 `(B, 1280)`."""
-        x = F.interpolate(to_float(crops), size=(self.side, self.side), mode="bicubic", antialias=True)
-        x = efficientnet_input(x).contiguous(memory_format=torch.channels_last)
-        return self.network.extract_features(x).mean((2, 3))
+        return pooled_features(self.network, to_float(crops), SIDES["lite2"])
 
 
 def _load_fd_efflite(info: MetricInfo, setting: Setting) -> Metric:
@@ -323,7 +319,7 @@ _INFOS: list[tuple[MetricInfo, Callable[[MetricInfo, Setting], Metric]]] = [
             label="FD-EffLite (EfficientNet-Lite2)",
             details="Fréchet distance; not FID. 8-bit RGB, data range [0, 1] scaled to the network's, network: "
             f"EfficientNet-Lite2 (ImageNet), features: 1280, pooled, of {CROPS} random {CROP_SIDE}² crops a picture "
-            f"(smaller pictures: their short side) resized to {EffLiteFeatures.side}², bicubic with antialias",
+            f"(smaller pictures: their short side) resized to {SIDES['lite2']}², bicubic with antialias",
         ),
         _load_fd_efflite,
     ),

