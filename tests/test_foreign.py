@@ -472,8 +472,6 @@ def test_the_page_is_true(folders, photos, tmp_path, monkeypatch):
             program, verb, *rest = shlex.split(line)
             assert program == "monobath"
             options = smaller.get(verb, [])
-            if "flux2" in rest:
-                options = [*options, "--training.compile", "false"]
             if {"runs/from-windows", "runs/flux2"} & set(rest):  # their size and scale are the point
                 pairs = zip(options[::2], options[1::2], strict=True)
                 options = [word for pair in pairs for word in pair if not pair[0].startswith("--data.")]

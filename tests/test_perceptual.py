@@ -142,7 +142,7 @@ def test_the_pooled_distance_is_a_squared_distance_of_its_features(pooled):
 
 
 def test_a_blurred_picture_and_one_with_other_grain_change_places(pooled, lite0):
-    """What the pooled distance is for: of two guesses at unknown grain, position by position the smooth one is nearer."""
+    """What the pooled distance is for: of two guesses at grain, place by place the smooth one is nearer."""
     smooth = F.interpolate(rand_images(2, 3, 6, 9), size=(128, 192), mode="bicubic").clamp(-0.8, 0.8)
     photo, other = (smooth + 0.15 * randn(*smooth.shape, seed=seed) for seed in (1, 2))
     assert (photo - smooth).square().mean() < (photo - other).square().mean()

@@ -166,4 +166,4 @@ def test_the_releases_have_recipes():
     same = dataclasses.replace(progressive.model.decoder, stages=1)
     assert (same, progressive.model.encoder) == (default.model.decoder, default.model.encoder)
     assert default.model.encoder == Tokenizer.from_pretrained("default").config.encoder
-    assert (flux2.model.decoder.slim, flux2.model.decoder.trunk) == (32, 16)
+    assert (flux2.model.decoder.slim, flux2.model.decoder.trunk) == (64, 16)

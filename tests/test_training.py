@@ -599,15 +599,16 @@ def test_learning_rate_warms_up_then_falls_to_zero():
     assert learning_rate(OptimizerConfig(lr=1.0, kind="radam_schedulefree"), 0, 20_000) == 1.0
 
 
-def test_ema_follows_the_formula_and_copies_buffers():
+@pytest.mark.parametrize("warmup", [True, False])
+def test_ema_follows_the_formula_and_copies_buffers(warmup):
     model = torch.nn.BatchNorm1d(3)
-    ema = EMA(model, 0.9)
+    ema = EMA(model, 0.9, warmup=warmup)
     expected = torch.ones(3)
     for n in range(30):
         with torch.no_grad():
             model.weight.fill_(float(n))
         model.running_mean.fill_(float(n))
-        decay = min(0.9, (1 + n) / (10 + n))
+        decay = min(0.9, (1 + n) / (10 + n)) if warmup else 0.9
         expected = decay * expected + (1 - decay) * n
         ema.update(model)
     torch.testing.assert_close(ema.model.weight, expected)
@@ -615,6 +616,19 @@ def test_ema_follows_the_formula_and_copies_buffers():
     assert ema.model.weight.requires_grad is False
     ema.copy(model)
     assert torch.equal(ema.model.weight, model.weight)
+
+
+def test_an_average_can_hold_on_to_the_weights_a_run_starts_from(tmp_path, photos):
+    settings = {"steps": 3, "ema": 0.5, "ema_start": 0.0}
+    begun = train(tiny_recipe(tmp_path / "start", photos, steps=1))
+    found = {}
+    for warmup in (True, False):
+        recipe = tiny_recipe(tmp_path / f"run-{warmup}", photos, ema_warmup=warmup, **settings)
+        recipe.init = str(begun)
+        found[warmup] = weights(train(recipe))
+    start = weights(begun)
+    moved = {warmup: sum((state[k] - start[k]).square().sum() for k in start) for warmup, state in found.items()}
+    assert 0 < moved[False] < 0.7 * moved[True]
 
 
 def test_checkpoints_keep_the_newest(tmp_path, photos):

@@ -20,7 +20,6 @@ from typing import Any
 import huggingface_hub.constants
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.transforms import mix_seed

@@ -88,11 +88,11 @@ class EffLiteDistance(nn.Module):
 
 
 class PooledDistance(nn.Module):
-    """Squared distance of pooled features: EfficientNet-Lite0's last, averaged over positions, summed over 1280 channels.
+    """Squared distance of pooled features: EfficientNet-Lite0's last, averaged over positions, summed over channels.
 
-    Each image is clipped to [-1, 1] and resized to `SIDES["lite0"]`², the size the network was trained on. The distances
-    above compare place by place and are smallest for a smoothed picture where detail is not known; this one sees that
-    the texture is gone. The unit is that of FD-EffLite, which takes the same features of Lite2.
+    Each image is clipped to [-1, 1] and resized to `SIDES["lite0"]`², the size the network was trained on. The
+    distances above compare place by place and are smallest for a smoothed picture where detail is not known; this one
+    sees that the texture is gone. The unit is that of FD-EffLite, which takes the same features of Lite2.
 
     Raises:
         UserError: the package with the network's weights is not installed.

@@ -88,8 +88,8 @@ class LossConfig:
     perceptual_backbone: Literal["efflite", "lpips-vgg"] = "efflite"
     """efflite (EfficientNet-Lite0) works offline; lpips-vgg is the paper's."""
     pooled: float = 0.0
-    """Weight of the squared distance between pooled features of both (EfficientNet-Lite0's last): it keeps texture, which
-    the other two smooth. 0.003 is much: the distance itself is near 20."""
+    """Weight of the squared distance between pooled features of both (EfficientNet-Lite0's last): it keeps texture,
+    which the other two smooth. 0.003 is much: the distance itself is near 20."""
     kl: float = 1e-6
     """Weight of the KL term, summed over a latent's dimensions; counts only while the encoder trains."""
     repa: float = 0.0
@@ -158,6 +158,10 @@ class TrainingConfig:
     """False freezes the encoder: its bytes do not change."""
     ema: float = 0.999
     """Decay of the averaged weights, warmed up as (1 + n) / (10 + n)."""
+    ema_warmup: bool = True
+    """False: constant decay. With `ema_start` 0 the weights that the run starts from then keep a share of ema^steps in
+    the average: where they learned from more pictures than the run has, it is worth keeping some (WiSE-FT, Wortsman et
+    al. 2022, arXiv 2109.01903)."""
     ema_start: float = 0.1
     """The average starts after this fraction of the run; before that it copies the weights."""
     seed: int = 0

@@ -13,19 +13,22 @@ class EMA:
 
     The decay is warmed up: min(decay, (1 + n) / (10 + n)) after n updates. Buffers are copied.
 
+    Args:
+        warmup: False: the decay is constant, so that the weights it starts from keep a share of decayⁿ.
+
     Attributes:
         model: the averaged model, in evaluation mode, without gradients.
         updates: how many steps have been averaged.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float, *, warmup: bool = True) -> None:
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
-        self.decay, self.updates = decay, 0
+        self.decay, self.warmup, self.updates = decay, warmup, 0
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Move the average towards `model`."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
         self.updates += 1
         self._blend(model, 1 - decay)
 

@@ -110,7 +110,7 @@ class _Run:
         self.objective.to(self.device)
         if training.channels_last:
             self.objective.to(memory_format=torch.channels_last)
-        self.ema = EMA(self.model, training.ema)
+        self.ema = EMA(self.model, training.ema, warmup=training.ema_warmup)
         self.optimizer: Any = make_optimizer(self.objective, recipe.optimizer)
         self.schedule_free = is_schedule_free(self.optimizer)
         self.step = self.anew = 0

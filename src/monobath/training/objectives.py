@@ -209,7 +209,7 @@ class AutoencoderObjective(nn.Module):
         tapped: Tensor | None = None,
         share: float = 1.0,
     ) -> dict[str, Tensor]:
-        """The weighted sum and all losses of a batch, once both perceptual distances, adversarial loss and REPA are added.
+        """The weighted sum and all losses of a batch, once perceptual, adversarial loss and REPA are added.
 
         Args:
             losses: those so far.
