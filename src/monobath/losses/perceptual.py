@@ -13,7 +13,8 @@ Both are frozen, run in float32 whatever the autocast state, and pass gradients 
 from __future__ import annotations
 
 import importlib
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,20 @@ SIDES: dict[Network, int] = {"lite0": 224, "lite2": 260}
 """Of the images that the networks were trained on, in pixels."""
 
 
-class EffLiteDistance(nn.Module):
+class Distance(nn.Module):
+    """What all of them are: frozen, and in evaluation mode for good."""
+
+    def freeze(self) -> None:
+        """Call it once the networks are there."""
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in evaluation mode: the network is a fixed measure."""
+        return super().train(False)
+
+
+class EffLiteDistance(Distance):
     """EffLite distance: mean squared difference of channel-normalised EfficientNet-Lite features.
 
     Features after the stem and after the last block at strides 4, 8 and 16; each position's feature vector is
@@ -58,12 +72,7 @@ class EffLiteDistance(nn.Module):
             if stride > 16:
                 break
             stage.append(_fuse_block(block))
-        self.requires_grad_(False)
-        self.eval()
-
-    def train(self, mode: bool = True) -> EffLiteDistance:
-        """Stay in evaluation mode: the network is a fixed measure."""
-        return super().train(False)
+        self.freeze()
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Channel-normalised features at strides 2, 4, 8, 16, finest first."""
@@ -77,17 +86,11 @@ class EffLiteDistance(nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Distance of each pair: `(B,)` float32. Gradients flow to `a` and `b` as they require them."""
         with torch.autocast(a.device.type, enabled=False):
-            layers = zip(self.features(a.float()), self._reference(b.float()), strict=True)
+            layers = zip(self.features(a.float()), _lean(self.features, b.float()), strict=True)
             return torch.stack([(p - q).square().sum(1).mean((1, 2)) for p, q in layers]).mean(0)
 
-    def _reference(self, b: Tensor) -> list[Tensor]:
-        if b.requires_grad:
-            return self.features(b)
-        with torch.no_grad():
-            return self.features(b)
 
-
-class PooledDistance(nn.Module):
+class PooledDistance(Distance):
     """Squared distance of pooled features: EfficientNet-Lite0's last, averaged over positions, summed over channels.
 
     Each image is clipped to [-1, 1] and resized to `SIDES["lite0"]`², the size the network was trained on. The
@@ -106,12 +109,7 @@ class PooledDistance(nn.Module):
         for block in model._blocks:
             _fuse_block(block)
         self.network = model
-        self.requires_grad_(False)
-        self.eval()
-
-    def train(self, mode: bool = True) -> PooledDistance:
-        """Stay in evaluation mode: the network is a fixed measure."""
-        return super().train(False)
+        self.freeze()
 
     def features(self, images: Tensor) -> Tensor:
         """`(B, 1280)`, of images clipped to [-1, 1]."""
@@ -120,12 +118,10 @@ class PooledDistance(nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Distance of each pair: `(B,)` float32. Gradients flow to `a` and `b` as they require them."""
         with torch.autocast(a.device.type, enabled=False):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and b.requires_grad):
-                other = self.features(b.float())
-            return (self.features(a.float()) - other).square().sum(1)
+            return (self.features(a.float()) - _lean(self.features, b.float())).square().sum(1)
 
 
-class LpipsDistance(nn.Module):
+class LpipsDistance(Distance):
     """LPIPS with the `lpips` package's backbone ("vgg" for training, "alex" for scoring).
 
     Raises:
@@ -148,12 +144,7 @@ class LpipsDistance(nn.Module):
                 f"the {backbone} weights of LPIPS could not be loaded ({error}): put them into the torch hub cache "
                 "while online, or use the perceptual backbone efflite, which works offline"
             ) from None
-        self.requires_grad_(False)
-        self.eval()
-
-    def train(self, mode: bool = True) -> LpipsDistance:
-        """Stay in evaluation mode: the network is a fixed measure."""
-        return super().train(False)
+        self.freeze()
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Distance of each pair: `(B,)` float32."""
@@ -204,6 +195,12 @@ def load_efficientnet_lite(network: Network) -> Any:
     # The packages store a plain dict of tensors: read as such, never unpickled into objects.
     model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     return model.eval()
+
+
+def _lean(features: Callable[[Tensor], Any], images: Tensor) -> Any:
+    """`features(images)`, without a graph where the images need none."""
+    with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
+        return features(images)
 
 
 def _fuse(conv: nn.Module, norm: nn.Module) -> nn.Module:
