@@ -3,10 +3,68 @@
 from __future__ import annotations
 
 import math
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..errors import UserError
+
+Padding = Literal["zeros", "replicate"]
+"""What a convolution reads beyond the edge of its map. zeros: the published networks. replicate: the nearest value, so
+that a flat area looks the same at the edge as inside, and a network trained on small crops holds on large pictures."""
+
+
+def check_padding(name: str, padding: str) -> None:
+    """Raises UserError unless `padding` is one of `Padding`; `name` is the setting's."""
+    if padding not in ("zeros", "replicate"):
+        raise UserError(f'{name} is {padding!r}: choose "zeros" or "replicate"')
+
+
+class Conv2d(nn.Conv2d):
+    """A 3×3 convolution that keeps height and width (halves them at stride 2), padded as `Padding` says."""
+
+    def __init__(self, in_channels: int, out_channels: int, padding: Padding, stride: int = 1) -> None:
+        super().__init__(in_channels, out_channels, 3, stride, padding=1, padding_mode=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.padding_mode == "zeros":
+            return super().forward(x)
+        return F.conv2d(replicated(x, (1, 1, 1, 1)), self.weight, self.bias, self.stride)
+
+
+def replicated(x: Tensor, sides: tuple[int, int, int, int]) -> Tensor:
+    """`(B, C, H, W)` with its edges repeated: 0 or 1 columns to the left and right, rows above and below."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Replicate.apply(x, sides)
+    return F.pad(x, sides, mode="replicate")
+
+
+class _Replicate(torch.autograd.Function):
+    """PyTorch's own padding, with gradients in the memory format of the map: its own, compiled for a CPU, fail
+    (torch 2.14.1)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sides: tuple[int, int, int, int]) -> Tensor:
+        ctx.sides = sides
+        return F.pad(x, sides, mode="replicate")
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        left, right, top, bottom = ctx.sides
+        g = _folded(_folded(grads[0], 2, top, bottom), 3, left, right)
+        return g, None
+
+
+def _folded(g: Tensor, dim: int, first: int, last: int) -> Tensor:
+    """The gradient with the `first` and `last` rows (or columns) beyond the edges added to those at the edges."""
+    inner = g.narrow(dim, first, g.shape[dim] - first - last).clone()
+    if first:
+        inner.narrow(dim, 0, 1).add_(g.narrow(dim, 0, 1))
+    if last:
+        inner.narrow(dim, inner.shape[dim] - 1, 1).add_(g.narrow(dim, g.shape[dim] - 1, 1))
+    return inner
 
 
 def norm_groups(channels: int, groups: int = 32) -> int:

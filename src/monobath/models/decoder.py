@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import UserError
 from . import taesd
 from .attention import windowed_attention
-from .blocks import cosine_basis, norm_groups, resample_to, zero_init
+from .blocks import Conv2d, Padding, check_padding, cosine_basis, norm_groups, resample_to, zero_init
 
 # SSDD table 1: base width, multipliers, middle blocks. XS is ours. Decoder parameters at patch 1, c = 4:
 SIZES: dict[str, tuple[int, tuple[int, ...], int]] = {
@@ -90,6 +90,9 @@ class DecoderConfig:
     upsampling: Literal["nearest", "shuffle"] = "nearest"
     """Between levels on the way up. nearest: enlarged, then a convolution (the paper's). shuffle: a convolution of the
     coarse map, whose channels become pixels: half the operations, and each of the four pixels has its own weights."""
+    padding: Padding = "zeros"
+    """What convolutions read beyond the edge of the picture. zeros: the published networks; trained on small crops they
+    are off by a constant on large pictures. replicate: the nearest value; right at any size."""
     attention: str = "auto"
     """Windowed attention backend: auto, dense, blocked or flex. All give the same result."""
     stages: int = 1
@@ -116,7 +119,7 @@ class DecoderConfig:
             self.size, self.patch, self.channels, self.middle_blocks = "custom", 1, [taesd.CHANNELS], 0
             self.down, self.up, self.norm, self.modulation, self.prediction = [0], [1], "local", False, "x"
             self.linear_skip = self.standardise = False
-            self.residual, self.trunk = 0.0, 16
+            self.residual, self.trunk, self.padding = 0.0, 16, "zeros"
         if self.size != "custom":
             self._fill_from_size()
         for name in ("patch", "middle_blocks"):
@@ -147,6 +150,7 @@ class DecoderConfig:
             raise UserError(f'decoder.norm is {self.norm!r}: choose "group" or "local"')
         if self.upsampling not in ("nearest", "shuffle"):
             raise UserError(f'decoder.upsampling is {self.upsampling!r}: choose "nearest" or "shuffle"')
+        check_padding("decoder.padding", self.padding)
         if self.down_blocks < 1 or self.reach < 0 or self.latent_channels < 1:
             raise UserError("decoder: down_blocks and latent_channels must be at least 1, reach at least 0")
         if self.stages < 1:
@@ -224,7 +228,14 @@ class ResBlock(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, context: int, time: int, dropout: float, norm: str = "group"
+        self,
+        in_channels: int,
+        out_channels: int,
+        context: int,
+        time: int,
+        dropout: float,
+        norm: str = "group",
+        padding: Padding = "zeros",
     ) -> None:
         super().__init__()
         local = norm == "local"
@@ -232,11 +243,11 @@ class ResBlock(nn.Module):
             nn.Identity() if local else nn.GroupNorm(norm_groups(in_channels), in_channels, affine=False)
         )
         self.context = nn.Conv2d(context, 2 * in_channels, 1) if context else None
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, padding)
         self.norm2: nn.Module = nn.Identity() if local else nn.GroupNorm(norm_groups(out_channels), out_channels)
         self.time = nn.Linear(time, 2 * out_channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv2 = zero_init(Conv2d(out_channels, out_channels, padding))
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, context: Tensor, time: Tensor) -> Tensor:
@@ -355,12 +366,14 @@ class Level(nn.Module):
         super().__init__()
         width = config.channels[0]
         context = width if config.modulation else 0
-        self.blocks = nn.ModuleList(ResBlock(i, o, context, 4 * width, config.dropout, config.norm) for i, o in widths)
+        self.blocks = nn.ModuleList(
+            ResBlock(i, o, context, 4 * width, config.dropout, config.norm, config.padding) for i, o in widths
+        )
         self.resample: nn.Conv2d | None = None
         if resample == "down":
-            self.resample = nn.Conv2d(out, out, 3, stride=2, padding=1)
+            self.resample = Conv2d(out, out, config.padding, stride=2)
         elif resample == "up":
-            self.resample = nn.Conv2d(out, 4 * finer if config.upsampling == "shuffle" else out, 3, padding=1)
+            self.resample = Conv2d(out, 4 * finer if config.upsampling == "shuffle" else out, config.padding)
 
 
 def keep_scale(decoder: Decoder) -> None:
@@ -428,14 +441,14 @@ class Decoder(nn.Module):
             self.middle = nn.Identity()
             self.tail, self.conv_out = taesd.SlimTail(config.slim), taesd.conv(taesd.CHANNELS, 3)
             return
-        self.conv_in = nn.Conv2d(3 * patch**2 + read, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(3 * patch**2 + read, widths[0], config.padding)
         # Only what reads the context makes it.
         self.context: nn.Module = nn.Identity()
         if config.modulation or config.middle_blocks:
             self.context = nn.Sequential(
-                nn.Conv2d(read, context, 3, padding=1),
+                Conv2d(read, context, config.padding),
                 nn.SiLU(),
-                nn.Conv2d(context, context, 3, padding=1),
+                Conv2d(context, context, config.padding),
             )
         self.time = nn.Sequential(nn.Linear(context, time), nn.SiLU(), nn.Linear(time, time))
 
@@ -461,11 +474,11 @@ class Decoder(nn.Module):
         self.norm_out: nn.Module = (
             nn.Identity() if config.norm == "local" else nn.GroupNorm(norm_groups(widths[0]), widths[0])
         )
-        self.conv_out = nn.Conv2d(widths[0], 3 * patch**2, 3, padding=1)
+        self.conv_out = Conv2d(widths[0], 3 * patch**2, config.padding)
         if config.norm == "local":
             keep_scale(self)
         if config.linear_skip:
-            self.linear_skip = zero_init(nn.Conv2d(read, 3 * config.read_factor**2, 3, padding=1))
+            self.linear_skip = zero_init(Conv2d(read, 3 * config.read_factor**2, config.padding))
         if config.linear_skip and not (config.standardise or config.trunk):
             # Starts as the inverse of our encoder's shortcut: the latents' low frequencies as an image.
             basis = cosine_basis(config.latent_channels, config.factor) * config.factor

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
-from .blocks import cosine_basis, norm_groups
+from .blocks import Conv2d, Padding, check_padding, cosine_basis, norm_groups, replicated
 
 FAMILIES = {
     "kl": "diffusers' AutoencoderKL",
@@ -54,6 +54,8 @@ class EncoderConfig:
     """Self-attention over all latent positions in the middle: O(N²) in latents. Compact encoders drop it."""
     linear_skip: bool = False
     """Add a learned linear map of each cell's factor² pixels to its mean."""
+    padding: Padding = "zeros"
+    """What convolutions read beyond the edge of the picture; see `DecoderConfig.padding`."""
     family: str = ""
     """Whose latents: kl, flux2, tiny, dc, taef2 or custom, a frozen encoder that is not stored with the model; empty:
     an encoder of ours."""
@@ -71,6 +73,7 @@ class EncoderConfig:
                 raise UserError(f"encoder.{name} is {value}: it must be a power of two")
         if self.patch > self.factor:
             raise UserError(f"encoder.patch={self.patch} is above encoder.factor={self.factor}: lower the patch")
+        check_padding("encoder.padding", self.padding)
         if self.latent_channels < 1:
             raise UserError(f"encoder.latent_channels is {self.latent_channels}: it must be at least 1")
         if self.family:
@@ -136,12 +139,12 @@ class Posterior:
 class ResBlock(nn.Module):
     """GroupNorm → SiLU → 3×3 conv, twice, plus the input (through a 1×1 conv where the width changes)."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, padding: Padding) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(norm_groups(in_channels), in_channels, eps=1e-6)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, padding)
         self.norm2 = nn.GroupNorm(norm_groups(out_channels), out_channels, eps=1e-6)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv2d(out_channels, out_channels, padding)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -169,14 +172,15 @@ class GlobalAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """3×3 convolution of stride 2, zero-padded on the right and the bottom only."""
+    """3×3 convolution of stride 2, padded on the right and the bottom only."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, padding: Padding) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv, self.padding = nn.Conv2d(channels, channels, 3, stride=2), padding
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        sides = (0, 1, 0, 1)
+        return self.conv(F.pad(x, sides) if self.padding == "zeros" else replicated(x, sides))
 
 
 def check_images(x: Tensor, factor: int) -> None:
@@ -197,19 +201,21 @@ class Encoder(nn.Module):
         self.config = config
         self.checkpointing = False
         widths = [config.base * m for m in config.multipliers]
-        self.conv_in = nn.Conv2d(3 * config.patch**2, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(3 * config.patch**2, widths[0], config.padding)
         self.levels = nn.ModuleList()
         previous = widths[0]
         for i, width in enumerate(widths):
-            blocks = nn.ModuleList(ResBlock(previous if j == 0 else width, width) for j in range(config.blocks))
-            down = Downsample(width) if i < len(widths) - 1 else nn.Identity()
+            blocks = nn.ModuleList(
+                ResBlock(previous if j == 0 else width, width, config.padding) for j in range(config.blocks)
+            )
+            down = Downsample(width, config.padding) if i < len(widths) - 1 else nn.Identity()
             self.levels.append(nn.ModuleDict({"blocks": blocks, "down": down}))
             previous = width
-        self.middle_in = ResBlock(previous, previous)
+        self.middle_in = ResBlock(previous, previous, config.padding)
         self.middle_attention = GlobalAttention(previous) if config.middle_attention else nn.Identity()
-        self.middle_out = ResBlock(previous, previous)
+        self.middle_out = ResBlock(previous, previous, config.padding)
         self.norm_out = nn.GroupNorm(norm_groups(previous), previous, eps=1e-6)
-        self.conv_out = nn.Conv2d(previous, 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = Conv2d(previous, 2 * config.latent_channels, config.padding)
         self.moments = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         # Start with little noise on the latents: at log-variance 0 it would drown the untrained means.
         nn.init.constant_(self.moments.bias[config.latent_channels :], -5.0)  # type: ignore[index]

@@ -21,7 +21,7 @@ class KLDecoder(OneStep):
     """`module(z (B, c, h, w))` → image `(B, 3, f·h, f·w)`, not clipped.
 
     Args:
-        config: for the latent's channels and factor; nothing else of it is used.
+        config: for the latent's channels, factor and padding; nothing else of it is used.
         channels: of each level, finest first, such as [128, 256, 512, 512]; their number fixes f = 2^(levels − 1).
 
     Raises:
@@ -49,6 +49,9 @@ class KLDecoder(OneStep):
             layers_per_block=2,
             norm_num_groups=min(norm_groups(width) for width in channels),
         )
+        for module in self.decoder.modules():
+            if isinstance(module, nn.Conv2d):
+                module.padding_mode = config.padding
 
     @property
     def conv_out(self) -> nn.Conv2d:

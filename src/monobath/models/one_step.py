@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import windowed_attention
+from .blocks import Conv2d
 from .decoder import (
     Decoder,
     DecoderConfig,
@@ -81,7 +82,8 @@ class OneStepDecoder(OneStep):
         pixels = 3 * config.patch**2
         self.conv_in = deepcopy(decoder.conv_in)
         if noise == "zero":
-            self.conv_in = _convolution(decoder.conv_in.weight[:, pixels:], decoder.conv_in.bias)
+            self.conv_in = Conv2d(config.read_channels, config.channels[0], config.padding)
+            _filled(self.conv_in, decoder.conv_in.weight[:, pixels:], decoder.conv_in.bias)
         parts: list[nn.Conv2d] = []
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for levels, folded in ((decoder.down, self.down), (decoder.up, self.up)):
@@ -269,9 +271,7 @@ def _merged(parts: list[nn.Conv2d]) -> nn.Conv2d:
 
 
 def _convolution(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
-    out, channels, height, width = weight.shape
-    module = nn.Conv2d(channels, out, (height, width), padding=(height // 2, width // 2), bias=bias is not None)
-    return _filled(module, weight, bias)
+    return _filled(nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=bias is not None), weight, bias)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -110,7 +110,8 @@ def _check_latents(recipe: Recipe) -> None:
 def start_from(tokenizer: Tokenizer, recipe: Recipe) -> bool:
     """Take encoder and decoder from the model `recipe.init`; a decoder of another shape keeps its random weights.
 
-    The encoder must fit: it decides the latent space, which is why one starts from another model. A multi-scale
+    The encoder must fit: it decides the latent space, which is why one starts from another model. What trains may be
+    padded otherwise than it was: it adapts in a few thousand crops. A multi-scale
     decoder may start from a single-scale one: all of its weights, beside embeddings of the stages that are zero. A
     single-scale one may start from a multi-scale one: it becomes the last stage, which is at full resolution.
 
@@ -121,7 +122,10 @@ def start_from(tokenizer: Tokenizer, recipe: Recipe) -> bool:
         UserError: there is no such model, or its encoder has another shape.
     """
     source = Tokenizer.from_pretrained(recipe.init)
-    if source.config.encoder != recipe.model.encoder:
+    given = source.config.encoder
+    if recipe.training.train_encoder:
+        given = dataclasses.replace(given, padding=recipe.model.encoder.padding)
+    if given != recipe.model.encoder:
         raise UserError(
             f"init: the encoder of {recipe.init} is {source.config.encoder}, but the recipe says {recipe.model.encoder}"
         )
@@ -132,16 +136,16 @@ def start_from(tokenizer: Tokenizer, recipe: Recipe) -> bool:
         tokenizer.config = dataclasses.replace(tokenizer.config, **kept)
     ours, theirs = recipe.model, source.config
     # What changes no weight's shape.
-    free: dict[str, Any] = {"size": "custom", "attention": "auto", "dropout": 0.0, "residual": 0.0}
+    free: dict[str, Any] = {"size": "custom", "attention": "auto", "dropout": 0.0, "residual": 0.0, "padding": "zeros"}
     if 1 in (theirs.decoder.stages, ours.decoder.stages) or theirs.decoder.stages == ours.decoder.stages:
         free |= {"stages": 1, "null_latent": False}  # add weights that are zero at first
     same = dataclasses.replace(ours.decoder, **free) == dataclasses.replace(theirs.decoder, **free)
     if not same or ours.kl_decoder != theirs.kl_decoder:
         return False
-    own, given = tokenizer.decoder.state_dict(), source.decoder.state_dict()
-    own.update({name: value for name, value in given.items() if name in own})
+    own, weights = tokenizer.decoder.state_dict(), source.decoder.state_dict()
+    own.update({name: value for name, value in weights.items() if name in own})
     if ours.decoder.stages == 1 < theirs.decoder.stages:  # the stage's embedding is added to the time's
-        own["time.2.bias"] = own["time.2.bias"] + given["stage_embedding"][-1]
+        own["time.2.bias"] = own["time.2.bias"] + weights["stage_embedding"][-1]
     tokenizer.decoder.load_state_dict(own)
     return True
 

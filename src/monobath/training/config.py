@@ -90,6 +90,9 @@ class LossConfig:
     pooled: float = 0.0
     """Weight of the squared distance between pooled features of both (EfficientNet-Lite0's last): it keeps texture,
     which the other two smooth. 0.003 is much: the distance itself is near 20."""
+    grid: float = 0.0
+    """Weight of the energy of the error that repeats with every latent position (`losses/grid.py`): without it, patched
+    decoders leave a faint screen in flat areas. It is about the squared error where there is none; 0.2 is enough."""
     kl: float = 1e-6
     """Weight of the KL term, summed over a latent's dimensions; counts only while the encoder trains."""
     repa: float = 0.0
@@ -109,7 +112,17 @@ class LossConfig:
     """The discriminator's learning rate."""
 
     def __post_init__(self) -> None:
-        for name in ("flow", "time_power", "perceptual", "pooled", "kl", "repa", "adversarial", "adversarial_lr"):
+        for name in (
+            "flow",
+            "time_power",
+            "perceptual",
+            "pooled",
+            "grid",
+            "kl",
+            "repa",
+            "adversarial",
+            "adversarial_lr",
+        ):
             if getattr(self, name) < 0:
                 raise UserError(f"loss.{name} is {getattr(self, name)}: it must be at least 0")
         if not 0 <= self.adversarial_start <= 1:

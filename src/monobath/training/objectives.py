@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .. import flow
 from ..errors import UserError
 from ..losses.alignment import Alignment, alignment_features
+from ..losses.grid import grid_energy
 from ..losses.perceptual import PooledDistance, perceptual_distance
 from ..models.decoder import Decoder
 from ..models.encoder import Posterior
@@ -225,6 +226,10 @@ class AutoencoderObjective(nn.Module):
             if distance is not None:
                 losses[name] = distance(clean, pattern).mean()
                 total = total + share * getattr(self.loss, name) * losses[name]
+        if self.loss.grid:
+            error = clean - pattern.float()
+            losses["grid"] = grid_energy(error, self.tokenizer.factor).mean()
+            total = total + share * self.loss.grid * losses["grid"]
         if self.judge is not None:
             weight = cast(nn.Conv2d, self.tokenizer.decoder.conv_out).weight
             losses["adversarial"] = self.judge(clean, total, weight)
