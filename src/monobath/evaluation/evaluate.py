@@ -23,9 +23,9 @@ from ..errors import UserError
 from ..images import to_float, to_uint8
 from . import processes
 from .frechet import Gaussian, HalfSampled, frechet_distance
-from .metrics import RESAMPLES, Metric, PictureMetric, SetMetric, load_metrics
+from .metrics import CHANNELS, RESAMPLES, ChannelMetric, Metric, PictureMetric, SetMetric, load_metrics
 from .report import machine
-from .results import Estimate, Evaluation, SystemResult
+from .results import Channel, Estimate, Evaluation, SystemResult
 from .system import System
 
 Progress = Callable[[str, int, int | None], None]
@@ -93,6 +93,7 @@ def evaluate(
     comparison = _Comparison(
         dataset=dataset,
         of_pictures=[metric for metric in loaded if isinstance(metric, PictureMetric)],
+        of_channels=[metric for metric in loaded if isinstance(metric, ChannelMetric)],
         of_sets=[metric for metric in loaded if isinstance(metric, SetMetric)],
         device=systems[0].device,
         limit=limit,
@@ -135,6 +136,7 @@ class _Row:
     name: str
     bits: int
     figures: dict[str, float]
+    channels: dict[str, list[float]]
 
 
 @dataclass(kw_only=True)
@@ -168,6 +170,7 @@ class _Comparison:
 
     dataset: PhotoDataset | StreamDataset
     of_pictures: list[PictureMetric]
+    of_channels: list[ChannelMetric]
     of_sets: list[SetMetric]
     device: torch.device
     limit: int | None
@@ -190,13 +193,15 @@ class _Comparison:
             output, bits = _reconstruct(system, batch["image"], names, [self.seed + index for index in indices])
             original, output = batch["image"].to(self.device), output.to(self.device)
             figures = {m.info.key: m.measure(output, original).tolist() for m in self.of_pictures}
+            channels = {m.info.key: m.measure(output, original).tolist() for m in self.of_channels}
             for metric in self.of_sets:
                 outputs[metric.info.key].update(metric.features(output, indices), positions)
                 if references:
                     references[metric.info.key].update(metric.features(original, indices), positions)
             for i, (position, name) in enumerate(zip(positions, names, strict=True)):
                 row = {key: values[i] for key, values in figures.items()}
-                found.rows.append(_Row(position=position, name=name, bits=bits[i], figures=row))
+                signed = {key: values[i] for key, values in channels.items()}
+                found.rows.append(_Row(position=position, name=name, bits=bits[i], figures=row, channels=signed))
                 draw = mix_seed(5, self.seed, indices[i])
                 pair = {"original": original[i].to("cpu", copy=True), "output": output[i].to("cpu", copy=True)}
                 found.samples.append(_Sample(draw=draw, position=position, name=name, **pair))
@@ -250,7 +255,7 @@ class _Comparison:
         return sorted(samples, key=lambda sample: (sample.draw, sample.position))[: self.keep]
 
 
-def mean_estimate(values: Sequence[float], seed: int = 0) -> Estimate:
+def mean_estimate(values: Sequence[float] | np.ndarray, seed: int = 0) -> Estimate:
     """Mean of at least two figures with its 95 % percentile bootstrap interval (Efron & Tibshirani 1993).
 
     Equal seeds give equal resamples.
@@ -312,12 +317,31 @@ def _result(system: System, found: _Pass, first: _Pass, size: int, seed: int) ->
         if found is not first:
             gaps = [row.figures[key] - other.figures[key] for row, other in zip(found.rows, first.rows, strict=True)]
             result.differences[key] = mean_estimate(gaps, seed)
+    for key in found.rows[0].channels:
+        of_channels = np.array([row.channels[key] for row in found.rows])
+        result.channels[key] = {
+            name: Channel(mean=mean_estimate(values, seed), pictures=values)
+            for name, values in zip(CHANNELS, of_channels.T.tolist(), strict=True)
+        }
+        largest = _largest_channel(of_channels)
+        estimate = mean_estimate(largest, seed)
+        result.figures[key] = dataclasses.replace(estimate, low=max(0.0, estimate.low))
+        if found is not first:
+            others = _largest_channel(np.array([row.channels[key] for row in first.rows]))
+            result.differences[key] = mean_estimate(largest - others, seed)
     for key, distances in found.distances.items():
         estimate = half_sample_estimate(distances)
         result.figures[key] = dataclasses.replace(estimate, low=max(0.0, estimate.low))
         if found is not first:
             result.differences[key] = half_sample_estimate(distances - first.distances[key])
     return result
+
+
+def _largest_channel(values: np.ndarray) -> np.ndarray:
+    """`(pictures, channels)` → `(pictures,)`: the channel whose mean is farthest from 0, signed to make it positive."""
+    means = values.mean(0)
+    channel = int(np.abs(means).argmax())
+    return np.copysign(1.0, means[channel]) * values[:, channel]
 
 
 def _parameters(network: nn.Module | None) -> int | None:
