@@ -110,6 +110,8 @@ class Evaluation:
     """Where the pictures come from, as the user gave it."""
     size: int
     """Side of the centre crops."""
+    short_side: int
+    """What the pictures' short side was resized to before."""
     names: list[str]
     """Pictures, in order."""
     metrics: list[MetricInfo]
