@@ -107,6 +107,28 @@ def test_table_and_notes_are_printed(prepared, tmp_path, capsys):
     assert "Speed was not measured." in (tmp_path / "out/report.html").read_text(encoding="utf-8")
 
 
+def test_several_sizes_in_one_run(prepared, tmp_path, capsys):
+    words = command(prepared, tmp_path / "out", "--no_baselines", "--peer", "bicubic=8")
+    place = words.index("--size")
+    words[place : place + 2] = ["--sizes", "64", "32"]
+    words[words.index("ssim")] = "mean_error"
+    assert main(words) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for said in ("first at 32²", "first at 64²", "paired, at 32²", "At 64²: Of 2 systems on 3 pictures", "mean error"):
+        assert said in text, said
+    sizes = json.loads((tmp_path / "out/results.json").read_text(encoding="utf-8"))["sizes"]
+    assert list(sizes) == ["32", "64"]
+    assert [(found["size"], found["short_side"]) for found in sizes.values()] == [(32, 64), (64, 64)]
+    assert [s["size"] for found in sizes.values() for s in found["systems"][0]["speed"]] == [[32, 32]] * 2 + [
+        [64, 64]
+    ] * 2
+    assert set(sizes["32"]["systems"][0]["channels"]["mean_error"]) == {"red", "green", "blue"}
+    assert main(command(prepared, tmp_path / "alone", "--no_baselines", "--peer", "bicubic=8")) == 0
+    alone = json.loads((tmp_path / "alone/results.json").read_text(encoding="utf-8"))
+    for one, several in zip(alone["systems"], sizes["64"]["systems"], strict=True):
+        assert one["pictures"]["psnr"] == several["pictures"]["psnr"]
+
+
 def test_speed_is_measured_at_every_batch_asked_for(prepared, tmp_path):
     more = ["--no_baselines", "--limit", "2", "--speed_batches", "2", "1", "2"]
     assert main(command(prepared, tmp_path / "out", *more)) == 0
@@ -156,6 +178,7 @@ def test_the_decoders_named_in_the_help_are_the_benchmarks_own():
     ("more", "said"),
     [
         (["--size", "4"], "--size is 4: it must be at least 8"),
+        (["--sizes", "32", "64"], "--size 64 and --sizes 32 64 contradict one another"),
         (["--batch", "0"], "--batch is 0"),
         (["--repeats", "-1"], "--repeats is -1"),
         (["--speed_batches", "0"], "--speed_batches is 0"),

@@ -15,7 +15,7 @@ from monobath.evaluation import closeups, tables
 from monobath.evaluation.bench import Bench, BenchRow
 from monobath.evaluation.closeups import Closeup, choose, comparison_sheet, html_closeups, place_of_difference
 from monobath.evaluation.eval_report import LIMITS, bench_page, eval_page
-from monobath.evaluation.results import Estimate, Evaluation, MetricInfo, Speed, SystemResult
+from monobath.evaluation.results import Channel, Estimate, Evaluation, MetricInfo, Speed, SystemResult
 
 METRICS = [
     MetricInfo(
@@ -69,6 +69,7 @@ def example_evaluation() -> Evaluation:
         command="monobath eval --data 'a <b> folder'",
         data="a <b> folder",
         size=64,
+        short_side=64,
         names=["one.png", "two <&>.png", "three.png"],
         metrics=[dataclasses.replace(metric) for metric in METRICS],
         systems=[
@@ -276,7 +277,7 @@ def test_pictures_stop_at_the_budget():
 
 def test_page_is_self_contained_and_escaped():
     evaluation, chosen = example()
-    text = eval_page(evaluation, chosen)
+    text = eval_page([evaluation], chosen)
     page = Reader(text)
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
     assert not re.search(r"https?://|@import|url\((?!#)", text)
@@ -292,7 +293,7 @@ def test_page_is_self_contained_and_escaped():
 
 def test_page_says_what_the_figures_are():
     evaluation, chosen = example()
-    words = " ".join(Reader(eval_page(evaluation, chosen)).words)
+    words = " ".join(Reader(eval_page([evaluation], chosen)).words)
     for metric in METRICS[:2]:
         assert metric.label in words
         assert metric.details in words
@@ -307,25 +308,70 @@ def test_an_absent_metric_has_neither_column_nor_plot():
     evaluation, _ = example()
     assert not any("LPIPS" in words for words in tables.head(evaluation))
     assert len(tables.head(evaluation)) == len(tables.rows(evaluation)[0])
-    page = Reader(eval_page(evaluation, []))
+    page = Reader(eval_page([evaluation], []))
     assert not any("LPIPS" in attrs["aria-label"] for tag, attrs in page.tags if tag == "svg")
 
 
 def test_plots_appear_only_where_there_is_something_to_plot():
     evaluation, _ = example()
-    plots = [attrs["aria-label"] for tag, attrs in Reader(eval_page(evaluation, [])).tags if tag == "svg"]
+    plots = [attrs["aria-label"] for tag, attrs in Reader(eval_page([evaluation], [])).tags if tag == "svg"]
     for axis in ("decode time", "steps", "bits a pixel"):
         assert sum(f"against {axis}" in label for label in plots) == 2, axis
     evaluation.systems = evaluation.systems[:1]
-    assert "<svg" not in eval_page(evaluation, [])
+    assert "<svg" not in eval_page([evaluation], [])
     evaluation.systems[0].speed = []
-    assert "Speed was not measured." in eval_page(evaluation, [])
+    assert "Speed was not measured." in eval_page([evaluation], [])
+
+
+def test_several_sizes_stand_side_by_side():
+    small, large = example_evaluation(), dataclasses.replace(example_evaluation(), size=128, short_side=128)
+    for result in large.systems:
+        result.figures["psnr"].value += 1
+    small.short_side = 128
+    joined = tables.side_by_side([small, large])
+    assert [row[0][0] for row in tables.rows(joined)][:3] == [
+        "default at 64²",
+        "default at 128²",
+        "default, 4 steps at 64²",
+    ]
+    assert [row[2][0] for row in tables.rows(joined)][:2] == ["24.00", "25.00"]
+    assert tables.side_by_side([small]) is small
+    assert len(tables.footnotes([small, large])) == len(tables.footnotes([small]))
+    large.metrics[0].details = "others"
+    assert [note[:10] for note in tables.footnotes([small, large])] == ["At 64²: PS", "At 128²: P", "FD-EffLite"]
+    text = eval_page([small, large], [])
+    words = " ".join(Reader(text).words)
+    for said in ("at 64², 128²", "default at 64²", "Differences to default at 64²", "Differences to default at 128²",
+                 "short side resized to 128", "centre 64 × 64 and 128 × 128"):  # fmt: skip
+        assert said in words, said
+    assert text.count("<td class=best>33.00") == 1, "the best at 64²"
+    assert text.count("<td class=best>34.00") == 1, "the best at 128²"
+
+
+def test_channels_have_a_table_of_their_own():
+    evaluation = example_evaluation()
+    evaluation.metrics.append(
+        MetricInfo(key="mean_error", label="mean error", better="lower", kind="channels", details="", interval="")
+    )
+    for result in evaluation.systems:
+        result.figures["mean_error"] = Estimate(value=0.02, low=0.01, high=0.03)
+        result.channels["mean_error"] = {
+            name: Channel(
+                mean=Estimate(value=sign * 0.02, low=sign * 0.02 - 0.01, high=sign * 0.02 + 0.01), pictures=[]
+            )
+            for name, sign in (("red", -1), ("green", 1), ("blue", 0))
+        }
+    words = Reader(eval_page([evaluation], [])).words
+    start = words.index("By channel: mean error")
+    assert [word for word in words[start + 1 :] if word.strip()][:7] == [
+        "system", "red", "green", "blue", "default", "−0.020", "−0.030 to −0.010",
+    ]  # fmt: skip
 
 
 def test_random_weights_are_in_no_plot_of_quality():
     evaluation, _ = example()
     evaluation.systems[2].weights = "random"
-    plots = [attrs["aria-label"] for tag, attrs in Reader(eval_page(evaluation, [])).tags if tag == "svg"]
+    plots = [attrs["aria-label"] for tag, attrs in Reader(eval_page([evaluation], [])).tags if tag == "svg"]
     assert plots
     assert not any("TAEF2" in label for label in plots)
 

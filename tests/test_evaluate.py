@@ -20,6 +20,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 pytest.importorskip("torchmetrics")
 pytest.importorskip("scipy")
 
+from monobath.data.transforms import center_crop
 from monobath.errors import UserError
 from monobath.evaluation import processes
 from monobath.evaluation.evaluate import evaluate, half_sample_estimate, mean_estimate
@@ -27,7 +28,8 @@ from monobath.evaluation.frechet import FeatureStatistics, frechet_distance
 from monobath.evaluation.metrics import PictureMetric, SetMetric
 from monobath.evaluation.results import MetricInfo
 from monobath.evaluation.system import Code, System
-from monobath.images import tensor_to_pil
+from monobath.evaluation.systems import TokenizerSystem
+from monobath.images import open_image, tensor_to_pil, to_float, to_uint8
 
 
 class Blur(System):
@@ -62,6 +64,21 @@ class Model(System):
 
     def decode(self, code, seeds):
         return self.tokenizer.decode(code.payload, size=code.size, seed=seeds)
+
+
+class Tint(System):
+    """Adds a colour."""
+
+    kind = "tint"
+
+    def __init__(self, name: str, *colour: float) -> None:
+        self.name, self.colour = name, torch.tensor(colour)[:, None, None]
+
+    def encode(self, images):
+        return Code(payload=images, size=tuple(images.shape[2:]), bits=[1] * len(images))
+
+    def decode(self, code, seeds):
+        return 0.5 * code.payload + self.colour  # halving alone shifts these photos' colours less
 
 
 class Broken(Blur):
@@ -104,7 +121,7 @@ def photos(tmp_path_factory):
 
 def compare(photos, systems=None, **changes):
     systems = systems or [Model("tiny"), Blur("sharp", 0.5, 0.02), Blur("soft", 2.0)]
-    settings = {"size": 32, "metrics": ["psnr", "ssim", colours()], "batch_size": 3, "keep": 4} | changes
+    settings = {"size": 32, "metrics": ["psnr", "ssim", "mean_error", colours()], "batch_size": 3, "keep": 4} | changes
     return evaluate(systems, photos, **settings)
 
 
@@ -117,7 +134,7 @@ def test_a_comparison_is_complete_and_in_order(photos):
     assert seen[:4] == [("tiny", done, 13) for done in (3, 6, 9, 12)]
     tiny, sharp, soft = evaluation.systems
     for result in evaluation.systems:
-        assert set(result.figures) == {"psnr", "ssim", "fd_colours"}
+        assert set(result.figures) == {"psnr", "ssim", "mean_error", "fd_colours"}
         assert {key: len(values) for key, values in result.pictures.items()} == {"psnr": 12, "ssim": 12}
         for key in ("psnr", "ssim"):
             assert result.figures[key].value == pytest.approx(np.mean(result.pictures[key]))
@@ -128,7 +145,7 @@ def test_a_comparison_is_complete_and_in_order(photos):
     assert sharp.encoder_parameters is None
     assert tiny.bits_per_pixel == 16 * 4 / 64
     assert sharp.bits_per_pixel == pytest.approx(101 / 32**2)
-    info = evaluation.metrics[2]
+    info = evaluation.metrics[3]
     assert "n = 24" in info.label
     assert "24 feature vectors of 12 pictures" in info.details
     assert "tiny 0." in info.details
@@ -189,6 +206,42 @@ def test_an_identical_system_differs_by_nothing(photos):
         assert estimate.value == pytest.approx(other.figures[key].value - first.figures[key].value)
         own = other.figures[key].high - other.figures[key].low
         assert 0 < estimate.high - estimate.low < 0.5 * own, f"{key}: pairing takes out what pictures have in common"
+
+
+def test_the_mean_error_is_that_of_the_channel_farthest_from_zero(photos):
+    systems = [Tint("red", 0.2, -0.1, 0), Tint("blue", 0, 0, -0.4)]
+    evaluation, kept = compare(photos, systems, keep=99)
+    red, blue = evaluation.systems
+    for system, channel, sign in ((red, "red", 1), (blue, "blue", -1)):
+        errors = to_float(kept.outputs[system.name]) - to_float(kept.originals)
+        for place, (name, found) in enumerate(system.channels["mean_error"].items()):
+            assert name == ("red", "green", "blue")[place]
+            assert found.pictures == pytest.approx(errors[:, place].mean((1, 2)).tolist(), abs=1e-6)
+            assert found.mean.value == pytest.approx(np.mean(found.pictures))
+        mean, figure = system.channels["mean_error"][channel].mean, system.figures["mean_error"]
+        ends = sorted((sign * mean.low, sign * mean.high))
+        assert [figure.value, figure.low, figure.high] == pytest.approx([sign * mean.value, *ends])
+        assert "mean_error" not in system.pictures
+    gap = blue.differences["mean_error"]
+    assert gap.value == pytest.approx(blue.figures["mean_error"].value - red.figures["mean_error"].value)
+    assert gap.low < gap.value < gap.high
+
+
+def test_a_smaller_size_is_the_centre_of_the_same_pictures_decoded_on_its_own(photos, tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    system = TokenizerSystem(str(tmp_path / "model"))
+    evaluation, kept = compare(photos, [system], size=16, short_side=32, metrics=["psnr"], keep=99)
+    assert (evaluation.size, evaluation.short_side) == (16, 32)
+    for index, name, original, output in zip(
+        [i for i in range(13) if i != 5], kept.names, kept.originals, kept.outputs[system.name], strict=True
+    ):
+        square = center_crop(open_image(photos / name), size=32)[:, 8:24, 8:24]
+        assert original.equal(square)
+        alone = system.decode(system.encode(to_float(square[None])), [index])
+        assert (output.int() - to_uint8(alone)[0].int()).abs().max() <= 1
+    assert evaluation.systems[0].bits_per_pixel == 1
+    with pytest.raises(UserError, match="short_side=16 holds no square of size=32"):
+        compare(photos, short_side=16)
 
 
 def test_limit_and_too_few_pictures(photos):
@@ -264,6 +317,7 @@ def test_two_processes_give_the_figures_of_one(photos, tmp_path):
         assert two.skipped == one.skipped
         for a, b in zip(one.systems, two.systems, strict=True):
             assert a.pictures == b.pictures
+            assert a.channels == b.channels
             assert a.bits_per_pixel == b.bits_per_pixel
             for key in a.figures:
                 assert b.figures[key].value == pytest.approx(a.figures[key].value, rel=1e-6)

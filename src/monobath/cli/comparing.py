@@ -25,7 +25,8 @@ def eval_(
     model: list[str] | None = None,
     encoder: str | None = None,
     peer: list[str] | None = None,
-    size: int = 256,
+    size: int | None = None,
+    sizes: list[int] | None = None,
     steps: list[int] | None = None,
     limit: int | None = None,
     metrics: list[str] | None = None,
@@ -45,17 +46,21 @@ def eval_(
     """Compare tokenizers on pictures: writes results.json, comparison.png and report.html to OUT, prints a table.
 
     Everything is measured side by side in one run; differences are to the first model. Bicubic scaling and JPEG,
-    WebP and AVIF at the first model's bits are measured too. Several GPUs: torchrun -m monobath eval …
+    WebP and AVIF at the first model's bits are measured too. With --sizes, all that is done at every size, for the
+    same photos' centres; plots and pictures are of the largest. Several GPUs: torchrun -m monobath eval …
 
     Args:
         data: Folders of pictures, .tar shards or shard URLs.
         model: Packaged names, folders, or Hugging Face Hub ids; default: default.
         encoder: What makes the latents of models that were fitted to a foreign encoder's, KIND=WHERE, as for train.
         peer: Others to compare with, as KIND=WHERE: taef2=FOLDER, kl=FOLDER or kl=HUB-ID, tiny=…, jpeg=BITS, …
-        size: The short side is resized to this many pixels and the centre square cropped.
+        size: The short side is resized to this many pixels and the centre square cropped; default: 256.
+        sizes: Instead of --size: the short side is resized to the largest of these, and of that square, the centre
+            of each size is encoded and decoded on its own.
         steps: Sampler steps of the models, each count a system of its own; default: what each was made for.
         limit: At most so many pictures.
-        metrics: Names such as psnr ssim efflite fd_efflite lpips rfid dreamsim; default: all that need no download.
+        metrics: Names such as psnr ssim mean_error grid4 grid8 efflite fd_efflite lpips rfid dreamsim; default: all
+            that need no download.
         no_baselines: Leave out bicubic, JPEG, WebP and AVIF.
         bits_per_pixel: Rate of those codecs; default: the first model's latents at 16 bit a value.
         rates: More rates of those codecs, in bits a pixel, for the plot of quality against bits.
@@ -69,8 +74,11 @@ def eval_(
         dtype: Arithmetic of the networks.
     """
     folder = out_folder(out)
+    if size is not None and sizes:
+        raise UserError(f"--size {size} and --sizes {' '.join(map(str, sizes))} contradict one another: give one")
+    sides = sorted(set(sizes or [256 if size is None else size]))
     for name, value, least in (
-        ("size", size, 8),
+        *(("sizes" if sizes else "size", side, 8) for side in sides),
         ("batch", batch, 1),
         ("workers", workers, 0),
         ("repeats", repeats, 0),
@@ -91,35 +99,43 @@ def eval_(
             systems = _models(model or ["default"], steps, str(place), kind, encoder)
             systems += _peers(peer or [], str(place), kind)
             if not no_baselines:
-                systems += _baselines(systems, size, bits_per_pixel, rates or [], str(place), kind)
-            evaluation, kept = evaluate(
-                systems,
-                data,
-                size=size,
-                metrics=metrics,
-                limit=limit,
-                batch_size=batch,
-                num_workers=workers,
-                seed=seed,
-                progress=progress.pictures,
-                command=command,
-            )
+                systems += _baselines(systems, sides[-1], bits_per_pixel, rates or [], str(place), kind)
+            found = [
+                evaluate(
+                    systems,
+                    data,
+                    size=side,
+                    short_side=sides[-1],
+                    metrics=metrics,
+                    limit=limit,
+                    batch_size=batch,
+                    num_workers=workers,
+                    seed=seed,
+                    progress=progress.pictures,
+                    command=command,
+                )
+                for side in sides
+            ]
             is_main = processes.is_main()
         if not is_main:
             return
-        if repeats:
+        evaluations = [evaluation for evaluation, _ in found]
+        for evaluation in evaluations if repeats else []:
+            side = evaluation.size
             speeds = system_speeds(
-                systems, (size, size), sorted(set(speed_batches or [1])), repeats=repeats, progress=progress.words
+                systems, (side, side), sorted(set(speed_batches or [1])), repeats=repeats, progress=progress.words
             )
             for result in evaluation.systems:
                 result.speed = speeds[result.name]
+    evaluation, kept = found[-1]
     chosen = closeups.choose(kept.names, kept.originals, kept.outputs, closeups.shown_systems(evaluation))
     files = [folder / "results.json", folder / "comparison.png", folder / "report.html"]
-    page = eval_report.eval_page(evaluation, chosen)
-    write_text(files[0], json.dumps(evaluation.as_dict(), indent=2, ensure_ascii=False) + "\n")
+    page = eval_report.eval_page(evaluations, chosen)
+    results = {"sizes": {str(e.size): e.as_dict() for e in evaluations}} if sizes else evaluation.as_dict()
+    write_text(files[0], json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     write_file(files[1], closeups.comparison_sheet(chosen).save)
     write_text(files[2], page)
-    _print_tables(evaluation)
+    _print_tables(evaluations)
     write("".join(f"{file}\n" for file in files))
 
 
@@ -272,18 +288,23 @@ class _Progress:
         self.words(f"{system}: {done}{'' if total is None else f' of {total}'} pictures")
 
 
-def _print_tables(evaluation: Evaluation) -> None:
+def _print_tables(evaluations: Sequence[Evaluation]) -> None:
     from ..evaluation import tables
 
     def text(lines: list[list[tuple[str, str]]]) -> list[list[str]]:
         return [["\n".join(filter(None, cell)) for cell in line] for line in lines]
 
-    _print_table(tables.head(evaluation), text(tables.rows(evaluation)))
-    if len(evaluation.systems) > 1:
-        labels = [metric.label for metric in tables.measured(evaluation)]
-        title = f"differences to {evaluation.systems[0].name}, paired"
-        _print_table(["system", *labels], text(tables.difference_rows(evaluation)), title)
-    lines = [*tables.verdict(evaluation), *tables.absent(evaluation), *tables.footnotes(evaluation)]
+    joined = tables.side_by_side(evaluations)
+    _print_table(tables.head(joined), text(tables.rows(joined)))
+    said: list[str] = []
+    for evaluation in evaluations:
+        at = f"at {evaluation.size}²" if len(evaluations) > 1 else ""
+        if len(evaluation.systems) > 1:
+            labels = [metric.label for metric in tables.measured(evaluation)]
+            title = ", ".join(filter(None, [f"differences to {evaluation.systems[0].name}", "paired", at]))
+            _print_table(["system", *labels], text(tables.difference_rows(evaluation)), title)
+        said += [f"{at.capitalize()}: {line}" if at else line for line in tables.verdict(evaluation)]
+    lines = [*said, *tables.absent(joined), *tables.footnotes(evaluations)]
     write("".join(f"{line}\n" for line in lines))
 
 

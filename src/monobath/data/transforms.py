@@ -102,6 +102,13 @@ def center_crop(image: Image.Image, *, size: int) -> Tensor:
     return _to_tensor(crop_resized(image, short=size, size=size, left=left, top=top))
 
 
+def centre(images: Tensor, size: int) -> Tensor:
+    """The centre `(…, size, size)` of pictures `(…, H, W)` that are at least that large."""
+    top, left = ((side - size) // 2 for side in images.shape[-2:])
+    assert top >= 0 <= left, (images.shape, size)
+    return images[..., top : top + size, left : left + size]
+
+
 def shrink(image: Image.Image, *, short: int) -> Image.Image:
     """The picture with its short side at most `short` (bicubic, antialias); smaller ones come back as is."""
     if min(image.size) <= short:

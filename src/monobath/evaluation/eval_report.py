@@ -40,16 +40,19 @@ pre { margin: 0 0 .8rem; white-space: pre-wrap; overflow-wrap: anywhere }
 """
 
 
-def eval_page(evaluation: Evaluation, pictures: Sequence[Closeup]) -> str:
-    """The whole page of an evaluation."""
-    shown = [
-        "<h2>Result</h2>",
-        '<ul class="lead">' + "".join(f"<li>{html.escape(line)}</li>" for line in tables.verdict(evaluation)) + "</ul>",
-        _main_table(evaluation),
-        _notes([*tables.absent(evaluation), *_skipped(evaluation)]),
-        *_differences(evaluation),
-        *_plots(evaluation),
-    ]
+def eval_page(evaluations: Sequence[Evaluation], pictures: Sequence[Closeup]) -> str:
+    """The whole page of a comparison: an evaluation a size; plots and pictures are of the last."""
+    *_, evaluation = evaluations
+    joined = tables.side_by_side(evaluations)
+    sides = [f"{e.size}²" for e in evaluations]
+    shown = ["<h2>Result</h2>"]
+    for e, side in zip(evaluations, sides, strict=True):
+        lines = "".join(f"<li>{html.escape(line)}</li>" for line in tables.verdict(e))
+        shown += [f"<h3>At {side}</h3>" if len(sides) > 1 else "", f'<ul class="lead">{lines}</ul>']
+    shown += [_main_table(evaluations), _notes([*tables.absent(evaluation), *_skipped(evaluation)])]
+    for e, side in zip(evaluations, sides, strict=True):
+        shown += _differences(e, f" at {side}" if len(sides) > 1 else "")
+    shown += [*_channels(joined), *_plots(evaluation)]
     if pictures:
         shown += [
             "<h2>Pictures</h2>",
@@ -58,17 +61,19 @@ def eval_page(evaluation: Evaluation, pictures: Sequence[Closeup]) -> str:
             closeups.html_closeups(pictures),
         ]
     facts = {name.replace("_", " "): value for name, value in evaluation.machine.items()}
-    minutes = f"{evaluation.seconds / 60:.1f} minutes" if evaluation.seconds >= 60 else f"{evaluation.seconds:.0f} s"
+    minutes = f"{joined.seconds / 60:.1f} minutes" if joined.seconds >= 60 else f"{joined.seconds:.0f} s"
+    squares = " and ".join(f"{e.size} × {e.size}" for e in evaluations)
     shown += [
         "<h2>What the figures are</h2>",
         f"<p>Pictures: {html.escape(evaluation.data)}, {len(evaluation.names)} of them, short side resized to "
-        f"{evaluation.size} (bicubic, antialiased), centre {evaluation.size} × {evaluation.size} cropped. Every "
+        f"{evaluation.short_side} (bicubic, antialiased), centre {squares} cropped"
+        f"{', each encoded and decoded on its own' if len(sides) > 1 else ''}. Every "
         "system's output is quantised to 8 bit before any metric.</p>",
-        _notes(tables.footnotes(evaluation)),
+        _notes(tables.footnotes(evaluations)),
         "<h2>Systems</h2>",
         html_table(*tables.system_rows(evaluation)),
         "<h2>Speed and memory</h2>",
-        _speeds(evaluation),
+        _speeds(joined),
         "<h2>Limits</h2>",
         *(f"<p>{html.escape(text)}</p>" for text in LIMITS),
         "<h2>How this was made</h2>",
@@ -76,7 +81,7 @@ def eval_page(evaluation: Evaluation, pictures: Sequence[Closeup]) -> str:
         html_facts({**facts, "time of quality pass": minutes}),
     ]
     count = len(evaluation.systems)
-    title = f"{count} system{'' if count == 1 else 's'} on {len(evaluation.names)} pictures at {evaluation.size}²"
+    title = f"{count} system{'' if count == 1 else 's'} on {len(evaluation.names)} pictures at {', '.join(sides)}"
     return page(f"monobath eval: {title}", shown, style=plots.STYLE + closeups.STYLE + _STYLE)
 
 
@@ -96,23 +101,36 @@ def _arrow(metric: MetricInfo) -> str:
     return f"{metric.label} {'↑' if metric.better == 'higher' else '↓'}"
 
 
-def _main_table(evaluation: Evaluation) -> str:
-    metrics = tables.measured(evaluation)
-    winners = [tables.best(evaluation, metric) for metric in metrics]
-    head = tables.head(evaluation)
+def _main_table(evaluations: Sequence[Evaluation]) -> str:
+    joined = tables.side_by_side(evaluations)
+    metrics = tables.measured(joined)
+    head = tables.head(joined)
     head[2 : 2 + len(metrics)] = [_arrow(metric) for metric in metrics]
+    winners = [[tables.best(evaluation, metric).name for metric in metrics] for evaluation in evaluations]
+    names = [(system.name, best) for system in evaluations[0].systems for best in winners]
     lines = []
-    for system, row in zip(evaluation.systems, tables.rows(evaluation), strict=True):
-        styles = ["", "", *("best" if winner is system else "" for winner in winners), "", ""]
+    for (name, best), row in zip(names, tables.rows(joined), strict=True):
+        styles = ["", "", *("best" if winner == name else "" for winner in best), "", ""]
         lines.append([_cell(*cell, style) for cell, style in zip(row, styles, strict=True)])
     return _table(head, lines) + (
-        "<p><small>Small: the interval. Bold: the best. ↑ higher is better, ↓ lower is better. "
+        f"<p><small>Small: the interval. Bold: the best{' at its size' if len(evaluations) > 1 else ''}. "
+        "↑ higher is better, ↓ lower is better. "
         "Bits: real bytes of a codec's files, latent values at 16 bit each for the others. "
         "Times: a picture, at the smallest batch measured.</small></p>"
     )
 
 
-def _differences(evaluation: Evaluation) -> list[str]:
+def _channels(evaluation: Evaluation) -> list[str]:
+    sections = []
+    for metric in tables.measured(evaluation):
+        if metric.kind == "channels":
+            head, lines = tables.channel_rows(evaluation, metric)
+            cells = [[_cell(*cell) for cell in line] for line in lines]
+            sections += [f"<h2>By channel: {html.escape(metric.label)}</h2>", _table(head, cells)]
+    return sections
+
+
+def _differences(evaluation: Evaluation, at: str) -> list[str]:
     if len(evaluation.systems) < 2:
         return []
     metrics, first = tables.measured(evaluation), evaluation.systems[0].name
@@ -122,7 +140,7 @@ def _differences(evaluation: Evaluation) -> list[str]:
         marks = ["", *(styles[tables.standing(system.differences.get(m.key), m)] for m in metrics)]
         lines.append([_cell(*cell, style) for cell, style in zip(row, marks, strict=True)])
     return [
-        f"<h2>Differences to {html.escape(first)}</h2>",
+        f"<h2>Differences to {html.escape(first)}{at}</h2>",
         f"<p>Each system minus {html.escape(first)}, paired picture by picture (half-sample by half-sample for "
         "distances between sets). ▲ better, ▼ worse, ≈ the interval includes no difference.</p>",
         _table(["system", *(_arrow(m) for m in metrics)], lines),
@@ -133,7 +151,8 @@ def _plots(evaluation: Evaluation) -> list[str]:
     metrics = tables.measured(evaluation)
     key_line = key([group_of(s.kind) for s in evaluation.systems])
     sections = []
-    drawn = [m for m in metrics if m.key != "ssim"]  # it says what PSNR says
+    # SSIM says what PSNR says; the others are faults that nobody trades against time or bits.
+    drawn = [m for m in metrics if m.key not in ("ssim", "mean_error", "grid4", "grid8")]
     speed = [_speed_plot(evaluation, m) for m in drawn]
     if any(speed):
         sections += [

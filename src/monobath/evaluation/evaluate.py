@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from ..data import PhotoDataset, Source, StreamDataset, iterate_eval, make_dataset
 from ..data.dataset import Item
-from ..data.transforms import mix_seed
+from ..data.transforms import centre, mix_seed
 from ..errors import UserError
 from ..images import to_float, to_uint8
 from . import processes
 from .frechet import Gaussian, HalfSampled, frechet_distance
-from .metrics import RESAMPLES, Metric, PictureMetric, SetMetric, load_metrics
+from .metrics import CHANNELS, RESAMPLES, ChannelMetric, Metric, PictureMetric, SetMetric, load_metrics
 from .report import machine
-from .results import Estimate, Evaluation, SystemResult
+from .results import Channel, Estimate, Evaluation, SystemResult
 from .system import System
 
 Progress = Callable[[str, int, int | None], None]
@@ -51,6 +51,7 @@ def evaluate(
     data: Source,
     *,
     size: int,
+    short_side: int | None = None,
     metrics: Sequence[str | Metric] | None = None,
     limit: int | None = None,
     batch_size: int = 8,
@@ -66,7 +67,8 @@ def evaluate(
         systems: of different names. The first is the one that differences are taken from, so it has none itself;
             metrics are computed on its device.
         data: pictures, as `data.make_dataset` takes them; unusable ones are left out and counted.
-        size: the short side is resized to it, bicubic with antialias; then the centre size × size is cropped.
+        size: the centre size × size of each picture is what systems encode and decode.
+        short_side: what the short side is resized to before, bicubic with antialias; default: size.
         metrics: keys of `METRICS`, or metrics of your own; None: all that can be had without a download.
         limit: at most so many pictures.
         batch_size: pictures at once, in one process.
@@ -80,7 +82,8 @@ def evaluate(
         (results, kept pictures), the same on every process. `SystemResult.speed` is left empty.
 
     Raises:
-        UserError: no system, equal names, too few pictures, an unknown metric, or a system that gives NaN or infinity.
+        UserError: no system, equal names, a short side below the size, too few pictures, an unknown metric, or a
+            system that gives NaN or infinity.
     """
     start = time.perf_counter()
     names = [system.name for system in systems]
@@ -88,11 +91,16 @@ def evaluate(
         raise UserError(f"systems are {names}: give at least one, each with a name of its own")
     if batch_size < 1 or keep < 1 or (limit is not None and limit < 1):
         raise UserError(f"batch_size={batch_size}, keep={keep} and limit={limit} must be at least 1")
+    short_side = size if short_side is None else short_side
+    if short_side < size:
+        raise UserError(f"short_side={short_side} holds no square of size={size}: it must be at least as long")
     infos, loaded = load_metrics(metrics, device=systems[0].device, seed=seed)
-    dataset = make_dataset(data, size=size, augment=False)
+    dataset = make_dataset(data, size=short_side, augment=False)
     comparison = _Comparison(
         dataset=dataset,
+        size=size,
         of_pictures=[metric for metric in loaded if isinstance(metric, PictureMetric)],
+        of_channels=[metric for metric in loaded if isinstance(metric, ChannelMetric)],
         of_sets=[metric for metric in loaded if isinstance(metric, SetMetric)],
         device=systems[0].device,
         limit=limit,
@@ -113,6 +121,7 @@ def evaluate(
         command=command,
         data=str(data) if isinstance(data, (str, PathLike)) else " ".join(map(str, data)),
         size=size,
+        short_side=short_side,
         names=first.names,
         metrics=infos,
         systems=[_result(s, f, first, size, seed) for s, f in zip(systems, passes, strict=True)],
@@ -135,6 +144,7 @@ class _Row:
     name: str
     bits: int
     figures: dict[str, float]
+    channels: dict[str, list[float]]
 
 
 @dataclass(kw_only=True)
@@ -167,7 +177,9 @@ class _Comparison:
     """What the passes of all systems share."""
 
     dataset: PhotoDataset | StreamDataset
+    size: int
     of_pictures: list[PictureMetric]
+    of_channels: list[ChannelMetric]
     of_sets: list[SetMetric]
     device: torch.device
     limit: int | None
@@ -187,16 +199,19 @@ class _Comparison:
         for start, batch in self._batches(system):
             names, indices = batch["name"], batch["index"].tolist()
             positions = range(start, start + len(names))
-            output, bits = _reconstruct(system, batch["image"], names, [self.seed + index for index in indices])
-            original, output = batch["image"].to(self.device), output.to(self.device)
+            images = centre(batch["image"], self.size)
+            output, bits = _reconstruct(system, images, names, [self.seed + index for index in indices])
+            original, output = images.to(self.device), output.to(self.device)
             figures = {m.info.key: m.measure(output, original).tolist() for m in self.of_pictures}
+            channels = {m.info.key: m.measure(output, original).tolist() for m in self.of_channels}
             for metric in self.of_sets:
                 outputs[metric.info.key].update(metric.features(output, indices), positions)
                 if references:
                     references[metric.info.key].update(metric.features(original, indices), positions)
             for i, (position, name) in enumerate(zip(positions, names, strict=True)):
                 row = {key: values[i] for key, values in figures.items()}
-                found.rows.append(_Row(position=position, name=name, bits=bits[i], figures=row))
+                signed = {key: values[i] for key, values in channels.items()}
+                found.rows.append(_Row(position=position, name=name, bits=bits[i], figures=row, channels=signed))
                 draw = mix_seed(5, self.seed, indices[i])
                 pair = {"original": original[i].to("cpu", copy=True), "output": output[i].to("cpu", copy=True)}
                 found.samples.append(_Sample(draw=draw, position=position, name=name, **pair))
@@ -250,7 +265,7 @@ class _Comparison:
         return sorted(samples, key=lambda sample: (sample.draw, sample.position))[: self.keep]
 
 
-def mean_estimate(values: Sequence[float], seed: int = 0) -> Estimate:
+def mean_estimate(values: Sequence[float] | np.ndarray, seed: int = 0) -> Estimate:
     """Mean of at least two figures with its 95 % percentile bootstrap interval (Efron & Tibshirani 1993).
 
     Equal seeds give equal resamples.
@@ -312,12 +327,31 @@ def _result(system: System, found: _Pass, first: _Pass, size: int, seed: int) ->
         if found is not first:
             gaps = [row.figures[key] - other.figures[key] for row, other in zip(found.rows, first.rows, strict=True)]
             result.differences[key] = mean_estimate(gaps, seed)
+    for key in found.rows[0].channels:
+        of_channels = np.array([row.channels[key] for row in found.rows])
+        result.channels[key] = {
+            name: Channel(mean=mean_estimate(values, seed), pictures=values)
+            for name, values in zip(CHANNELS, of_channels.T.tolist(), strict=True)
+        }
+        largest = _largest_channel(of_channels)
+        estimate = mean_estimate(largest, seed)
+        result.figures[key] = dataclasses.replace(estimate, low=max(0.0, estimate.low))
+        if found is not first:
+            others = _largest_channel(np.array([row.channels[key] for row in first.rows]))
+            result.differences[key] = mean_estimate(largest - others, seed)
     for key, distances in found.distances.items():
         estimate = half_sample_estimate(distances)
         result.figures[key] = dataclasses.replace(estimate, low=max(0.0, estimate.low))
         if found is not first:
             result.differences[key] = half_sample_estimate(distances - first.distances[key])
     return result
+
+
+def _largest_channel(values: np.ndarray) -> np.ndarray:
+    """`(pictures, channels)` → `(pictures,)`: the channel whose mean is farthest from 0, signed to make it positive."""
+    means = values.mean(0)
+    channel = int(np.abs(means).argmax())
+    return np.copysign(1.0, means[channel]) * values[:, channel]
 
 
 def _parameters(network: nn.Module | None) -> int | None:

@@ -1,8 +1,9 @@
 """Metrics of reconstructions, and the text that says what each of them is.
 
-A metric of pictures gives a figure for each (output, original) pair; a metric of sets gives features, of which
-`frechet` makes one figure. All take 8-bit pictures: outputs are quantised before anything is measured. A metric whose
-package or weights are absent is reported as absent, with the reason; it never has a figure.
+A metric of pictures gives a figure for each (output, original) pair, a metric of channels a signed one for each of its
+channels; a metric of sets gives features, of which `frechet` makes one figure. All take 8-bit pictures: outputs are
+quantised before anything is measured. A metric whose package or weights are absent is reported as absent, with the
+reason; it never has a figure.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ MAX_PSNR = 100.0
 CROPS, CROP_SIDE = 8, 128
 """Random crops a picture that FD-EffLite sees, and their side in pixels."""
 SSIM_WINDOW = 11
+CHANNELS = ("red", "green", "blue")
 
 
 @dataclass(kw_only=True)
@@ -50,6 +52,15 @@ class PictureMetric:
 
 
 @dataclass(kw_only=True)
+class ChannelMetric:
+    """A signed figure for each channel of each picture; of their means over pictures, the farthest from 0 counts."""
+
+    info: MetricInfo
+    measure: Callable[[Tensor, Tensor], Tensor]
+    """(output, original), uint8 `(B, 3, H, W)` → float `(B, 3)`, as `CHANNELS`."""
+
+
+@dataclass(kw_only=True)
 class SetMetric:
     """A Fréchet distance between all outputs and all originals."""
 
@@ -59,7 +70,7 @@ class SetMetric:
     dim: int
 
 
-Metric = PictureMetric | SetMetric
+Metric = PictureMetric | ChannelMetric | SetMetric
 
 
 @dataclass(kw_only=True)
@@ -96,7 +107,7 @@ def load_metrics(
     loaded: list[Metric] = []
     chosen = list(METRICS) if keys is None else keys
     for place, key in enumerate(chosen):
-        if isinstance(key, (PictureMetric, SetMetric)):
+        if isinstance(key, (PictureMetric, ChannelMetric, SetMetric)):
             loaded.append(dataclasses.replace(key, info=dataclasses.replace(key.info)))
             infos.append(loaded[-1].info)
             continue
@@ -121,7 +132,7 @@ def load_metrics(
     return infos, loaded
 
 
-# ---- metrics of pictures ----------------------------------------------------------------------------
+# ---- metrics of pictures and channels ----------------------------------------------------------------------------
 
 
 def psnr(output: Tensor, original: Tensor) -> Tensor:
@@ -160,6 +171,32 @@ def ssim(output: Tensor, original: Tensor) -> Tensor:
     return positions[..., edge:-edge, edge:-edge].mean((1, 2, 3))
 
 
+def mean_error(output: Tensor, original: Tensor) -> Tensor:
+    """Mean of output − original over each channel of each uint8 pair, in units of [-1, 1]: float `(B, 3)`."""
+    return (output.float() - original.float()).mean((2, 3)) / 127.5
+
+
+def grid(output: Tensor, original: Tensor, period: int) -> Tensor:
+    """How much of each uint8 pair's error repeats every `period` pixels, such as a decoder's patches: float `(B,)`.
+
+    The error e of a channel, averaged over all places of the same phase modulo p, is a p×p map; less the map's own
+    mean, its mean square over the p² phases, times H·W/p², over the mean of e², is the channel's figure. The picture's
+    is the mean over channels. White error has 1 − 1/p² in expectation, an error that only repeats H·W/p² at most, a
+    constant one 0: compare it at one size only. A channel without error counts 0. Rows and columns beyond the largest
+    multiple of p are left out.
+
+    Raises:
+        UserError: pictures smaller than the period.
+    """
+    p, (height, width) = period, (side // period * period for side in output.shape[2:])
+    if not height or not width:
+        raise UserError(f"grid{p} needs pictures of at least {p} pixels a side, these are {output.shape[2:]}")
+    error = (output.float() - original.float())[:, :, :height, :width]
+    phases = error.unflatten(3, (-1, p)).unflatten(2, (-1, p)).mean((2, 4))  # (B, 3, p, p)
+    repeating = phases.var((2, 3), correction=0) * (height * width / p**2)
+    return (repeating / error.square().mean((2, 3)).clamp(min=torch.finfo(error.dtype).tiny)).mean(1)
+
+
 def _load_psnr(info: MetricInfo, setting: Setting) -> Metric:
     _need("torchmetrics", "'monobath[eval]'")
     return PictureMetric(info=info, measure=psnr)
@@ -168,6 +205,14 @@ def _load_psnr(info: MetricInfo, setting: Setting) -> Metric:
 def _load_ssim(info: MetricInfo, setting: Setting) -> Metric:
     _need("torchmetrics", "'monobath[eval]'")
     return PictureMetric(info=info, measure=ssim)
+
+
+def _load_mean_error(info: MetricInfo, setting: Setting) -> Metric:
+    return ChannelMetric(info=info, measure=mean_error)
+
+
+def _load_grid(info: MetricInfo, setting: Setting, period: int) -> Metric:
+    return PictureMetric(info=info, measure=functools.partial(grid, period=period))
 
 
 def _load_efflite(info: MetricInfo, setting: Setting) -> Metric:
@@ -301,6 +346,32 @@ _INFOS: list[tuple[MetricInfo, Callable[[MetricInfo, Setting], Metric]]] = [
             f"{SSIM_WINDOW}×{SSIM_WINDOW} pixels, σ = 1.5, wholly inside the picture; mean over channels",
         ),
         _load_ssim,
+    ),
+    (
+        MetricInfo(
+            key="mean_error",
+            label="mean error (in [-1, 1])",
+            better="lower",
+            kind="channels",
+            interval=f"{_MEAN}; cut at 0",
+            details="output − original, 8-bit RGB, data range [-1, 1], no network, features: pixel values; mean over "
+            "places and pictures of the channel whose mean is farthest from 0, without its sign",
+        ),
+        _load_mean_error,
+    ),
+    *(
+        (
+            _picture(
+                key=f"grid{p}",
+                label=f"grid {p}×{p} (white: {1 - 1 / p**2:.2f})",
+                better="lower",
+                details="8-bit RGB, any data range, no network, features: pixel values; the share of the error that "
+                f"repeats every {p} pixels, times the number of {p}×{p} squares: 1 − 1/{p}² if the error is white, 0 "
+                "if there is none; mean over channels; what repeats counts the more, the larger the pictures are",
+            ),
+            functools.partial(_load_grid, period=p),
+        )
+        for p in (4, 8)
     ),
     (
         _picture(

@@ -23,18 +23,28 @@ class MetricInfo:
     """What a column of the table is."""
 
     key: str
-    """Name in results.json: psnr, ssim, efflite, fd_efflite, lpips, rfid, dreamsim."""
+    """Name in results.json: psnr, ssim, mean_error, grid4, grid8, efflite, fd_efflite, lpips, rfid, dreamsim."""
     label: str
     """Heading with unit and network, such as "LPIPS (VGG)"."""
     better: Literal["higher", "lower"]
-    kind: Literal["picture", "set"]
-    """picture: a figure for each picture, averaged. set: one figure for all pictures (a Fréchet distance)."""
+    kind: Literal["picture", "channels", "set"]
+    """picture: a figure for each picture, averaged. channels: signed figures of each picture's channels, averaged; the
+    mean farthest from 0 counts. set: one figure for all pictures (a Fréchet distance)."""
     details: str
     """Data range, network, features, sample size: everything needed to compare the figure with another's."""
     interval: str
     """What `Estimate.low` and `.high` are, such as "95 % bootstrap interval of the mean"."""
     absent: str = ""
     """Why the metric could not be measured; then no system has a figure for it."""
+
+
+@dataclass(kw_only=True)
+class Channel:
+    """Signed figures of one channel of the pictures."""
+
+    mean: Estimate
+    pictures: list[float]
+    """In the order of `Evaluation.names`."""
 
 
 @dataclass(kw_only=True)
@@ -82,6 +92,8 @@ class SystemResult:
     decoder_parameters: int | None = None
     pictures: dict[str, list[float]] = field(default_factory=dict)
     """Figures of the single pictures, by metric key, in the order of `Evaluation.names`."""
+    channels: dict[str, dict[str, Channel]] = field(default_factory=dict)
+    """By key of a metric of channels, then by channel: red, green, blue."""
     figures: dict[str, Estimate] = field(default_factory=dict)
     """By metric key."""
     differences: dict[str, Estimate] = field(default_factory=dict)
@@ -98,6 +110,8 @@ class Evaluation:
     """Where the pictures come from, as the user gave it."""
     size: int
     """Side of the centre crops."""
+    short_side: int
+    """What the pictures' short side was resized to before."""
     names: list[str]
     """Pictures, in order."""
     metrics: list[MetricInfo]

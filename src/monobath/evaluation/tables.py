@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Sequence
@@ -9,6 +10,20 @@ from collections.abc import Sequence
 from .results import Estimate, Evaluation, MetricInfo, Speed, SystemResult
 
 NONE = "–"
+
+
+def side_by_side(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """Evaluations of the same systems at several sizes as one, in which each system has a row a size."""
+    *_, last = evaluations
+    if len(evaluations) == 1:
+        return last
+    rows = zip(*(evaluation.systems for evaluation in evaluations), strict=True)
+    named = [
+        dataclasses.replace(system, name=f"{system.name} at {evaluation.size}²")
+        for row in rows
+        for evaluation, system in zip(evaluations, row, strict=True)
+    ]
+    return dataclasses.replace(last, systems=named, seconds=sum(evaluation.seconds for evaluation in evaluations))
 
 
 def measured(evaluation: Evaluation) -> list[MetricInfo]:
@@ -21,12 +36,20 @@ def absent(evaluation: Evaluation) -> list[str]:
     return [f"{m.label}: absent, {m.absent.rstrip('.')}." for m in evaluation.metrics if m.absent]
 
 
-def footnotes(evaluation: Evaluation) -> list[str]:
-    """What each measured figure and its interval are: network, data range, features, sample size."""
-    return [
-        f"{m.label}: {m.details.rstrip('.')}. {m.better.capitalize()} is better. Interval: {m.interval.rstrip('.')}."
-        for m in measured(evaluation)
-    ]
+def footnotes(evaluations: Sequence[Evaluation]) -> list[str]:
+    """What each measured figure and its interval are: network, data range, features, sample size; once if all sizes
+    say the same.
+    """
+    lines: list[str] = []
+    for of_sizes in zip(*(measured(evaluation) for evaluation in evaluations), strict=True):
+        said = [
+            f"{m.label}: {m.details.rstrip('.')}. {m.better.capitalize()} is better. "
+            f"Interval: {m.interval.rstrip('.')}."
+            for m in of_sizes
+        ]
+        same = len(set(said)) == 1
+        lines += said[:1] if same else [f"At {e.size}²: {line}" for e, line in zip(evaluations, said, strict=True)]
+    return lines
 
 
 def head(evaluation: Evaluation) -> list[str]:
@@ -48,6 +71,17 @@ def rows(evaluation: Evaluation) -> list[list[tuple[str, str]]]:
         ]
         for system in evaluation.systems
     ]
+
+
+def channel_rows(evaluation: Evaluation, metric: MetricInfo) -> tuple[list[str], list[list[tuple[str, str]]]]:
+    """(headings, rows) of a metric of channels, a row a system: (signed mean, its interval) of each channel."""
+    found = [(system.name, system.channels[metric.key]) for system in evaluation.systems if system.channels]
+    places = decimals([channel.mean for _, channels in found for channel in channels.values()])
+    lines = [
+        [(name, ""), *(estimate_cell(channel.mean, places, signed=True) for channel in channels.values())]
+        for name, channels in found
+    ]
+    return ["system", *found[0][1]], lines
 
 
 def difference_rows(evaluation: Evaluation) -> list[list[tuple[str, str]]]:
