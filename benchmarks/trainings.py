@@ -25,7 +25,7 @@ from monobath import UserError
 from monobath.data import iterate_eval, make_dataset
 from monobath.evaluation.evaluate import half_sample_estimate, mean_estimate
 from monobath.evaluation.frechet import Gaussian, HalfSampled, frechet_distance
-from monobath.evaluation.metrics import PictureMetric, SetMetric, load_metrics
+from monobath.evaluation.metrics import ChannelMetric, PictureMetric, SetMetric, load_metrics
 from monobath.evaluation.results import Estimate
 from monobath.evaluation.system import System
 from monobath.files import write_text
@@ -37,6 +37,8 @@ from monobath.training.recipes import load_recipe
 
 FIGURES = {"psnr": 2, "ssim": 4, "efflite": 4, "fd_efflite": 1}
 """Metrics and the decimal places they are shown with."""
+SHAPE = ("mean_error", "grid4", "grid8")
+"""What of the error stands still: measured too, for the tables that show it."""
 LABELS = {
     "psnr": "PSNR, dB", "ssim": "SSIM", "efflite": "EffLite distance (Lite2)", "fd_efflite": "FD-EffLite",
 }  # fmt: skip
@@ -116,6 +118,8 @@ def finished(out: Path) -> list[Path]:
 class Judge:
     """Scores systems on the same held-out pictures; the features of the originals are found once.
 
+    Of each picture: `FIGURES`, the mean error of each channel, and the grid figures (`SHAPE`).
+
     Args:
         data: folders or shards.
         size: the short side is resized to it, then the centre square cropped.
@@ -127,8 +131,8 @@ class Judge:
         self.dataset, self.limit, self.crop = make_dataset(list(data), size=size, augment=False), limit, crop
         self.protocol = {"data": [Path(source).name for source in data], "size": size, "limit": limit}
         self.protocol |= {"crop": crop} if crop else {}
-        _, loaded = load_metrics(list(FIGURES), device=device())
-        self.of_pictures = [metric for metric in loaded if isinstance(metric, PictureMetric)]
+        _, loaded = load_metrics([*FIGURES, *SHAPE], device=device())
+        self.of_pictures = [metric for metric in loaded if isinstance(metric, PictureMetric | ChannelMetric)]
         self.of_sets = [metric for metric in loaded if isinstance(metric, SetMetric)]
         self.originals: dict[str, list[Gaussian]] = {}
 
@@ -138,15 +142,15 @@ class Judge:
         if found is None or found["protocol"] != self.protocol:
             found = {"protocol": self.protocol, "figures": self._measure(system())}
             write_text(file, json.dumps(found) + "\n")
-            means = {key: round(values[0] if key == "fd_efflite" else float(np.mean(values)), 4)
+            means = {key: np.round(values[0] if key == "fd_efflite" else np.mean(values, axis=0), 4).tolist()
                      for key, values in found["figures"].items()}  # fmt: skip
             Console().print(f"{file.parent.name}/{file.stem}", means)
         return found
 
     @torch.no_grad()
-    def _measure(self, system: System) -> dict[str, list[float]]:
+    def _measure(self, system: System) -> dict[str, list[Any]]:
         """Of every picture; for sets, of the whole set and then of its half-samples."""
-        figures: dict[str, list[float]] = {metric.info.key: [] for metric in self.of_pictures}
+        figures: dict[str, list[Any]] = {metric.info.key: [] for metric in self.of_pictures}
         outputs = {metric.info.key: HalfSampled(metric.dim) for metric in self.of_sets}
         references = {} if self.originals else {metric.info.key: HalfSampled(metric.dim) for metric in self.of_sets}
         position = 0

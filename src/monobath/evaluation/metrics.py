@@ -26,6 +26,7 @@ from torch import Tensor
 from ..data.transforms import mix_seed
 from ..errors import UserError
 from ..images import tensor_to_pil, to_float
+from ..losses.grid import grid_energy
 from ..losses.perceptual import SIDES, EffLiteDistance, LpipsDistance, load_efficientnet_lite, pooled_features
 from .frechet import HALVES
 from .results import MetricInfo
@@ -192,9 +193,7 @@ def grid(output: Tensor, original: Tensor, period: int) -> Tensor:
     if not height or not width:
         raise UserError(f"grid{p} needs pictures of at least {p} pixels a side, these are {output.shape[2:]}")
     error = (output.float() - original.float())[:, :, :height, :width]
-    phases = error.unflatten(3, (-1, p)).unflatten(2, (-1, p)).mean((2, 4))  # (B, 3, p, p)
-    repeating = phases.var((2, 3), correction=0) * (height * width / p**2)
-    return (repeating / error.square().mean((2, 3)).clamp(min=torch.finfo(error.dtype).tiny)).mean(1)
+    return (grid_energy(error, p) / error.square().mean((2, 3)).clamp(min=torch.finfo(error.dtype).tiny)).mean(1)
 
 
 def _load_psnr(info: MetricInfo, setting: Setting) -> Metric:
