@@ -26,17 +26,18 @@ from typing import Any
 from trainings import (
     FIGURES,
     LABELS,
-    Judge,
     add_scoring,
     cell,
     device,
     estimate,
     exit_code,
     finished,
+    judge_of,
     make_parser,
     markdown,
     read_score,
     recipe_of,
+    scores_folder,
     trained,
 )
 
@@ -148,14 +149,14 @@ def rows(args: argparse.Namespace) -> list[tuple[str, str, int, Noise, Path]]:
         found.append((run.name, str(run / "model"), 1, "gaussian"))
         if recipe_of(run).times.zero_noise:
             found.append((run.name, str(run / "model"), 1, "zero"))
-    scores = args.out / "scores"
+    scores = args.out / scores_folder(args)
     return [(name, model, n, noise, scores / f"{name}-{n}-{noise}.json") for name, model, n, noise in found]
 
 
 def run_scoring(args: argparse.Namespace) -> None:
     if not args.data:
         raise UserError("score needs --data: folders or shards of held-out photos")
-    judge = Judge(args.data, size=args.score_size, limit=args.limit)
+    judge = judge_of(args)
     found = rows(args)
     for _, model, steps, noise, file in found:
         judge.score(file, lambda m=model, s=steps, e=noise: TokenizerSystem(m, steps=s, noise=e, device=device()))

@@ -36,15 +36,16 @@ import yaml
 from trainings import (
     FIGURES,
     LABELS,
-    Judge,
     add_scoring,
     device,
     exit_code,
     facts_of,
     finished,
+    judge_of,
     make_parser,
     markdown,
     read_score,
+    scores_folder,
     trained,
 )
 
@@ -200,18 +201,13 @@ def system(run: Path) -> TokenizerSystem:
     return TokenizerSystem(str(run / "model"), device=device())
 
 
-def scores_name(args: argparse.Namespace) -> str:
-    """File of a run's scores."""
-    return f"scores-crop{args.crop}.json" if args.crop else "scores.json"
-
-
 def run_scoring(args: argparse.Namespace) -> None:
     if not args.data:
         raise UserError("score needs --data: folders or shards of held-out photos")
-    judge, rows = Judge(args.data, size=args.score_size, limit=args.limit, crop=args.crop), grouped(args)
+    judge, rows = judge_of(args), grouped(args)
     for runs in rows.values():
         for run in runs:
-            judge.score(run / scores_name(args), lambda run=run: system(run))
+            judge.score(run / f"{scores_folder(args)}.json", lambda run=run: system(run))
     file = args.out / "speeds.json"
     speeds = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if rows.keys() <= speeds.keys():
@@ -243,7 +239,7 @@ def show(args: argparse.Namespace) -> None:
         facts = [facts_of(run) for run in runs]
         figures = found[name] = {}
         for run, fact in zip(runs, facts, strict=True):
-            if (score := read_score(run / scores_name(args))) is not None:
+            if (score := read_score(run / f"{scores_folder(args)}.json")) is not None:
                 values = score["figures"]
                 figures[fact["seed"]] = {
                     key: values[key][0] if key == "fd_efflite" else statistics.fmean(values[key]) for key in FIGURES
@@ -300,8 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("--scale", type=int, nargs=2, help="short side before cropping; default: 1 to 3 × the crop's")
     train.add_argument("--batch", type=int, default=16, help="crops a step")
     train.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
-    score = add_scoring(parser, "score and show")
-    score.add_argument("--crop", type=int, default=0, help="score the pictures' centres of this side only")
+    add_scoring(parser, "score and show")
     args = parser.parse_args(arguments)
     ACTIONS[args.action](args)
     return 0

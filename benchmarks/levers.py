@@ -7,9 +7,10 @@
     python benchmarks/levers.py save --out runs/levers --only CM/4
 
 `train` fits a decoder from random weights to the latents of a frozen encoder (8 000 crops of 64² by default) for each
-idea and keeps its averaged weights; what is there already is left alone, so that the same command goes on. `score`
-decodes held-out photos (short side resized to 256, centre crop) in one step; `time` measures decoding, all levers
-interleaved in one process; `show` prints the table; `save` writes presets as models. Ideas that lost live here only.
+idea and keeps its averaged weights; what is there already is left alone, so that the same command goes on. Decoders are
+padded as the encoder is. `score` decodes held-out photos (short side resized to 256, centre crop) in one step, and the
+centres of the size trained on; `time` measures decoding, all levers interleaved in one process; `show` prints
+the table; `save` writes presets as models. Ideas that lost live here only.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from monobath.training.ema import EMA
 from monobath.training.loop import learning_rate
 from monobath.training.objectives import AutoencoderObjective, Draws, draw_seed
 
-CROP, BATCH = 64, 16
+CROP, BATCH, SIDE = 64, 16, 256
 
 
 @dataclass(kw_only=True)
@@ -327,6 +328,13 @@ LEVERS: dict[str, Lever] = {
     "CS/4": Lever(what="preset CS/4: lean, shuffled upsampling", decoder={"size": "CS/4"}),
     "CM/4": Lever(what="preset CM/4: the same, channels 96-192", decoder={"size": "CM/4"}),
     "CL/4": Lever(what="preset CL/4: channels 128-256, 3 blocks down, 7 up", decoder={"size": "CL/4"}),
+    "CM/4-no-skip": Lever(
+        what="CM/4 without the linear skip",
+        decoder=LEAN | {"channels": [96, 192], "upsampling": "shuffle", "linear_skip": False},
+    ),
+    "CM/4-norms": Lever(
+        what="CM/4 with GroupNorm", decoder=LEAN | {"channels": [96, 192], "upsampling": "shuffle", "norm": "group"}
+    ),
     "CM/4+zero-noise-only": Lever(what="CM/4, t = 1 and zero noise only", decoder={"size": "CM/4"}, ones=1.0, zero=1.0),
     "XS/4": Lever(what="preset XS/4, x-prediction", decoder={"size": "XS/4"}),
     "XS/2": Lever(what="preset XS/2, x-prediction", decoder={"size": "XS/2"}),
@@ -343,7 +351,9 @@ def build(lever: Lever, source: Tokenizer, seed: int) -> Tokenizer:
     torch.manual_seed(seed)
     config = TokenizerConfig(
         encoder=encoder,
-        decoder=DecoderConfig(factor=encoder.factor, latent_channels=encoder.latent_channels, **shape),
+        decoder=DecoderConfig(
+            factor=encoder.factor, latent_channels=encoder.latent_channels, padding=encoder.padding, **shape
+        ),
         sampler=SamplerConfig(steps=1, noise=lever.noise),  # type: ignore[arg-type]
     )
     tokenizer = Tokenizer(config)
@@ -446,25 +456,35 @@ def run_scoring(args: argparse.Namespace) -> None:
     if args.only:
         folders = [f for f in folders if json.loads((f / "facts.json").read_text())["lever"] in args.only]
     folders = [f for f in folders if json.loads((f / "facts.json").read_text())["seed"] in args.seeds]
-    waiting: dict[tuple[str, ...], list[Path]] = {}
-    for folder in folders:
-        missing = tuple(metric for metric in args.metrics if metric not in _scores(folder))
-        if missing:
-            waiting.setdefault(missing, []).append(folder)
-    for missing, group in waiting.items():
-        for start in range(0, len(group), 4):  # together: the photos' own features are computed once
-            some = group[start : start + 4]
-            found, _ = evaluate([load(folder, source) for folder in some], args.data, size=256, metrics=missing, keep=1)
-            for folder, system in zip(some, found.systems, strict=True):
-                scores = _scores(folder)
-                for metric in missing:
-                    estimate = system.figures[metric]
-                    scores[metric] = {
-                        "value": estimate.value, "low": estimate.low, "high": estimate.high,
-                        "pictures": system.pictures.get(metric),
-                    }  # fmt: skip
-                write_text(folder / "scores.json", json.dumps(scores) + "\n")
-                Console().print(folder.name, {metric: round(scores[metric]["value"], 4) for metric in scores})
+    for size in sorted({CROP, SIDE}):
+        waiting: dict[tuple[str, ...], list[Path]] = {}
+        for folder in folders:
+            missing = tuple(metric for metric in args.metrics if _key(metric, size) not in _scores(folder))
+            if missing:
+                waiting.setdefault(missing, []).append(folder)
+        for missing, group in waiting.items():
+            for start in range(0, len(group), 4):  # together: the photos' own features are computed once
+                _score(group[start : start + 4], missing, size, source, args.data)
+
+
+def _score(folders: Sequence[Path], metrics: Sequence[str], size: int, source: Tokenizer, data: Sequence[str]) -> None:
+    systems = [load(folder, source) for folder in folders]
+    found, _ = evaluate(systems, data, size=size, short_side=SIDE, metrics=metrics, keep=1)
+    for folder, system in zip(folders, found.systems, strict=True):
+        scores = _scores(folder)
+        for metric in metrics:
+            estimate = system.figures[metric]
+            scores[_key(metric, size)] = {
+                "value": estimate.value, "low": estimate.low, "high": estimate.high,
+                "pictures": system.pictures.get(metric),
+            }  # fmt: skip
+        write_text(folder / "scores.json", json.dumps(scores) + "\n")
+        Console().print(folder.name, {metric: round(scores[metric]["value"], 4) for metric in scores})
+
+
+def _key(metric: str, size: int) -> str:
+    """A score's name in scores.json."""
+    return metric if size == SIDE else f"{metric}-{size}"
 
 
 def _scores(folder: Path) -> dict[str, Any]:
@@ -508,7 +528,9 @@ def run_saving(args: argparse.Namespace) -> None:
 def show(args: argparse.Namespace) -> None:
     """Every training as a row of a Markdown table; differences are to `base` of the same crops and seed."""
     speeds = json.loads((args.out / "speeds.json").read_text()) if (args.out / "speeds.json").exists() else {}
-    head = ["lever", "what", "seed", "CPU s of training a 1000 crops", "decode ms, 256²", "GFLOP", *LABELS.values()]
+    head = ["lever", "what", "seed", "CPU s of training a 1000 crops", "decode ms, 256²", "GFLOP"]
+    columns = [(_key(metric, size), metric, size) for size in (CROP, SIDE) for metric in FIGURES]
+    head += [f"{LABELS[metric]} at {size}²" for _, metric, size in columns]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for path in sorted(args.out.glob("*/facts.json")):
         facts = json.loads(path.read_text(encoding="utf-8"))
@@ -520,13 +542,18 @@ def show(args: argparse.Namespace) -> None:
         ]
         cells += [str(facts["seed"]), f"{1000 * facts['cpu_seconds'] / facts['crops']:.0f}"]
         cells += [f"{speed['ms']:.0f}" if speed else "", f"{speed['gflop']:.1f}" if speed else ""]
-        cells += [f"{scores[m]['value']:.{d}f}" if m in scores else "" for m, d in FIGURES.items()]
+        cells += [f"{scores[k]['value']:.{FIGURES[m]}f}" if k in scores else "" for k, m, _ in columns]
         lines.append("| " + " | ".join(cells) + " |")
     sys.stdout.write("\n".join(lines) + "\n")
 
 
-FIGURES = {"psnr": 2, "efflite": 4, "fd_efflite": 1}
-LABELS = {"psnr": "PSNR, dB", "efflite": "EffLite distance (Lite2)", "fd_efflite": "FD-EffLite"}
+FIGURES = {"psnr": 2, "mean_error": 4, "efflite": 4, "fd_efflite": 1}
+LABELS = {
+    "psnr": "PSNR, dB",
+    "mean_error": "mean error",
+    "efflite": "EffLite distance (Lite2)",
+    "fd_efflite": "FD-EffLite",
+}
 ACTIONS = {"train": run_training, "score": run_scoring, "time": run_timing, "show": show, "save": run_saving}
 
 
@@ -541,7 +568,7 @@ def main() -> int:
     parser.add_argument("--crops", type=int, default=8000)
     parser.add_argument("--lr", type=float, help="another learning rate than the lever's")
     parser.add_argument(
-        "--metrics", nargs="+", choices=FIGURES, default=["psnr", "efflite"], help="what score measures"
+        "--metrics", nargs="+", choices=FIGURES, default=["psnr", "mean_error", "efflite"], help="what score measures"
     )
     parser.add_argument("--repeats", type=int, default=5, help="timed decodes a lever")
     args = parser.parse_args()

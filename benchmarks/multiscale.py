@@ -41,6 +41,7 @@ from trainings import (
     markdown,
     read_score,
     recipe_of,
+    scores_folder,
     trained,
 )
 
@@ -143,7 +144,7 @@ def rows_of(args: argparse.Namespace) -> list[Row]:
 
 def score_file(args: argparse.Namespace, row: Row) -> Path:
     """Where a row's scores are."""
-    return args.out / "scores" / f"{row.model}-{row.steps}-{row.noise}.json"
+    return args.out / scores_folder(args) / f"{row.model}-{row.steps}-{row.noise}.json"
 
 
 def run_scoring(args: argparse.Namespace) -> None:
@@ -151,7 +152,7 @@ def run_scoring(args: argparse.Namespace) -> None:
     if not data:
         raise UserError("score needs --data: folders or shards of held-out photos")
     rows = rows_of(args)
-    judge = Judge(data, size=args.size, limit=args.limit)
+    judge = Judge(data, size=args.size, limit=args.limit, crop=args.crop)
     for row in rows:
         judge.score(score_file(args, row), lambda row=row: load(args, row))
 
@@ -287,6 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("--seed", type=int, default=0)
     score = parser.add_argument_group("score, time and show")
     score.add_argument("--size", type=int, default=256, help="side of the held-out pictures, in pixels")
+    score.add_argument("--crop", type=int, default=0, help="score the pictures' centres of this side only, apart")
     score.add_argument("--limit", type=int, help="at most so many held-out pictures")
     score.add_argument("--repeats", type=int, default=5, help="timed rounds")
     score.add_argument("--picture", type=Path, help="show: draw the stages beside the originals")

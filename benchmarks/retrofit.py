@@ -26,7 +26,6 @@ import torch
 from trainings import (
     FIGURES,
     LABELS,
-    Judge,
     add_scoring,
     cell,
     device,
@@ -34,9 +33,11 @@ from trainings import (
     exit_code,
     facts_of,
     finished,
+    judge_of,
     make_parser,
     markdown,
     read_score,
+    scores_folder,
     trained,
 )
 
@@ -98,11 +99,11 @@ def system(run: Path, encoder: str) -> TokenizerSystem:
 def run_scoring(args: argparse.Namespace) -> None:
     if not args.data or not args.encoder:
         raise UserError("score needs --data, folders or shards of held-out photos, and --encoder KIND=WHERE")
-    judge, runs = Judge(args.data, size=args.score_size, limit=args.limit), finished(args.out)
+    judge, runs = judge_of(args), finished(args.out)
     own = make_peer(args.encoder, device())
-    judge.score(args.out / f"{OWN}.json", lambda: own)
+    judge.score(args.out / f"{OWN}-{scores_folder(args)}.json", lambda: own)
     for run in runs:
-        judge.score(run / "scores.json", lambda run=run: system(run, args.encoder))
+        judge.score(run / f"{scores_folder(args)}.json", lambda run=run: system(run, args.encoder))
     first = {facts_of(run)["row"]: run for run in reversed(runs)}
     file = args.out / "speeds.json"
     if file.is_file() and {OWN, *first} <= json.loads(file.read_text(encoding="utf-8")).keys():
@@ -124,7 +125,7 @@ def run_scoring(args: argparse.Namespace) -> None:
 
 
 def show(args: argparse.Namespace) -> None:
-    file, own = args.out / "speeds.json", read_score(args.out / f"{OWN}.json")
+    file, own = args.out / "speeds.json", read_score(args.out / f"{OWN}-{scores_folder(args)}.json")
     if own is None or not file.is_file():
         raise UserError(f"{args.out} holds no scores: run score first")
     speeds = json.loads(file.read_text(encoding="utf-8"))
@@ -132,7 +133,7 @@ def show(args: argparse.Namespace) -> None:
     head.append("training, CPU s per 1000 crops")
     lines, differences = [[speeds[OWN]["title"], "", "", *_cells(own), *_costs(speeds[OWN]), ""]], []
     for run in finished(args.out):
-        score, facts = read_score(run / "scores.json"), facts_of(run)
+        score, facts = read_score(run / f"{scores_folder(args)}.json"), facts_of(run)
         if score is None:
             continue
         cost = f"{1000 * facts['cpu_seconds'] / max(1, facts['images']):.0f}"

@@ -57,6 +57,7 @@ def add_scoring(parser: argparse.ArgumentParser, title: str = "score") -> argpar
     """What those take that score pictures of another size than they train on, and time rows."""
     score = parser.add_argument_group(title)
     score.add_argument("--score-size", type=int, default=256, help="side of the held-out pictures, in pixels")
+    score.add_argument("--crop", type=int, default=0, help="score the pictures' centres of this side only, apart")
     score.add_argument("--limit", type=int, help="at most so many held-out pictures")
     score.add_argument("--repeats", type=int, default=5, help="timed decodes a row")
     return score
@@ -174,6 +175,16 @@ class Judge:
             pairs = zip(self.originals[key], statistics.gaussians(), strict=True)
             figures[key] = [frechet_distance(a, b) for a, b in pairs]
         return figures
+
+
+def judge_of(args: argparse.Namespace) -> Judge:
+    """The judge of what `add_scoring` takes."""
+    return Judge(args.data, size=args.score_size, limit=args.limit, crop=args.crop)
+
+
+def scores_folder(args: argparse.Namespace) -> str:
+    """Name of the folder (or the file's stem) of scores: those of centres stand apart."""
+    return f"scores-crop{args.crop}" if args.crop else "scores"
 
 
 def read_score(file: Path) -> dict[str, Any] | None:
