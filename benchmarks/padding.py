@@ -25,7 +25,18 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from trainings import Judge, device, exit_code, facts_of, finished, make_parser, markdown, read_score, trained
+from trainings import (
+    SHAPE,
+    Judge,
+    device,
+    exit_code,
+    facts_of,
+    finished,
+    make_parser,
+    markdown,
+    read_score,
+    trained,
+)
 
 from monobath import UserError
 from monobath.evaluation.systems import TokenizerSystem
@@ -165,7 +176,8 @@ def run_scoring(args: argparse.Namespace) -> None:
     if not args.data:
         raise UserError("score needs --data: folders or shards of held-out photos")
     for size in args.sizes:
-        judge = Judge(args.data, size=max(args.sizes), limit=args.limit, crop=size if size < max(args.sizes) else 0)
+        judge = Judge(args.data, size=max(args.sizes), limit=args.limit, crop=size if size < max(args.sizes) else 0,
+                      metrics=("psnr", *SHAPE))  # fmt: skip
         for run in last_parts(args.out, args.rows):
             with form(ROWS[facts_of(run)["row"]]):
                 judge.score(
@@ -177,7 +189,6 @@ def show(args: argparse.Namespace) -> None:
     head = ["form", "what", "seeds", "training, CPU s for 1 000 crops"]
     for size in args.sizes:
         head += [f"PSNR at {size}², dB", "mean error", "grid 4, 8"]
-    head += [f"EffLite distance, FD at {max(args.sizes)}²"]
     lines = []
     for name in args.rows:
         runs = [run for run in last_parts(args.out, [name]) if (run / f"scores-{max(args.sizes)}.json").is_file()]
@@ -191,8 +202,6 @@ def show(args: argparse.Namespace) -> None:
             cells.append(over_seeds([statistics.fmean(each["psnr"]) for each in scores], 2))
             cells.append(over_seeds([largest(each["mean_error"]) for each in scores], 4))
             cells.append(", ".join(over_seeds([statistics.fmean(e[f"grid{p}"]) for e in scores], 1) for p in (4, 8)))
-        cells.append(", ".join((over_seeds([statistics.fmean(each["efflite"]) for each in scores], 3),
-                                over_seeds([each["fd_efflite"][0] for each in scores], 1))))  # fmt: skip
         lines.append(cells)
     sys.stdout.write(markdown(head, lines))
 

@@ -119,20 +119,27 @@ def finished(out: Path) -> list[Path]:
 class Judge:
     """Scores systems on the same held-out pictures; the features of the originals are found once.
 
-    Of each picture: `FIGURES`, the mean error of each channel, and the grid figures (`SHAPE`).
-
     Args:
         data: folders or shards.
         size: the short side is resized to it, then the centre square cropped.
         limit: at most so many pictures.
         crop: of that square, only the centre of this side; 0: all.
+        metrics: what is measured of each picture, and of all.
     """
 
-    def __init__(self, data: Sequence[str], *, size: int, limit: int | None, crop: int = 0) -> None:
+    def __init__(
+        self,
+        data: Sequence[str],
+        *,
+        size: int,
+        limit: int | None,
+        crop: int = 0,
+        metrics: Sequence[str] = (*FIGURES, *SHAPE),
+    ) -> None:
         self.dataset, self.limit, self.crop = make_dataset(list(data), size=size, augment=False), limit, crop
         self.protocol = {"data": [Path(source).name for source in data], "size": size, "limit": limit}
         self.protocol |= {"crop": crop} if crop else {}
-        _, loaded = load_metrics([*FIGURES, *SHAPE], device=device())
+        _, loaded = load_metrics(list(metrics), device=device())
         self.of_pictures = [metric for metric in loaded if isinstance(metric, PictureMetric | ChannelMetric)]
         self.of_sets = [metric for metric in loaded if isinstance(metric, SetMetric)]
         self.originals: dict[str, list[Gaussian]] = {}

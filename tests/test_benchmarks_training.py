@@ -274,3 +274,33 @@ def test_generation(tmp_path, benchmark, monkeypatch, capsys):
         assert main(words) == 0
     with pytest.raises(UserError, match="write NAME=MODEL"):
         main([*score[:-3], "--decoders", "nameless"])
+
+
+def test_padding(tmp_path, photos, benchmark, monkeypatch, capsys):
+    main = benchmark("padding").main
+    out = ["--out", str(tmp_path / "out"), "--seeds", "0", "--channels", "4"]
+    small = ["--size", "32", "--batch", "2", "--crops", "20", "--kl-channels", "8", "8", "8", "16"]
+    train = [
+        "train",
+        *out,
+        *small,
+        "--data",
+        str(photos),
+        "--rows",
+        "reflect",
+        "rim",
+        "replicate-grows",
+        "kl-replicate",
+    ]
+    score = ["--sizes", "32", "64", "--limit", "4"]
+    assert main(train) == 0
+    assert main(["score", *out, "--data", str(photos), *score]) == 0
+    forbid_training(monkeypatch)
+    assert main(train) == 0
+    capsys.readouterr()
+    assert main(["show", *out, *score]) == 0
+    rows = table(capsys.readouterr().out)
+    assert [row[0] for row in rows] == ["reflect", "rim", "replicate-grows", "kl-replicate"]
+    assert all(float(row[4]) > 5 and float(row[5]) < 1 for row in rows)
+    grown = Tokenizer.from_pretrained(str(tmp_path / "out" / "replicate-grows-20-seed0-part2" / "model"))
+    assert (grown.config.encoder.padding, grown.config.decoder.padding) == ("replicate", "replicate")
