@@ -115,7 +115,7 @@ def recipe_for(name: str, args: argparse.Namespace, *, seed: int, part: int = 0)
         init=recipe_for(name, args, seed=seed, part=part - 1).run + "/model" if part else "",
         model=model,
         data=dataclasses.replace(base.data, source=args.data, size=size, scale=[size, max(size, 3 * args.size)]),
-        loss=dataclasses.replace(base.loss, perceptual=0.1 if row.kl else base.loss.perceptual, grid=row.grid),
+        loss=dataclasses.replace(base.loss, perceptual=0.1 if row.kl else 0.02, grid=row.grid, kl=1e-6),
         optimizer=dataclasses.replace(base.optimizer, lr=args.lr / (1 + part), warmup=min(100, steps // 10)),
         training=dataclasses.replace(
             base.training, steps=steps, batch_size=batch, seed=seed, sample_every=0, checkpoint_every=500
