@@ -22,6 +22,8 @@ SIZES = {
     "whole blocks": (8, 16),
 }
 
+BARE = {"channels": [16], "norm": "local", "middle_blocks": 0, "modulation": False, "down": [0], "up": [1]}
+
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
@@ -84,12 +86,23 @@ def test_engine_without_a_file_makes_its_own():
     assert np.isfinite(fast.decode(z, output="uint8").numpy()).all()
 
 
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino", "openvino-int8", "torch-export"])
+def test_replicate_padding_at_any_size_from_one_file(tmp_path, engine):
+    tokenizer = tiny_tokenizer(decoder=BARE | {"padding": "replicate"}, noise="zero")
+    write_export(tokenizer, engine, tmp_path, calibration=[torch.randn(1, 4, 6, 6) for _ in range(8)])
+    fast = with_engine(tokenizer, engine, folder=tmp_path)
+    for shape in SIZES.values():
+        z = torch.randn(2, 4, *shape)
+        got, expected = fast.decode(z), tokenizer.decode(z)
+        if engine == "openvino-int8":
+            assert (got - expected).square().mean() < 0.01 * expected.var()
+        else:
+            torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
 def test_compiled_ahead_of_time_any_size_from_one_file(tmp_path):
-    tokenizer = tiny_tokenizer(
-        decoder={"channels": [16], "norm": "local", "middle_blocks": 0, "modulation": False, "down": [0], "up": [1]},
-        noise="zero",
-    )
+    tokenizer = tiny_tokenizer(decoder=BARE | {"padding": "replicate"}, noise="zero")
     file = write_export(tokenizer, "aotinductor", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
     fast = with_engine(tokenizer, "aotinductor", folder=tmp_path)

@@ -316,11 +316,12 @@ def test_the_folded_decoder_is_exported_with_them():
 # ---- training ---------------------------------------------------------------------------------------------------
 
 
-def test_the_linear_decoding_is_the_best_one():
+@pytest.mark.parametrize("padding", ["zeros", "replicate"])
+def test_the_linear_decoding_is_the_best_one(padding):
     z = randn(3, 4, 6, 5)
-    true = nn.Conv2d(4, 3 * 16, 3, padding=1)
+    true = nn.Conv2d(4, 3 * 16, 3, padding=1, padding_mode=padding)
     x = F.pixel_shuffle(true(z), 4).detach()
-    weight, bias = retrofit.least_squares([(x[:2], z[:2]), (x[2:], z[2:])], 4)
+    weight, bias = retrofit.least_squares([(x[:2], z[:2]), (x[2:], z[2:])], 4, padding)
     assert torch.allclose(weight, true.weight, atol=5e-3)
     assert torch.allclose(bias, true.bias, atol=5e-3)
 

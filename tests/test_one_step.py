@@ -24,16 +24,34 @@ SHAPES = {
     "group norms, not modulated": {"modulation": False},
     "fewer blocks up than down": {"down": [2, 1], "up": [1, 1]},
     "narrow reach": {"factor": 4, "reach": 1},
+    "replicate padding": {"padding": "replicate", "linear_skip": True},
+    "replicate padding, convolutions only": {
+        "padding": "replicate",
+        "norm": "local",
+        "middle_blocks": 0,
+        "modulation": False,
+        "upsampling": "shuffle",
+        "linear_skip": True,
+    },
 }
 
 
 @pytest.mark.parametrize("noise", ["zero", "gaussian"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_folded_decoder_gives_the_same_picture(shape, noise):
-    decoder = tiny_decoder(**shape)
+    same_picture(tiny_decoder(**shape), noise, (4, 8))
+
+
+@pytest.mark.parametrize("noise", ["zero", "gaussian"])
+@pytest.mark.parametrize("shape", [name for name in SHAPES if name.startswith("replicate")])
+def test_of_one_latent_too(shape, noise):
+    same_picture(tiny_decoder(**SHAPES[shape]), noise, (1, 1))
+
+
+def same_picture(decoder, noise, size):
     f = decoder.config.factor
-    z = torch.randn(2, 4, 4, 8)
-    start = torch.randn(2, 3, 4 * f, 8 * f) * (noise == "gaussian")
+    z = torch.randn(2, 4, *size)
+    start = torch.randn(2, 3, size[0] * f, size[1] * f) * (noise == "gaussian")
     with torch.no_grad():
         expected = decoder(start, torch.ones(2), z)
         if decoder.config.prediction == "v":

@@ -165,6 +165,7 @@ SHAPES = {
     "patch 1": {**LOCAL, "patch": 1, "channels": [16, 16, 16, 24], "middle_blocks": 1},
     "wide tokens": {**LOCAL, "factor": 4, "middle_blocks": 1},
     "linear skip": {**BARE, "linear_skip": True, "factor": 16},
+    "replicate": {**BARE, "padding": "replicate"},
     "shuffled up": {
         **BARE,
         "upsampling": "shuffle",
@@ -201,7 +202,10 @@ def test_statistics_over_the_picture_reach_everywhere():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "steps"), [("transformer", 1), ("bare", 1), ("bare", 2), ("wide tokens", 1)])
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [("transformer", 1), ("bare", 1), ("bare", 2), ("wide tokens", 1), ("replicate", 1), ("replicate", 2)],
+)
 def test_tiles_of_bounded_reach_are_the_whole(name, steps):
     tok = tiny_tokenizer(
         decoder=SHAPES[name], encoder={"factor": 4, "patch": 1} if name == "wide tokens" else {}, steps=steps
@@ -223,8 +227,9 @@ def test_tiles_of_bounded_reach_are_the_whole(name, steps):
 
 @torch.no_grad()
 @pytest.mark.parametrize("noise", ["zero", "gaussian"])
-def test_the_optimized_form_too(noise):
-    tok = tiny_tokenizer(decoder=BARE, noise=noise).optimize()
+@pytest.mark.parametrize("name", ["bare", "replicate"])
+def test_the_optimized_form_too(name, noise):
+    tok = tiny_tokenizer(decoder=SHAPES[name], noise=noise).optimize()
     tile = 4 * (-(-decoder_reach(tok.config.decoder) // 8) * 8)  # the default overlap is then exact
     z = randn(2, 4, tile // 8 + 3, tile // 8 + 9)
     whole, tiled = (sample(tok.decoder, z, [0, 1], noise=noise, tile=t) for t in (None, tile))

@@ -133,6 +133,7 @@ def describe(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
         **({"encoder_of": FAMILIES[encoder.family], "encoder_source": encoder.source} if encoder.family else {}),
         "decoder": decoder.size if decoder.size != "custom" else f"custom, channels {decoder.channels}",
         "decoder_patch": decoder.patch,
+        "padding": decoder.padding if encoder.family else {"encoder": encoder.padding, "decoder": decoder.padding},
         "prediction": decoder.prediction,
         "encoder_parameters": sum(p.numel() for p in tokenizer.encoder.parameters()),
         "decoder_parameters": sum(p.numel() for p in tokenizer.decoder.parameters()),

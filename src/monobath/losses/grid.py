@@ -17,8 +17,13 @@ def grid_energy(error: Tensor, period: int) -> Tensor:
 
     Returns:
         `(B, C)`, of the error's type.
+
+    Raises:
+        ValueError: the error is smaller than the period.
     """
     rows, cols = error.shape[2] // period, error.shape[3] // period
+    if not rows or not cols:
+        raise ValueError(f"the error is {tuple(error.shape)}: a period of {period} needs sides of at least {period}")
     error = error[:, :, : rows * period, : cols * period]
     phases = error.unflatten(2, (rows, period)).unflatten(4, (cols, period)).mean((2, 4))  # (B, C, period, period)
     phases = phases - phases.mean((2, 3), keepdim=True)

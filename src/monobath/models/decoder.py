@@ -483,7 +483,7 @@ class Decoder(nn.Module):
             # Starts as the inverse of our encoder's shortcut: the latents' low frequencies as an image.
             basis = cosine_basis(config.latent_channels, config.factor) * config.factor
             with torch.no_grad():
-                self.linear_skip.weight[:, :, 1, 1] = basis.T  # type: ignore[operator]
+                self.linear_skip.weight[:, :, 1, 1] = basis.T
         if config.standardise:
             self.register_buffer("latent_shift", torch.zeros(read, 1, 1))
             self.register_buffer("latent_scale", torch.ones(read, 1, 1))

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .blocks import norm_groups
+from .blocks import Conv2d, norm_groups
 from .decoder import DecoderConfig
 from .one_step import OneStep
 
@@ -49,9 +49,13 @@ class KLDecoder(OneStep):
             layers_per_block=2,
             norm_num_groups=min(norm_groups(width) for width in channels),
         )
-        for module in self.decoder.modules():
-            if isinstance(module, nn.Conv2d):
-                module.padding_mode = config.padding
+        if config.padding != "zeros":
+            for parent in list(self.decoder.modules()):
+                for name, module in list(parent.named_children()):
+                    if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+                        ours = Conv2d(module.in_channels, module.out_channels, config.padding)
+                        ours.load_state_dict(module.state_dict())
+                        setattr(parent, name, ours)
 
     @property
     def conv_out(self) -> nn.Conv2d:

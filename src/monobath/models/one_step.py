@@ -132,7 +132,7 @@ class OneStepDecoder(OneStep):
                 x = block(x, next(modulations, None), factor, config.patch << depth)
             if not isinstance(resample, nn.Identity):
                 x = enlarged(x, resample, config.upsampling)
-        x = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), config.patch)
+        x = F.pixel_shuffle(cast(Conv2d, self.conv_out).of_silu(self.norm_out(x)), config.patch)
         if self.linear_skip is not None:
             x = x + F.pixel_shuffle(self.linear_skip(z), factor)
         if config.prediction == "v" and self.noise == "gaussian":
@@ -168,8 +168,8 @@ class FoldedBlock(nn.Module):
             h = _modulated_norm(x, modulation, self.groups1, self.eps1, factor, side)
         elif self.groups1:
             h = F.group_norm(x, self.groups1, eps=self.eps1)
-        h = self.conv1(F.silu(h))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1.of_silu(h)
+        h = self.conv2.of_silu(self.norm2(h))
         return self.shortcut(x) + h
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..data import LatentDataset, PhotoDataset, StreamDataset, make_loader
 from ..images import to_float
+from ..models.blocks import Padding
 from ..models.decoder import Decoder
 from ..models.encoder import Posterior
 from ..models.foreign import without_spread
@@ -56,7 +57,9 @@ def fit_to_latents(tokenizer: Tokenizer, dataset: PhotoDataset | StreamDataset |
     decoder.latent_shift.copy_(torch.tensor(found.mean)[:, None, None])
     decoder.latent_scale.copy_(0.5 / std[:, None, None])
     if decoder.config.linear_skip:
-        weight, bias = least_squares([(x, decoder.standardised(z)) for x, z in pairs], decoder.config.read_factor)
+        weight, bias = least_squares(
+            [(x, decoder.standardised(z)) for x, z in pairs], decoder.config.read_factor, decoder.config.padding
+        )
         decoder.linear_skip.load_state_dict({"weight": weight, "bias": bias})
 
 
@@ -78,19 +81,21 @@ def slim_to_latents(
     decoder.conv_out.load_state_dict(own[-1].state_dict())
 
 
-def least_squares(pairs: list[tuple[Tensor, Tensor]], factor: int) -> tuple[Tensor, Tensor]:
+def least_squares(pairs: list[tuple[Tensor, Tensor]], factor: int, padding: Padding) -> tuple[Tensor, Tensor]:
     """Weights of the 3×3 convolution from latents to pixels that has the least squared error.
 
     Args:
         pairs: images `(B, 3, f·h, f·w)` and their latents `(B, c, h, w)`.
         factor: f.
+        padding: of the convolution.
 
     Returns:
-        Weight `(3f², c, 3, 3)` and bias `(3f²,)`: `pixel_shuffle(conv2d(z, weight, bias, padding=1), f)` is the image.
+        Weight `(3f², c, 3, 3)` and bias `(3f²,)`: `pixel_shuffle(conv2d(z, weight, bias), f)`, padded, is the image.
     """
     gram, cross = torch.zeros(()), torch.zeros(())
     for x, z in pairs:
-        inputs = F.unfold(z, 3, padding=1).transpose(1, 2).flatten(0, 1).double()  # (B·h·w, 9c)
+        z = F.pad(z, (1, 1, 1, 1), mode="constant" if padding == "zeros" else padding)
+        inputs = F.unfold(z, 3).transpose(1, 2).flatten(0, 1).double()  # (B·h·w, 9c)
         inputs = F.pad(inputs, (0, 1), value=1.0)
         pixels = F.pixel_unshuffle(x, factor).flatten(2).transpose(1, 2).flatten(0, 1).double()
         gram, cross = gram + inputs.T @ inputs, cross + inputs.T @ pixels
