@@ -309,6 +309,12 @@ def test_any_size_and_forward(model):
         model.decode(randn(1, 3, 4, 4))
 
 
+def test_latents_of_another_model_name_a_packaged_one(packaged):
+    words = r"\(1, 4, 2, 3\): this model needs \(B, 16, h, w\); f8c4 is packaged for 4 channels"
+    with pytest.raises(UserError, match=words):
+        AutoencoderMonobath.from_monobath("default").decode(randn(1, 4, 2, 3))
+
+
 def test_gradients_reach_pixels_and_latents(model):
     x, z = rand_images(1, 3, 16, 24).requires_grad_(), randn(1, 4, 2, 3).requires_grad_()
     model.encode(x).latent_dist.mode().sum().backward()
