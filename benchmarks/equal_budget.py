@@ -15,7 +15,7 @@ Learning rates and perceptual weights are each system's own (--lr kl=2e-4 …, -
 value). The weights' defaults give the perceptual distance about the same share of each loss, a third: of the packaged
 model's reconstructions of 64 held-out crops, the squared error is 0.024, the absolute error 0.097 and the distance
 0.50, which counts 0.02 times beside the squared error (ours) and 0.1 times beside the absolute one (KL-VAE). The
-encoder of `default` was trained together with a decoder of ours, which may favour ours. The rows f8c4 and f16c4 train
+encoder of `f8c4` was trained together with a decoder of ours, which may favour ours. The rows f8c4 and f16c4 train
 encoder and decoder together instead, at two compressions.
 """
 
@@ -287,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("--perceptual", nargs="+", default=[], metavar="ROW=VALUE", help="perceptual weights, likewise")
     train.add_argument("--adversarial", type=float, default=0.5, help="weight of the discriminator")
     train.add_argument("--adversarial-start", type=float, default=0.5, help="fraction of the run without it")
-    train.add_argument("--encoder", default="default", help="tokenizer whose encoder is used, frozen")
+    train.add_argument("--encoder", default="f8c4", help="tokenizer whose encoder is used, frozen")
     train.add_argument("--decoder", nargs="+", metavar="FIELD=VALUE", help="our decoder, such as size=XS/4 norm=local; "
                        "default: the shape of the encoder's own")  # fmt: skip
     train.add_argument("--name", default="one-step", help="name of our decoder's row")

@@ -3,7 +3,7 @@
     python benchmarks/generation.py train --data LABELLED.tar --classes 0 1 2 … --out runs/generation
     python benchmarks/generation.py sample --count 1000 --guidance 2 --out runs/generation
     python benchmarks/generation.py score --data LABELLED.tar --held-out OTHERS.tar --out runs/generation \\
-        --decoders kl=runs/kl/model multi-step=runs/teacher/model:8 one-step=default
+        --decoders kl=runs/kl/model multi-step=runs/teacher/model:8 one-step=f8c4
     python benchmarks/generation.py show --out runs/generation
 
 `train` caches the latents of the labelled pictures and trains a DiT on them (--recipe, and any KEY=VALUE of it).
@@ -403,7 +403,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=50, help="samples at once")
     parser.add_argument("--fid", action="store_true", help="gFID too")
     train = parser.add_argument_group("train")
-    train.add_argument("--tokenizer", default="default", help="whose encoder: packaged name or folder")
+    train.add_argument("--tokenizer", default="f8c4", help="whose encoder: packaged name or folder")
     train.add_argument("--classes", type=int, nargs="+", default=[], help="labels; default: all")
     train.add_argument("--copies", type=int, default=4, help="mirrored or not, of each picture")
     train.add_argument("--recipe", default="dit-64")

@@ -562,7 +562,7 @@ def main() -> int:
     parser.add_argument("action", choices=ACTIONS)
     parser.add_argument("--out", type=Path, required=True, help="folder of the trainings")
     parser.add_argument("--data", nargs="+", default=[], help="folders or shards of photos: to train on, or held out")
-    parser.add_argument("--encoder", default="default", help="tokenizer whose encoder is used, frozen")
+    parser.add_argument("--encoder", default="f8c4", help="tokenizer whose encoder is used, frozen")
     parser.add_argument("--only", nargs="+", choices=LEVERS, help="default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="what train and score take")
     parser.add_argument("--crops", type=int, default=8000)

@@ -282,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train = parser.add_argument_group("train")
     train.add_argument("--steps", type=int, default=4000, help="optimizer steps of full, and of the others together")
     train.add_argument("--share", type=float, default=0.2, help="fraction of them that the student gets")
-    train.add_argument("--start", default="default", help="single-scale model to start from: packaged name or folder")
+    train.add_argument("--start", default="f8c4", help="single-scale model to start from: packaged name or folder")
     train.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="recipe values of full and multi")
     train.add_argument("--set-student", nargs="+", default=[], metavar="KEY=VALUE", help="recipe values of the student")
     train.add_argument("--seed", type=int, default=0)

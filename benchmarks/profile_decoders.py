@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from monobath import Tokenizer
+from monobath.evaluation.bench import random_latents
 from monobath.evaluation.peers import random_autoencoder
 from monobath.evaluation.report import machine
 from monobath.evaluation.throughput import count_flops
@@ -97,7 +98,8 @@ def ceilings(repeats: int = 5) -> dict[str, float]:
 def works(names: list[str], side: int) -> dict[str, Callable[[], Any]]:
     """A call for each decoder."""
     torch.manual_seed(0)
-    z, noise, t = torch.randn(1, 4, side // 8, side // 8), torch.randn(1, 3, side, side), torch.ones(1)
+    noise, t = torch.randn(1, 3, side, side), torch.ones(1)
+    z = torch.randn(1, 4, side // 8, side // 8)
     found: dict[str, Callable[[], Any]] = {}
     for name in names:
         if name in ("kl", "tiny"):
@@ -109,9 +111,9 @@ def works(names: list[str], side: int) -> dict[str, Callable[[], Any]]:
             found[name] = lambda decoder=decoder: decoder(noise, t, z)
         else:
             tokenizer = Tokenizer.from_pretrained(name)
-            found[name] = lambda tokenizer=tokenizer: tokenizer.decode(z)
-            fast = tokenizer.optimize()
-            found[f"{name}, optimized"] = lambda fast=fast: fast.decode(z)
+            fast, own = tokenizer.optimize(), random_latents(1, side, tokenizer.config.encoder.latent_channels)
+            found[name] = lambda tokenizer=tokenizer, own=own: tokenizer.decode(own)
+            found[f"{name}, optimized"] = lambda fast=fast, own=own: fast.decode(own)
     return found
 
 

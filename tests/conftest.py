@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from monobath import resources
 from monobath.models.decoder import Decoder, DecoderConfig
 from monobath.models.encoder import Encoder, EncoderConfig
 from monobath.tokenizer import SamplerConfig, Tokenizer, TokenizerConfig
@@ -61,6 +62,17 @@ def tiny_tokenizer(seed: int = 0, *, encoder: dict | None = None, decoder: dict 
         sampler=SamplerConfig(**sampler),
     )
     return randomise(Tokenizer(config), seed).eval()  # type: ignore[return-value]
+
+
+@pytest.fixture
+def packaged(tmp_path, monkeypatch) -> None:
+    """What is packaged, in this test: a model of 16 channels, `default`, and one of 4, `f8c4`."""
+    for name, channels in (("wide", 16), ("narrow", 4)):
+        shape = {"latent_channels": channels}
+        tiny_tokenizer(encoder=shape, decoder=shape).save_pretrained(tmp_path / "packaged/weights" / name)
+    aliases = '{"default": {"weights": "wide"}, "f8c4": {"weights": "narrow"}}'
+    (tmp_path / "packaged/weights/aliases.json").write_text(aliases)
+    monkeypatch.setattr(resources, "_ROOT", tmp_path / "packaged")
 
 
 def rand_images(*shape: int, seed: int = 0) -> Tensor:

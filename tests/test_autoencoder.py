@@ -163,7 +163,7 @@ def test_flux_which_shifts_and_scales(vae, image_to_image):
 
 @pytest.mark.parametrize("scaling_factor", [1.0, 0.3])
 def test_image_to_image_at_minimal_strength_is_the_reconstruction(scaling_factor):
-    vae = AutoencoderMonobath.from_monobath("default")
+    vae = AutoencoderMonobath.from_monobath("f8c4")
     vae.register_to_config(scaling_factor=scaling_factor)
     schedule = {"beta_start": 1e-7, "beta_end": 1e-7}  # next to no noise at the last step
     pipe = pipe_of(diffusers.StableDiffusionImg2ImgPipeline, vae, **schedule)
@@ -281,7 +281,7 @@ def test_slicing_and_tiling(steps):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_finite(dtype):
-    model = AutoencoderMonobath.from_monobath("default")
+    model = AutoencoderMonobath.from_monobath("f8c4")
     photo = Image.open(resources.sample_paths()[0]).convert("RGB").crop((0, 0, 96, 64))
     x = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None] / 127.5 - 1
     whole = model(x).sample
@@ -307,6 +307,12 @@ def test_any_size_and_forward(model):
     assert (drawn - model(x).sample).abs().max() > 1e-3
     with pytest.raises(UserError, match=r"\(1, 3, 4, 4\).*\(B, 4, h, w\)"):
         model.decode(randn(1, 3, 4, 4))
+
+
+def test_latents_of_another_model_name_a_packaged_one(packaged):
+    words = r"\(1, 4, 2, 3\): this model needs \(B, 16, h, w\); f8c4 is packaged for 4 channels"
+    with pytest.raises(UserError, match=words):
+        AutoencoderMonobath.from_monobath("default").decode(randn(1, 4, 2, 3))
 
 
 def test_gradients_reach_pixels_and_latents(model):

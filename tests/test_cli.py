@@ -182,6 +182,16 @@ def test_encode_then_decode_is_reconstruct(model, tmp_path):
         assert np.array_equal(pixels(tmp_path / "direct" / name), pixels(tmp_path / "back" / name))
 
 
+def test_latents_of_another_model_name_a_packaged_one(packaged, tmp_path, capsys):
+    source, latents = photo(tmp_path / "a.png", 24, 16), str(tmp_path / "latents")
+    assert main(["encode", source, "--out", latents, "--model", "f8c4"]) == 0
+    out = str(tmp_path / "out")
+    assert main(["decode", latents, "--out", out]) == 0  # the file names its own
+    assert main(["decode", latents, "--out", out, "--model", "default"]) == 2
+    words = "latents are (1, 4, 2, 3): this tokenizer (f8c16) needs (B, 16, h, w); f8c4 is packaged for 4 channels"
+    assert words in capsys.readouterr().err
+
+
 def test_what_a_latent_file_holds(model, tmp_path):
     source = photo(tmp_path / "a.png", 33, 21)
     assert main(["encode", source, "--out", str(tmp_path), "--model", model]) == 0

@@ -362,7 +362,7 @@ def test_mistakes_in_recipes(overrides, words):
         ({"dit": DiTConfig(**(TINY | {"latent_channels": 16}))}, "have 4 channels: set it to that"),
         ({"dit": DiTConfig(**(TINY | {"patch": 4}))}, "does not divide latents of 2×2"),
         ({"tokenizer": "nowhere", "statistics": "published"}, "cannot be loaded .* name one with generator.tokenizer"),
-        ({"tokenizer": "default", "statistics": "published"}, "holds latents of another encoder than default's"),
+        ({"tokenizer": "f8c4", "statistics": "published"}, "holds latents of another encoder than f8c4's"),
     ],
 )
 def test_recipes_that_do_not_go_with_the_cache(cache, tmp_path, generator, words):
@@ -413,7 +413,7 @@ def test_train_and_generate(cache, photos, tmp_path, capsys):
         ("--model M --out OUT --interval 0.5", "interval is [0.5]: give two times"),
         ("--model nowhere --out OUT", "no generator 'nowhere'"),
         ("--model T --out OUT", "is not a monobath generator"),
-        ("--model M --tokenizer default --out OUT", "choose a --tokenizer with that encoder"),
+        ("--model M --tokenizer f8c4 --out OUT", "choose a --tokenizer with that encoder"),
         ("--model M --tokenizer nowhere --out OUT", "no tokenizer 'nowhere'"),
     ],
 )

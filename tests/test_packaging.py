@@ -139,5 +139,6 @@ def test_only_training_knows_accelerate():
 
 
 def test_packaged_weights_are_small():
-    size = sum(f.stat().st_size for f in (SOURCE / "weights").rglob("*") if f.is_file())
-    assert 0 < size <= 16_000_000
+    for folder in {resources.weights_path(name) for name in resources.weights_names()}:
+        assert folder is not None
+        assert 0 < sum(f.stat().st_size for f in folder.iterdir()) <= 20_000_000, folder.name

@@ -839,7 +839,7 @@ def test_a_distillation_runs_and_gives_one_step_a_stage(tmp_path, photos, traine
 def test_the_packaged_recipes():
     recipe = load_recipe("cpu-progressive")
     assert recipe.model.decoder.stages == recipe.model.sampler.stages == 3
-    assert recipe.model.encoder == Tokenizer.from_pretrained("default").config.encoder
+    assert recipe.model.encoder == Tokenizer.from_pretrained("f8c4").config.encoder
     assert load_recipe("cpu-progressive-distill").distill.steps == recipe.model.sampler.steps
 
 
@@ -857,12 +857,12 @@ STAGES = ["model.decoder.stages=3", "model.sampler.stages=3"]
         ([*STAGES, "scales.drop=1.5"], "scales.drop is 1.5"),
         ([*STAGES, "model.decoder.null_latent=true"], "give both or neither"),
         ([*STAGES, "scales.renoise=true"], "renoise is for distillation"),
-        ([*STAGES, "distill.teacher=t", "init=default", "training.train_encoder=false", "distill.student_steps=2"],
+        ([*STAGES, "distill.teacher=t", "init=f8c4", "training.train_encoder=false", "distill.student_steps=2"],
          "1 step a stage"),
-        ([*STAGES, "distill.teacher=t", "init=default", "training.train_encoder=false", "scales.times=uniform"],
+        ([*STAGES, "distill.teacher=t", "init=f8c4", "training.train_encoder=false", "scales.times=uniform"],
          "only renoise counts"),
         ([*STAGES, "scales.times=uniform", "times.mean=-1"], "times.mean=-1, times.std=1 are for logit-normal times"),
-        ([*STAGES, "distill.teacher=t", "init=default", "training.train_encoder=false", "loss.time_power=1"],
+        ([*STAGES, "distill.teacher=t", "init=f8c4", "training.train_encoder=false", "loss.time_power=1"],
          "would not act on a student of one step a stage"),
         ([*STAGES, "distill.teacher=t", "training.train_encoder=false", "distill.perceptual_to=teacher"],
          "several stages learn from the image"),

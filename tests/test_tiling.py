@@ -263,7 +263,7 @@ def seams(tiled: torch.Tensor, whole: torch.Tensor, layout: Layout) -> torch.Ten
 
 @pytest.fixture(scope="module")
 def photos():
-    tok = Tokenizer.from_pretrained("default")
+    tok = Tokenizer.from_pretrained("f8c4")
     picture = mosaic(640)
     return tok, picture, tok.encode(picture).mode()
 

@@ -178,6 +178,20 @@ def test_decode_says_no(tok, z, options, words):
     assert all(word in str(error.value) for word in words)
 
 
+@pytest.mark.parametrize(
+    ("name", "channels", "words"),
+    [
+        ("default", 4, "(1, 4, 2, 3): this tokenizer (f8c16) needs (B, 16, h, w); f8c4 is packaged for 4 channels"),
+        ("f8c4", 16, "(1, 16, 2, 3): this tokenizer (f8c4) needs (B, 4, h, w); default is packaged for 16 channels"),
+        ("default", 5, "(1, 5, 2, 3): this tokenizer (f8c16) needs (B, 16, h, w)"),
+    ],
+)
+def test_latents_of_another_model_name_a_packaged_one(packaged, name, channels, words):
+    with pytest.raises(UserError) as error:
+        Tokenizer.from_pretrained(name).decode(torch.zeros(1, channels, 2, 3))
+    assert str(error.value) == f"latents are {words}"
+
+
 def test_published_factors_change_nothing(tok):
     other = Tokenizer(dataclasses.replace(tok.config, scaling_factor=0.18, shift_factor=0.3)).eval()
     other.load_state_dict(tok.state_dict())

@@ -47,13 +47,27 @@ def weights_names() -> list[str]:
 
 def weights_path(name: str) -> Path | None:
     """Folder of packaged weights (an alias is followed), or None where nothing of that name is packaged."""
-    name = _aliases().get(name, (name, 0))[0]
-    return _ROOT / "weights" / name if name in weights_names() else None
+    return _ROOT / "weights" / _folder(name) if name in weights_names() else None
 
 
 def weights_stages(name: str) -> int:
     """How many scales a packaged name decodes through (`SamplerConfig.stages`); 0: as many as its files say."""
     return _aliases().get(name, (name, 0))[1]
+
+
+def hint_for_channels(channels: int) -> str:
+    """The end of a message about latents of so many channels: which packaged weights take them, if any do."""
+    for name in weights_names():
+        folder = weights_path(name)
+        assert folder is not None
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if config["encoder"]["latent_channels"] == channels:
+            return f"; {name} is packaged for {channels} channels"
+    return ""
+
+
+def _folder(name: str) -> str:
+    return _aliases().get(name, (name, 0))[0]
 
 
 def _aliases() -> dict[str, tuple[str, int]]:

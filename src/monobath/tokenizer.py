@@ -304,7 +304,9 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
         c, f, sampler = self.config.encoder.latent_channels, self.factor, self.config.sampler
         if not isinstance(z, Tensor) or z.ndim != 4 or z.shape[1] != c or 0 in z.shape:
             shape = tuple(z.shape) if hasattr(z, "shape") else type(z).__name__
-            raise UserError(f"latents are {shape}: this tokenizer ({self.config.encoder.name}) needs (B, {c}, h, w)")
+            message = f"latents are {shape}: this tokenizer ({self.config.encoder.name}) needs (B, {c}, h, w)"
+            other = isinstance(z, Tensor) and z.ndim == 4 and z.shape[1] != c
+            raise UserError(message + (resources.hint_for_channels(z.shape[1]) if other else ""))
         if not torch.isfinite(z).all():
             raise UserError("latents contain NaN or infinity: check what produced them")
         full = (z.shape[2] * f, z.shape[3] * f)

@@ -203,7 +203,8 @@ class AutoencoderMonobath(ModelMixin, ConfigMixin):
         """
         c = self.decoder.config.latent_channels
         if z.ndim != 4 or z.shape[1] != c:
-            raise UserError(f"latents are {tuple(z.shape)}: this model needs (B, {c}, h, w)")
+            hint = resources.hint_for_channels(z.shape[1]) if z.ndim == 4 else ""
+            raise UserError(f"latents are {tuple(z.shape)}: this model needs (B, {c}, h, w){hint}")
         z = z.to(self.dtype)
         seeds = self._seeds(len(z), generator)
         step = 1 if self.use_slicing else max(1, len(z))
