@@ -15,6 +15,7 @@ pytest.importorskip("diffusers")
 from diffusers import AutoencoderKL
 
 from monobath import Tokenizer, UserError
+from monobath.models.blocks import Conv2d
 from monobath.models.decoder import DecoderConfig
 from monobath.models.kl_decoder import KLDecoder
 from monobath.tokenizer import SamplerConfig
@@ -47,6 +48,21 @@ def test_it_is_the_decoder_of_autoencoder_kl():
     z = randn(2, 4, 3, 5)
     with torch.no_grad():
         assert torch.equal(ours(z), theirs.decode(z).sample)
+
+
+def test_replicate_padding_is_theirs_with_gradients_that_compile():
+    """PyTorch's own gradient of it fails, compiled for a CPU: every 3×3 convolution must be ours."""
+    ours = KLDecoder(DecoderConfig(size="S/2", padding="replicate"), CHANNELS)
+    theirs = KLDecoder(DecoderConfig(size="S/2"), CHANNELS)
+    theirs.load_state_dict(ours.state_dict())
+    for module in theirs.decoder.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.padding_mode = "replicate"
+    z = randn(2, 4, 3, 5)
+    torch.testing.assert_close(ours(z), theirs(z))
+    wide = [m for m in ours.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)]
+    assert len(wide) > 8
+    assert all(isinstance(module, Conv2d) for module in wide)
 
 
 def test_objective_is_l1_and_its_discriminator_counts_when_told():
