@@ -149,7 +149,7 @@ def pages(tmp_path_factory) -> dict[str, Path]:
     """An evaluation's report with all it can hold, and a benchmark's."""
     folder = tmp_path_factory.mktemp("pages")
     evaluation, closeups = example()
-    found = {"eval": eval_page(evaluation, closeups), "bench": bench_page(example_bench())}
+    found = {"eval": eval_page([evaluation], closeups), "bench": bench_page(example_bench())}
     for name, text in found.items():
         (folder / f"{name}.html").write_text(text, encoding="utf-8")
     return {name: folder / f"{name}.html" for name in found}
