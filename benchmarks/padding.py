@@ -118,9 +118,10 @@ def recipe_for(name: str, args: argparse.Namespace, *, seed: int, part: int = 0)
         loss=dataclasses.replace(base.loss, perceptual=0.1 if row.kl else 0.02, grid=row.grid, kl=1e-6),
         optimizer=dataclasses.replace(base.optimizer, lr=args.lr / (1 + part), warmup=min(100, steps // 10)),
         training=dataclasses.replace(
-            base.training, steps=steps, batch_size=batch, seed=seed, sample_every=0, checkpoint_every=500
+            base.training, steps=steps, batch_size=batch, seed=seed, precision=args.precision, sample_every=0,
+            checkpoint_every=500,
         ),
-    )
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -230,6 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=64, help="side of the crops, in pixels")
     parser.add_argument("--batch", type=int, default=16, help="crops a step")
     parser.add_argument("--lr", type=float, default=6e-4, help="peak learning rate")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="of the trainings")
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256], help="sides of what is scored")
     parser.add_argument("--limit", type=int, help="at most so many held-out pictures")
     args = parser.parse_args(arguments)
