@@ -21,9 +21,9 @@ from trainings import device, exit_code, markdown
 
 from monobath import Tokenizer
 from monobath.data import iterate_eval, make_dataset
+from monobath.decoders.uvit import Decoder
 from monobath.flow import interpolate, to_clean
 from monobath.images import to_float
-from monobath.models.decoder import Decoder
 
 WEIGHTS = (0.4, 0.6, 0.8, 1.0, 1.3)
 """Of total variation, in standard deviations of the noise."""

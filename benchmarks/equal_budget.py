@@ -50,10 +50,10 @@ from trainings import (
 )
 
 from monobath import Tokenizer, UserError
+from monobath.decoders.uvit import DecoderConfig
 from monobath.evaluation.systems import TokenizerSystem
 from monobath.evaluation.throughput import system_speeds
 from monobath.files import write_text
-from monobath.models.decoder import DecoderConfig
 from monobath.tokenizer import SamplerConfig, TokenizerConfig
 from monobath.training.config import DataConfig, LossConfig, OptimizerConfig, Recipe, TimesConfig, TrainingConfig
 

@@ -23,12 +23,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from monobath.decoders.folded import OneStepDecoder
+from monobath.decoders.uvit import Decoder, DecoderConfig
 from monobath.evaluation.bench import FACTOR, random_latents
 from monobath.evaluation.throughput import Work, measure
 from monobath.export.engines import Engine, engine_call
 from monobath.models.blocks import Padding
-from monobath.models.decoder import Decoder, DecoderConfig
-from monobath.models.one_step import OneStepDecoder
 
 
 def forms(name: str, padding: Padding, z: Tensor, args: argparse.Namespace) -> dict[str, Work]:

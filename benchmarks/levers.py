@@ -34,12 +34,12 @@ from torch import Tensor, nn
 
 from monobath import Tokenizer, UserError
 from monobath.data import make_dataset, make_loader
+from monobath.decoders.uvit import DecoderConfig, Level, ResBlock, TransformerBlock, _modulate
 from monobath.evaluation.evaluate import evaluate
 from monobath.evaluation.system import Code, System
 from monobath.evaluation.throughput import system_speeds
 from monobath.files import write_file, write_text
 from monobath.images import to_float
-from monobath.models.decoder import DecoderConfig, Level, ResBlock, TransformerBlock, _modulate
 from monobath.models.encoder import EncoderConfig
 from monobath.tokenizer import SamplerConfig, TokenizerConfig
 from monobath.training.config import LossConfig, OptimizerConfig, TimesConfig

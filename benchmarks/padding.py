@@ -39,9 +39,9 @@ from trainings import (
 )
 
 from monobath import UserError
+from monobath.decoders.uvit import DecoderConfig
 from monobath.evaluation.systems import TokenizerSystem
 from monobath.models import blocks, encoder
-from monobath.models.decoder import DecoderConfig
 from monobath.tokenizer import SamplerConfig
 from monobath.training.config import Recipe
 from monobath.training.objectives import AutoencoderObjective

@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
+from monobath.decoders.uvit import Decoder, DecoderConfig
 from monobath.errors import UserError
 from monobath.integrations.diffusers import encoder_from_diffusers
 from monobath.integrations.ssdd import decoder_from_ssdd
-from monobath.models.decoder import Decoder, DecoderConfig
 
 TOLERANCE = 1e-4
 """Largest accepted relative error (norm of the difference over norm of the reference)."""

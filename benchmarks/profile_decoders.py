@@ -29,12 +29,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from monobath import Tokenizer
+from monobath.decoders.uvit import Decoder, DecoderConfig
 from monobath.evaluation.bench import random_latents
 from monobath.evaluation.peers import random_autoencoder
 from monobath.evaluation.report import machine
 from monobath.evaluation.throughput import count_flops
 from monobath.files import write_text
-from monobath.models.decoder import Decoder, DecoderConfig
 
 # What an operation is for, by the beginning of its name; the first that fits.
 GROUPS = {

@@ -42,11 +42,11 @@ from trainings import (
 )
 
 from monobath import UserError
+from monobath.autoencoders import as_encoder, split_spec
 from monobath.evaluation.system import System
 from monobath.evaluation.systems import TokenizerSystem, make_peer
 from monobath.evaluation.throughput import system_speeds
 from monobath.files import write_text
-from monobath.foreign import as_encoder, split_spec
 from monobath.training.latents import cache_latents
 from monobath.training.recipes import load_recipe
 

@@ -62,7 +62,7 @@ def measure(side: int, name: str, repeats: int | None) -> dict[str, float]:
     the peak of the one that started it, so that one must stay small."""
     import torch
 
-    from monobath.models.decoder import Decoder, DecoderConfig
+    from monobath.decoders.uvit import Decoder, DecoderConfig
     from monobath.sampling import draw_noise, euler
 
     torch.manual_seed(0)

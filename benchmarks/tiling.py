@@ -99,7 +99,8 @@ def measure(args: argparse.Namespace, side: int, tile: int) -> dict:
     import torch
 
     from monobath import Tokenizer
-    from monobath.tiling import decoder_reach, plan
+    from monobath.decoding import decoder_reach
+    from monobath.tiles import plan
 
     tokenizer = Tokenizer.from_pretrained(args.model)
     config = tokenizer.config.decoder

@@ -34,10 +34,10 @@ import torch
 from safetensors.torch import load_file
 
 from monobath import Tokenizer, UserError
+from monobath.autoencoders import as_encoder, split_spec
 from monobath.evaluation.evaluate import evaluate
 from monobath.evaluation.systems import TokenizerSystem
 from monobath.files import write_text
-from monobath.foreign import as_encoder, split_spec
 from monobath.training import checkpoints, travel
 from monobath.training.config import Recipe
 from monobath.training.latents import cache_latents

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from monobath import resources
-from monobath.models.decoder import Decoder, DecoderConfig
+from monobath.decoders.uvit import Decoder, DecoderConfig
 from monobath.models.encoder import Encoder, EncoderConfig
 from monobath.tokenizer import SamplerConfig, Tokenizer, TokenizerConfig
 

@@ -19,7 +19,7 @@ from conftest import tiny_tokenizer
 from PIL import Image
 from safetensors.torch import save_file
 
-import monobath.pretrained
+import monobath.store
 from monobath.cli import VERBS, main
 from monobath.errors import UserError
 from monobath.training import checkpoints
@@ -312,7 +312,7 @@ def test_full_disk_save_pretrained(prepared, tmp_path, full_disk):
     tokenizer, folder = tiny_tokenizer(), tmp_path / "model"
     tokenizer.save_pretrained(folder)
     before = listing(tmp_path)
-    full_disk(monobath.pretrained, "save_file")
+    full_disk(monobath.store, "save_file")
     with pytest.raises(UserError, match="No space left on device"):
         tokenizer.save_pretrained(folder)
     assert listing(tmp_path) == before

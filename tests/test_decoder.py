@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from conftest import dead_parameters, gradients, inputs, rand_images, randn, tiny_decoder, tiny_decoder_config
 
+from monobath.decoders.uvit import PATCHES, SIZES, Decoder, DecoderConfig, _modulate, mixed, timestep_embedding
 from monobath.errors import UserError
 from monobath.models.blocks import resample_to
-from monobath.models.decoder import PATCHES, SIZES, Decoder, DecoderConfig, _modulate, mixed, timestep_embedding
 from monobath.models.encoder import Encoder, EncoderConfig
 
 PAPER = {

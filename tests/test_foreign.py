@@ -18,11 +18,11 @@ from test_training import photos as photos  # the fixture
 from torch import nn
 
 from monobath import Tokenizer, UserError
+from monobath.autoencoders import as_encoder
 from monobath.cli import main
-from monobath.foreign import as_encoder
 from monobath.models import taesd
 from monobath.models.encoder import FAMILIES, EncoderConfig, Posterior
-from monobath.models.foreign import NO_SPREAD, ForeignEncoder
+from monobath.models.frozen import NO_SPREAD, ForeignEncoder
 from monobath.tokenizer import TokenizerConfig
 from monobath.training import latents, retrofit
 from monobath.training.recipes import load_recipe

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from monobath import Tokenizer, UserError
 from monobath.cli import main
+from monobath.decoders.uvit import DecoderConfig
 from monobath.integrations.ssdd import NOTICE, published_name, read_ssdd, tokenizer_from_ssdd
-from monobath.models.decoder import DecoderConfig
 from monobath.models.encoder import EncoderConfig
 from monobath.tokenizer import TokenizerConfig
 

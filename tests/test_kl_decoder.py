@@ -15,9 +15,9 @@ pytest.importorskip("diffusers")
 from diffusers import AutoencoderKL
 
 from monobath import Tokenizer, UserError
+from monobath.decoders.kl import KLDecoder
+from monobath.decoders.uvit import DecoderConfig
 from monobath.models.blocks import Conv2d
-from monobath.models.decoder import DecoderConfig
-from monobath.models.kl_decoder import KLDecoder
 from monobath.tokenizer import SamplerConfig
 from monobath.training import loop
 from monobath.training.config import LossConfig

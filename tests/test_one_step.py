@@ -5,8 +5,8 @@ import torch
 from conftest import tiny_decoder, tiny_tokenizer
 
 from monobath import UserError
-from monobath.models.decoder import Decoder, ResBlock
-from monobath.models.one_step import OneStepDecoder
+from monobath.decoders.folded import OneStepDecoder
+from monobath.decoders.uvit import Decoder, ResBlock
 
 SHAPES = {
     "finer than the latent": {"patch": 2},

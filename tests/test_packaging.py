@@ -16,10 +16,10 @@ from monobath import resources
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "monobath"
 LAYERS = [
-    "cli", "app", "export", "integrations", "evaluation", "training", "data", "generation", "tokenizer", "foreign",
-    "scales", "tiling", "sampling", "flow", "losses", "models",
+    "cli", "app", "integrations", "export", "evaluation", "training", "data", "generation", "tokenizer", "decoding",
+    "autoencoders", "store", "decoders", "losses", "models", "scales", "tiles", "sampling", "flow",
 ]  # fmt: skip
-LEAVES = {"errors", "files", "images", "pretrained", "resources", "_version"}
+LEAVES = {"errors", "files", "images", "resources", "_version"}
 ENTRY = {"__init__", "__main__"}
 MODULES = sorted(SOURCE.rglob("*.py"))
 

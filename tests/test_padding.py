@@ -22,11 +22,11 @@ from conftest import (
 from torch import Tensor, nn
 
 from monobath import Tokenizer, UserError
+from monobath.decoders.folded import OneStepDecoder
+from monobath.decoders.kl import KLDecoder
+from monobath.decoders.uvit import DecoderConfig
 from monobath.losses.grid import grid_energy
 from monobath.models.blocks import Conv2d, replicated
-from monobath.models.decoder import DecoderConfig
-from monobath.models.kl_decoder import KLDecoder
-from monobath.models.one_step import OneStepDecoder
 from monobath.tokenizer import TokenizerConfig
 from monobath.training.building import start_from
 from monobath.training.config import LossConfig, Recipe

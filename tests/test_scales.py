@@ -18,6 +18,7 @@ from test_training import rows, same, tiny_recipe, weights
 
 from monobath import Tokenizer, UserError
 from monobath.cli import main
+from monobath.decoding import predictor, previews
 from monobath.flow import velocity
 from monobath.sampling import draw_noise, euler, time_grid
 from monobath.scales import (
@@ -27,8 +28,6 @@ from monobath.scales import (
     image_pyramid,
     integrate,
     noise_pyramid,
-    predictor,
-    previews,
     sample,
     up,
 )

@@ -11,9 +11,9 @@ from conftest import randn
 from safetensors.torch import load_file
 from torch import Tensor
 
+from monobath.decoders.uvit import Decoder, DecoderConfig
 from monobath.errors import UserError
 from monobath.integrations.ssdd import decoder_from_ssdd, published_name
-from monobath.models.decoder import Decoder, DecoderConfig
 
 GOLDEN = Path(__file__).parent / "golden" / "ssdd_decoder.safetensors"
 CONFIG = {"size": "custom", "patch": 1, "channels": [16, 32, 48], "middle_blocks": 2, "heads": 4, "reach": 3}

@@ -19,7 +19,7 @@ from monobath.evaluation.systems import PEERS, TokenizerSystem, make_model, make
 from monobath.evaluation.throughput import sample_images
 from monobath.images import to_float, to_uint8
 from monobath.models import taesd
-from monobath.tiling import pad_to_multiple
+from monobath.tiles import pad_to_multiple
 
 ODD = (19, 30)  # H, W: neither is a multiple of 8
 

@@ -12,10 +12,11 @@ from PIL import Image
 
 from monobath import Tokenizer, UserError, resources
 from monobath.cli import main
+from monobath.decoders.folded import OneStep
+from monobath.decoding import decoder_reach, receptive_field, sample
 from monobath.images import to_uint8
-from monobath.models.one_step import OneStep
 from monobath.sampling import draw_noise
-from monobath.tiling import Layout, decoder_reach, plan, receptive_field, sample
+from monobath.tiles import Layout, plan
 
 LOCAL = {"norm": "local", "modulation": True}
 BARE = {"norm": "local", "modulation": False, "middle_blocks": 0, "heads": 0, "down": [0, 1], "up": [1, 1]}

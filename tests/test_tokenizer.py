@@ -16,13 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import monobath
-from monobath import Tokenizer, UserError, pretrained
+from monobath import Tokenizer, UserError, store
+from monobath.decoders.uvit import DecoderConfig
 from monobath.flow import euler_step
 from monobath.images import to_float
-from monobath.models.decoder import DecoderConfig
 from monobath.models.encoder import EncoderConfig
 from monobath.sampling import draw_noise
-from monobath.tiling import pad_to_multiple
+from monobath.tiles import pad_to_multiple
 from monobath.tokenizer import SamplerConfig, TokenizerConfig
 
 
@@ -407,7 +407,7 @@ def test_a_failing_save_keeps_the_old_model(tok, copy, monkeypatch):
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(pretrained, "save_file", half_written)
+    monkeypatch.setattr(store, "save_file", half_written)
     with pytest.raises(UserError, match="No space left"):
         tok.save_pretrained(copy)
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before

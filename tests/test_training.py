@@ -21,8 +21,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from monobath import Tokenizer, UserError
+from monobath.decoders.uvit import DecoderConfig
 from monobath.losses.perceptual import EffLiteDistance
-from monobath.models.decoder import DecoderConfig
 from monobath.models.encoder import EncoderConfig
 from monobath.tokenizer import SamplerConfig, TokenizerConfig
 from monobath.training import checkpoints, loop

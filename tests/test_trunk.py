@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 from test_training import photos as photos  # the fixture
 
 from monobath import Tokenizer, UserError
+from monobath.autoencoders import read_taesd
 from monobath.cli import main
 from monobath.data import LatentDataset
-from monobath.foreign import read_taesd
+from monobath.decoders.uvit import Decoder, DecoderConfig
+from monobath.decoding import decoder_reach, receptive_field
 from monobath.integrations.diffusers import AutoencoderMonobath
 from monobath.models import taesd
-from monobath.models.decoder import Decoder, DecoderConfig
 from monobath.sampling import draw_noise
-from monobath.tiling import decoder_reach, receptive_field
 from monobath.tokenizer import TokenizerConfig
 from monobath.training import retrofit
 

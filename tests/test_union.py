@@ -15,9 +15,9 @@ from test_training import rows, same, tiny_recipe, weights
 
 from monobath import Tokenizer, UserError, resources
 from monobath.cli import main
+from monobath.decoding import decoder_reach, previews
 from monobath.sampling import draw_noise
-from monobath.scales import image_pyramid, previews
-from monobath.tiling import decoder_reach
+from monobath.scales import image_pyramid
 from monobath.tokenizer import SamplerConfig
 from monobath.training import loop
 from monobath.training.config import LossConfig, ScalesConfig

@@ -27,9 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .flow import Prediction, _over
-from .models.decoder import Decoder
-from .sampling import Noise, draw_noise, time_grid
-from .tiling import pad_to_multiple
+from .sampling import time_grid
 
 Predict = Callable[[Tensor, Tensor, int], Tensor]
 """`(state (B, 3, h, w), noise level (B,), stage) → raw prediction (B, 3, h, w)`."""
@@ -245,67 +243,3 @@ def sample(
         yield state if last else preview
         if not last:
             state = schedule.hand_over(state, stage.index, fields[stage.index + 1])
-
-
-def predictor(decoder: Decoder, z: Tensor, guidance: float = 1.0) -> Predict:
-    """A decoder's prediction for the latents z `(B, c, h, w)`.
-
-    Args:
-        guidance: scale of classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): 1 is none; another needs
-            `DecoderConfig.null_latent` and a second call of the network a step.
-    """
-    single = decoder.config.stages == 1
-
-    def predict(state: Tensor, level: Tensor, stage: int) -> Tensor:
-        number = None if single else stage
-        given = decoder(state, level, z, number)
-        if guidance == 1:
-            return given
-        absent = decoder(state, level, decoder.without(z), number)
-        return absent + guidance * (given - absent)
-
-    return predict
-
-
-def previews(
-    decoder: Decoder,
-    z: Tensor,
-    seeds: Sequence[int],
-    *,
-    steps: int = 1,
-    power: float = 2.0,
-    noise: Noise = "gaussian",
-    guidance: float = 1.0,
-    size: tuple[int, int] | None = None,
-) -> Iterator[Tensor]:
-    """Latents → each stage's picture, from noise that is drawn per sample on the CPU.
-
-    Args:
-        z: `(B, c, h, w)`, raw, on the decoder's device and of its type; sides are padded as the stages need.
-        seeds: one a sample.
-        steps: Euler steps a stage.
-        guidance: see `predictor`.
-        size: (H, W) of the finished picture; default h·f, w·f. Previews have `ScaleSchedule.size` of it.
-
-    Returns:
-        An iterator over `(B, 3, h, w)`, not clipped.
-
-    Raises:
-        ValueError: see `time_grid` and `draw_noise`; at once, not at the first picture.
-    """
-    config = decoder.config
-    schedule, f = ScaleSchedule(config.stages), config.factor
-    size = size or (z.shape[2] * f, z.shape[3] * f)
-    time_grid(steps, power)
-    z = pad_to_multiple(z, schedule.unit(f, config.token_side), mode="replicate")
-    white = draw_noise((3, z.shape[2] * f, z.shape[3] * f), seeds, noise)
-    fields = [field.to(z) for field in noise_pyramid(white, len(schedule))]
-    kind: Prediction = config.prediction  # type: ignore[assignment]
-    images = sample(predictor(decoder, z, guidance), fields, schedule, kind=kind, steps=steps, power=power)
-
-    def cropped() -> Iterator[Tensor]:
-        for s, image in enumerate(images):
-            h, w = schedule.size(s, size)
-            yield image[:, :, :h, :w]
-
-    return cropped()

@@ -23,19 +23,19 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
 
-from . import resources, scales, tiling
+from . import decoding, resources
 from ._version import __version__
+from .autoencoders import Foreign, fitting_encoder
+from .decoders.folded import OneStep, OneStepDecoder
+from .decoders.kl import KLDecoder
+from .decoders.uvit import Decoder, DecoderConfig
 from .errors import UserError
-from .foreign import Foreign, fitting_encoder
 from .images import MAX_PIXELS, Images, images_to_tensor, tensor_to_pil, to_uint8
-from .models.decoder import Decoder, DecoderConfig
 from .models.encoder import EncoderConfig, Posterior
-from .models.foreign import make_encoder
-from .models.kl_decoder import KLDecoder
+from .models.frozen import make_encoder
 from .models.loading import load_strictly
-from .models.one_step import OneStep, OneStepDecoder
-from .pretrained import config_of, read_checkpoint, write_checkpoint
 from .sampling import Noise, seeds_for
+from .store import config_of, read_checkpoint, write_checkpoint
 
 FORMAT = "monobath-tokenizer-1"
 
@@ -165,7 +165,7 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
                 padded to a multiple of f by reflection (replication where reflection cannot).
             tile: encode in squares of this many pixels a side, one at a time, which bounds the memory of a large
                 picture; default: at once. A tile that covers the picture changes nothing.
-            overlap: pixels that neighbouring tiles share, over which they are blended; default: see `monobath.tiling`.
+            overlap: pixels that neighbouring tiles share, over which they are blended; default: `monobath.decoding`.
             max_pixels: largest accepted H × W.
 
         Returns:
@@ -177,7 +177,7 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
         """
         # One memory layout for all forms, so that the same picture takes the same kernels: equal to the last bit.
         x = images_to_tensor(images, max_pixels=max_pixels).contiguous()
-        moments = tiling.encode(
+        moments = decoding.encode(
             lambda part: self.encoder(part.to(self.device).to(self.dtype)), x, self.factor, tile=tile, overlap=overlap
         )
         return Posterior(moments, (x.shape[2], x.shape[3]))
@@ -212,7 +212,7 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
                 field.
             overlap: pixels that neighbouring tiles share, over which they are blended. Tiles of a decoder without
                 statistics over the picture (`norm: local`) are exactly the whole where the overlap suffices, which is
-                then the default. See `monobath.tiling`.
+                then the default. See `monobath.decoding`.
             output: "tensor", float32 `(B, 3, H, W)` clipped to [-1, 1]; "uint8", the same in 0…255; "pil", a list.
 
         Raises:
@@ -230,7 +230,7 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
         if guidance is not None and guidance != 1:
             raise UserError(f"guidance={guidance}: this tokenizer decodes at full resolution at once, without guidance")
         try:
-            pixels = tiling.sample(
+            pixels = decoding.sample(
                 self.decoder,
                 z.to(self.device, self.dtype),
                 seeds_for(seed, len(z)),
@@ -277,7 +277,7 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
         sampler = self.config.sampler
         assert isinstance(self.decoder, Decoder)
         try:
-            images = scales.previews(
+            images = decoding.previews(
                 self.decoder,
                 z.to(self.device, self.dtype),
                 seeds_for(seed, len(z)),
@@ -337,7 +337,7 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
     def optimize(self, *, noise: Noise | None = None, compile: bool = False) -> Tokenizer:
         """The one-step inference form: the same pictures (to rounding) with fewer operations.
 
-        Everything that is constant at t = 1 is folded into the weights (see `models/one_step.py`), and images are
+        Everything that is constant at t = 1 is folded into the weights (see `decoders/folded.py`), and images are
         kept channels-last. It is what `monobath export` writes; by itself it is hardly faster on a CPU.
 
         Args:
@@ -377,8 +377,8 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
         """Give a model of foreign latents what makes them, so that `encode` works; it is never stored with the model.
 
         Args:
-            encoder: "KIND=WHERE", an autoencoder of diffusers, or a callable; see `monobath.foreign.as_encoder`. It is
-                moved to this tokenizer's device and type. Another encoder of the same latents will do.
+            encoder: "KIND=WHERE", an autoencoder of diffusers, or a callable; see `autoencoders.as_encoder`. It
+                is moved to this tokenizer's device and type. Another encoder of the same latents will do.
 
         Returns:
             This tokenizer.

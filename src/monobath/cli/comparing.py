@@ -210,8 +210,8 @@ def bench(
 def _models(
     names: Sequence[str], steps: Sequence[int] | None, device: str, dtype: Any, encoder: str | None
 ) -> list[System]:
+    from ..autoencoders import as_encoder
     from ..evaluation.systems import make_model
-    from ..foreign import as_encoder
 
     labels = [_label(name) for name in names]
     shared, used = None if encoder is None else as_encoder(encoder), False

@@ -91,11 +91,11 @@ def engine_networks(
     """
     import torch
 
+    from ..decoders.folded import OneStepDecoder
+    from ..decoders.uvit import Decoder, DecoderConfig
     from ..evaluation.bench import CHANNELS, TINY, random_latents, tokenizer_maker
     from ..evaluation.peers import random_autoencoder
     from ..export.engines import engine_call
-    from ..models.decoder import Decoder, DecoderConfig
-    from ..models.one_step import OneStepDecoder
 
     found: dict[str, tuple[Any, Any]] = {}
     networks = {name: Decoder(DecoderConfig(size=name, latent_channels=CHANNELS)).eval() for name in decoders}

@@ -23,7 +23,7 @@ from .shared import (
 )
 
 if TYPE_CHECKING:
-    from ..models.foreign import ForeignEncoder
+    from ..models.frozen import ForeignEncoder
     from ..tokenizer import Tokenizer
 
 

@@ -20,7 +20,7 @@ def check_progressive(tokenizer: Tokenizer, model: str, tile: int | None) -> Non
     Raises:
         UserError: the model has one scale, or --tile or --engine is given.
     """
-    from ..models.one_step import OneStep
+    from ..decoders.folded import OneStep
 
     if tokenizer.config.decoder.stages == 1:
         raise UserError(f"--progressive needs a multi-scale model, and {model} has one scale: leave it out")

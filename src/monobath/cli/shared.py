@@ -13,7 +13,7 @@ from ..errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from ..models.foreign import ForeignEncoder
+    from ..models.frozen import ForeignEncoder
     from ..tokenizer import Tokenizer
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -32,7 +32,7 @@ def load_tokenizer(name: str, device: str, dtype: str, encoder: str | None = Non
 
 def read_encoder(encoder: str, device: str) -> ForeignEncoder:
     """A foreign encoder, KIND=WHERE, alone."""
-    from ..foreign import as_encoder
+    from ..autoencoders import as_encoder
 
     return as_encoder(encoder).to(checked_device(device))
 

@@ -92,7 +92,7 @@ def _of_encoder(encoder: str | None) -> list[str]:
     """Recipe overrides for --encoder."""
     if encoder is None:
         return []
-    from ..foreign import split_spec
+    from ..autoencoders import split_spec
 
     family, source = split_spec(encoder)
     return [f"model.encoder.family={family}", f"model.encoder.source={source}"]

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..decoders.uvit import Decoder, DecoderConfig
 from ..errors import UserError
-from ..models.decoder import Decoder, DecoderConfig
 from ..sampling import draw_noise, euler
-from ..tiling import pad_to_multiple
+from ..tiles import pad_to_multiple
 from ..tokenizer import Tokenizer
 from .peers import coding_parts, placed, random_autoencoder
 from .report import machine

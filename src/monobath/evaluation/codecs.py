@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..images import pil_to_tensor, tensor_to_pil, to_float, to_uint8
-from ..tiling import pad_to_multiple
+from ..tiles import pad_to_multiple
 from .system import Code, System
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..foreign import (
+from ..autoencoders import (
     ARCHITECTURES,
     autoencoder_factor,
     coding_parts,
@@ -18,7 +18,7 @@ from ..foreign import (
     read_taesd,
 )
 from ..models import taesd
-from ..tiling import pad_to_multiple
+from ..tiles import pad_to_multiple
 from .system import Code, System
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import resources
+from ..autoencoders import Foreign
 from ..errors import UserError
-from ..foreign import Foreign
-from ..models.foreign import ForeignEncoder
+from ..models.frozen import ForeignEncoder
 from ..sampling import Noise
 from ..tokenizer import Tokenizer
 from .system import Code, System

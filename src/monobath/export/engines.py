@@ -3,7 +3,7 @@
     fast = with_engine(tokenizer, "openvino")
     pictures = fast.decode(z, output="pil")
 
-Every engine runs the folded decoder of `models/one_step.py` from one file with free batch, height and width: an ONNX
+Every engine runs the folded decoder of `decoders/folded.py` from one file with free batch, height and width: an ONNX
 model, or what `torch.export` makes, as it is or compiled ahead of time by AOTInductor (which needs a C++ compiler).
 `write_export` keeps the file for other programs. Input `latent` (B, c, h, w) and, for
 decoders that start from Gaussian noise, `noise` (B, 3, H, W); output `image` (B, 3, H, W), not clipped, all float32.
@@ -28,10 +28,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..decoders.folded import OneStep, OneStepDecoder
+from ..decoders.uvit import Decoder, DecoderConfig
 from ..errors import UserError
 from ..files import write_file
-from ..models.decoder import Decoder, DecoderConfig
-from ..models.one_step import OneStep, OneStepDecoder
 from ..sampling import Noise, draw_noise
 from ..tokenizer import Tokenizer
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..models.dit import DiT, DiTConfig
 from ..models.loading import load_strictly
-from ..pretrained import config_of, read_checkpoint, write_checkpoint
 from ..sampling import draw_noise, euler, seeds_for
+from ..store import config_of, read_checkpoint, write_checkpoint
 from .guidance import guided
 
 FORMAT = "monobath-generator-1"

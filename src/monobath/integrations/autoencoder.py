@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import resources, tiling
+from .. import decoding, resources
+from ..autoencoders import Foreign, fitting_encoder
+from ..decoders.folded import OneStep
+from ..decoders.uvit import Decoder
 from ..errors import UserError
-from ..foreign import Foreign, fitting_encoder
-from ..models.decoder import Decoder
 from ..models.encoder import EncoderConfig
-from ..models.foreign import make_encoder
-from ..models.one_step import OneStep
+from ..models.frozen import make_encoder
 from ..tokenizer import SamplerConfig, Tokenizer, TokenizerConfig
 
 try:
@@ -180,7 +180,7 @@ class AutoencoderMonobath(ModelMixin, ConfigMixin):
         x = x.to(self.dtype)
         factor = self.encoder.config.factor
         parts = x.split(1) if self.use_slicing else (x,)
-        moments = [tiling.encode(self.encoder, part, factor, tile=self.tile, overlap=self.overlap) for part in parts]
+        moments = [decoding.encode(self.encoder, part, factor, tile=self.tile, overlap=self.overlap) for part in parts]
         distribution = LatentDistribution(torch.cat(moments).to(self.dtype))
         return AutoencoderKLOutput(latent_dist=distribution) if return_dict else (distribution,)
 
@@ -209,7 +209,7 @@ class AutoencoderMonobath(ModelMixin, ConfigMixin):
         seeds = self._seeds(len(z), generator)
         step = 1 if self.use_slicing else max(1, len(z))
         images = [
-            tiling.sample(
+            decoding.sample(
                 self.decoder,
                 z[i : i + step],
                 seeds[i : i + step],
@@ -257,11 +257,11 @@ class AutoencoderMonobath(ModelMixin, ConfigMixin):
         self.use_slicing = False
 
     def enable_tiling(self, use_tiling: bool = True, *, tile: int = TILE, overlap: int | None = None) -> None:
-        """Encode and decode pictures above `tile` in overlapping squares, with bounded memory; see `monobath.tiling`.
+        """Encode and decode pictures above `tile` in overlapping squares, with bounded memory; see `monobath.decoding`.
 
         Args:
             tile: side of a square, in pixels.
-            overlap: pixels that neighbours share; default: what `monobath.tiling` finds best.
+            overlap: pixels that neighbours share; default: what `monobath.decoding` finds best.
         """
         self.tile, self.overlap = (tile, overlap) if use_tiling else (None, None)
 

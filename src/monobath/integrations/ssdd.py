@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..decoders.uvit import SIZES, Decoder, DecoderConfig
 from ..errors import UserError
-from ..models.decoder import SIZES, Decoder, DecoderConfig
 from ..models.encoder import EncoderConfig
 from ..models.loading import load_strictly
 from ..tokenizer import SamplerConfig, Tokenizer, TokenizerConfig

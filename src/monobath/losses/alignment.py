@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..decoders.uvit import Decoder, Level, Middle
 from ..errors import UserError
-from ..models.decoder import Decoder, Level, Middle
 from .perceptual import EffLiteDistance
 
 HIDDEN = 2048

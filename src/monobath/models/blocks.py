@@ -89,6 +89,14 @@ def norm_groups(channels: int, groups: int = 32) -> int:
     return next(n for n in range(limit, 0, -1) if channels % n == 0)
 
 
+def timestep_embedding(t: Tensor, width: int) -> Tensor:
+    """Sinusoidal embedding of 1000·t: `(B,)` in [0, 1] → `(B, width)`, cosines first, periods to 10 000."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    angles = 1000 * t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
 def resample_to(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Bring a latent-resolution map `(B, C, h, w)` to a feature map's size.
 

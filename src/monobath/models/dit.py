@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
-from .blocks import zero_init
-from .decoder import timestep_embedding
+from .blocks import timestep_embedding, zero_init
 
 # arXiv 2212.09748, table 1: layers N, hidden size d, heads; and the parameters that it states, with patch 2, c = 4.
 SIZES: dict[str, tuple[int, int, int]] = {

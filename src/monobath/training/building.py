@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
+from ..autoencoders import read_taesd
 from ..data import LatentDataset, PhotoDataset, StreamDataset
+from ..decoders.uvit import Decoder
 from ..errors import UserError
-from ..foreign import read_taesd
-from ..models.decoder import Decoder
 from ..models.encoder import FAMILIES
 from ..models.loading import load_strictly
 from ..tokenizer import Tokenizer

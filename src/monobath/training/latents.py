@@ -31,7 +31,7 @@ from ..errors import UserError
 from ..files import write_folder
 from ..images import MAX_PIXELS, to_float
 from ..models.encoder import Encoder, EncoderConfig, Posterior
-from ..models.foreign import ForeignEncoder, missing_encoder, without_spread
+from ..models.frozen import ForeignEncoder, missing_encoder, without_spread
 from ..tokenizer import Tokenizer
 from .config import DataConfig
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import flow
+from ..decoders.folded import OneStep
+from ..decoders.uvit import Decoder
 from ..errors import UserError
 from ..losses.alignment import Alignment, alignment_features
 from ..losses.grid import grid_energy
 from ..losses.perceptual import PooledDistance, perceptual_distance
-from ..models.decoder import Decoder
 from ..models.encoder import Posterior
-from ..models.one_step import OneStep
 from ..tokenizer import Tokenizer
 from .config import LossConfig, TimesConfig
 

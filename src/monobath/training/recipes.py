@@ -20,8 +20,8 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from .. import resources
+from ..autoencoders import as_encoder
 from ..errors import UserError
-from ..foreign import as_encoder
 from ..tokenizer import Tokenizer
 from .config import Recipe
 

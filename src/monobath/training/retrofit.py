@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import LatentDataset, PhotoDataset, StreamDataset, make_loader
+from ..decoders.uvit import Decoder
 from ..images import to_float
 from ..models.blocks import Padding
-from ..models.decoder import Decoder
 from ..models.encoder import Posterior
-from ..models.foreign import without_spread
+from ..models.frozen import without_spread
 from ..tokenizer import Tokenizer
 from .latents import LatentMoments, stored_moments
 

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import flow
+from ..decoders.uvit import Decoder
+from ..decoding import predictor
 from ..errors import UserError
 from ..flow import Prediction, time_weight
-from ..models.decoder import Decoder
 from ..sampling import time_grid
-from ..scales import Predict, ScaleSchedule, Stage, image_pyramid, integrate, noise_pyramid, predictor
+from ..scales import Predict, ScaleSchedule, Stage, image_pyramid, integrate, noise_pyramid
 from ..tokenizer import Tokenizer
 from .config import DistillConfig, LossConfig, ScalesConfig
 from .distillation import DistillationObjective

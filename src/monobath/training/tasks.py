@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from ..data import LatentDataset, PhotoDataset, StreamDataset, iterate_eval, make_dataset
+from ..decoders.uvit import Decoder
 from ..errors import UserError
 from ..images import to_float
-from ..models.decoder import Decoder
 from ..tokenizer import TokenizerConfig
 from .building import make_objective, make_samples, make_tokenizer
 from .config import Recipe

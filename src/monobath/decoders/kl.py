@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .blocks import Conv2d, norm_groups
-from .decoder import DecoderConfig
-from .one_step import OneStep
+from ..models.blocks import Conv2d, norm_groups
+from .folded import OneStep
+from .uvit import DecoderConfig
 
 
 class KLDecoder(OneStep):

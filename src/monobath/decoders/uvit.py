@@ -19,9 +19,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
-from . import taesd
-from .attention import windowed_attention
-from .blocks import Conv2d, Padding, check_padding, cosine_basis, norm_groups, resample_to, zero_init
+from ..models import taesd
+from ..models.attention import windowed_attention
+from ..models.blocks import (
+    Conv2d,
+    Padding,
+    check_padding,
+    cosine_basis,
+    norm_groups,
+    resample_to,
+    timestep_embedding,
+    zero_init,
+)
 
 # SSDD table 1: base width, multipliers, middle blocks. XS is ours. Decoder parameters at patch 1, c = 4:
 SIZES: dict[str, tuple[int, tuple[int, ...], int]] = {
@@ -210,14 +219,6 @@ class DecoderConfig:
     def read_factor(self) -> int:
         """Side of the pixel square behind one position of that."""
         return self.factor // taesd.TRUNKS[self.trunk] if self.trunk else self.factor
-
-
-def timestep_embedding(t: Tensor, width: int) -> Tensor:
-    """Sinusoidal embedding of 1000·t: `(B,)` in [0, 1] → `(B, width)`, cosines first, periods to 10 000."""
-    half = width // 2
-    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
-    angles = 1000 * t.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 class ResBlock(nn.Module):

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import windowed_attention
-from .blocks import Conv2d
-from .decoder import (
+from ..models.attention import windowed_attention
+from ..models.blocks import Conv2d, timestep_embedding
+from .uvit import (
     Decoder,
     DecoderConfig,
     Level,
@@ -28,7 +28,6 @@ from .decoder import (
     TransformerBlock,
     enlarged,
     normed_tokens,
-    timestep_embedding,
 )
 
 L = TypeVar("L", nn.Conv2d, nn.Linear)

@@ -13,18 +13,17 @@ are equal to the untiled picture up to the order of additions.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import UserError
-from .models.decoder import Decoder, DecoderConfig
-from .models.kl_decoder import KLDecoder
-from .models.one_step import OneStep, OneStepDecoder
-from .sampling import Noise, draw_noise, euler
+from .decoders.folded import OneStep, OneStepDecoder
+from .decoders.kl import KLDecoder
+from .decoders.uvit import Decoder, DecoderConfig
+from .flow import Prediction
+from .sampling import Noise, draw_noise, euler, time_grid
+from .scales import Predict, ScaleSchedule, noise_pyramid
+from .scales import sample as sample_stages
+from .tiles import assembled, pad_to_multiple, plan
 
 Interval = tuple[int, int]
 """First and last pixel, both included."""
@@ -101,7 +100,7 @@ def sample(
 
         return part
 
-    return _assembled(picture, len(z), layout, size, finish)
+    return assembled(picture, len(z), layout, size, finish)
 
 
 def encode(
@@ -136,17 +135,7 @@ def encode(
         return part
 
     cells = layout.divided(f)
-    return _assembled(picture, len(x), cells, (cells.rows[-1].stop, cells.cols[-1].stop), lambda moments: moments)
-
-
-def pad_to_multiple(x: Tensor, multiple: int, mode: Literal["reflect", "replicate"] = "reflect") -> Tensor:
-    """Pad right and bottom so that both sides are multiples; replicate where a side is too short to reflect."""
-    for dim in (2, 3):
-        pad = -x.shape[dim] % multiple
-        if pad:
-            way = mode if pad < x.shape[dim] else "replicate"
-            x = F.pad(x, (0, 0, 0, pad) if dim == 2 else (0, pad, 0, 0), mode=way)
-    return x
+    return assembled(picture, len(x), cells, (cells.rows[-1].stop, cells.cols[-1].stop), lambda moments: moments)
 
 
 # ---- how far a pixel sees ---------------------------------------------------------------------------
@@ -214,106 +203,68 @@ def _one_pass(config: DecoderConfig, output: Interval) -> tuple[Interval, Interv
     return pixels, (min(first for first, _ in reads), max(last for _, last in reads))
 
 
-# ---- tiles ------------------------------------------------------------------------------------------
+# ---- coarse to fine ----
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where the tiles are; every tile is `rows[i]` × `cols[j]`."""
-
-    rows: list[slice]
-    cols: list[slice]
-    cut: int = 0
-    """0: overlaps are ramps. Else they are cut in the middle, at a multiple of this."""
-
-    def divided(self, by: int) -> Layout:
-        """The same on a grid whose positions are `by` pixels."""
-        rows, cols = ([slice(s.start // by, s.stop // by) for s in spans] for spans in (self.rows, self.cols))
-        return Layout(rows, cols, self.cut // by)
-
-
-def plan(size: tuple[int, int], tile: int, overlap: int | None, unit: int, reach: int | None) -> Layout | None:
-    """Tiles for a picture of `size`, whose sides are multiples of `unit`; None if one tile covers it.
+def predictor(decoder: Decoder, z: Tensor, guidance: float = 1.0) -> Predict:
+    """A decoder's prediction for the latents z `(B, c, h, w)`.
 
     Args:
-        tile, overlap: see `sample`.
-        unit: every tile begins and ends at a multiple of this.
-        reach: how far a unit square sees, in pixels; None: everywhere.
+        guidance: scale of classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): 1 is none; another needs
+            `DecoderConfig.null_latent` and a second call of the network a step.
+    """
+    single = decoder.config.stages == 1
+
+    def predict(state: Tensor, level: Tensor, stage: int) -> Tensor:
+        number = None if single else stage
+        given = decoder(state, level, z, number)
+        if guidance == 1:
+            return given
+        absent = decoder(state, level, decoder.without(z), number)
+        return absent + guidance * (given - absent)
+
+    return predict
+
+
+def previews(
+    decoder: Decoder,
+    z: Tensor,
+    seeds: Sequence[int],
+    *,
+    steps: int = 1,
+    power: float = 2.0,
+    noise: Noise = "gaussian",
+    guidance: float = 1.0,
+    size: tuple[int, int] | None = None,
+) -> Iterator[Tensor]:
+    """Latents → each stage's picture, from noise that is drawn per sample on the CPU.
+
+    Args:
+        z: `(B, c, h, w)`, raw, on the decoder's device and of its type; sides are padded as the stages need.
+        seeds: one a sample.
+        steps: Euler steps a stage.
+        guidance: see `predictor`.
+        size: (H, W) of the finished picture; default h·f, w·f. Previews have `ScaleSchedule.size` of it.
+
+    Returns:
+        An iterator over `(B, 3, h, w)`, not clipped.
 
     Raises:
-        UserError: a tile below two units, or an overlap that is negative or leaves no step.
+        ValueError: see `time_grid` and `draw_noise`; at once, not at the first picture.
     """
-    for name, value in (("tile", tile), ("overlap", overlap)):
-        if not isinstance(value, int) and not (name == "overlap" and value is None):
-            raise UserError(f"{name}={value!r}: give a whole number of pixels")
-    side = tile // unit * unit
-    if side < 2 * unit:
-        raise UserError(f"tile={tile}: this model needs tiles of at least {2 * unit} pixels")
-    exact = None if reach is None else 2 * (-(-reach // unit) * unit)
-    if overlap is None:
-        overlap = exact if exact is not None and exact <= side // 2 else min(side // 4, max(64, side // 8))
-    shared = -(-overlap // unit) * unit
-    if overlap < 0 or shared >= side:
-        raise UserError(f"overlap={overlap} with tile={tile}: it must be at least 0 and at most {side - unit}")
-    if size[0] <= side and size[1] <= side:
-        return None
-    rows, cols = (_spans(length, side, shared, unit) for length in size)
-    return Layout(rows, cols, unit if exact is not None and shared >= exact else 0)
+    config = decoder.config
+    schedule, f = ScaleSchedule(config.stages), config.factor
+    size = size or (z.shape[2] * f, z.shape[3] * f)
+    time_grid(steps, power)
+    z = pad_to_multiple(z, schedule.unit(f, config.token_side), mode="replicate")
+    white = draw_noise((3, z.shape[2] * f, z.shape[3] * f), seeds, noise)
+    fields = [field.to(z) for field in noise_pyramid(white, len(schedule))]
+    kind: Prediction = config.prediction  # type: ignore[assignment]
+    images = sample_stages(predictor(decoder, z, guidance), fields, schedule, kind=kind, steps=steps, power=power)
 
+    def cropped() -> Iterator[Tensor]:
+        for s, image in enumerate(images):
+            h, w = schedule.size(s, size)
+            yield image[:, :, :h, :w]
 
-def _spans(length: int, side: int, overlap: int, unit: int) -> list[slice]:
-    """Equal spans that cover `length`, evenly spread at multiples of `unit`; neighbours share `overlap` or more."""
-    side = min(side, length)
-    gaps = -(-(length - side) // (side - overlap)) if length > side else 0
-    first = [(length - side) // unit * i // max(1, gaps) * unit for i in range(gaps + 1)]
-    return [slice(a, a + side) for a in first]
-
-
-def _assembled(
-    picture: Callable[[int], Callable[[slice, slice], Tensor]],
-    batch: int,
-    layout: Layout,
-    size: tuple[int, int],
-    finish: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """All samples, one after the other, strip by strip into one tensor."""
-    out = None
-    for i in range(batch):
-        for top, strip in _strips(picture(i), layout):
-            strip = finish(strip[:, :, : max(0, size[0] - top), : size[1]])
-            if out is None:
-                out = strip.new_empty(batch, strip.shape[1], *size)
-            out[i : i + 1, :, top : top + strip.shape[2]] = strip
-    assert out is not None
-    return out
-
-
-def _strips(part: Callable[[slice, slice], Tensor], layout: Layout) -> Iterator[tuple[int, Tensor]]:
-    """(first row, finished rows `(1, C, n, W)`), from the top down. Only one row of tiles is held, in float32."""
-    above = None  # rows of the tiles above that this row of tiles shares
-    for i, rows in enumerate(layout.rows):
-        strip = None
-        for j, cols in enumerate(layout.cols):
-            tile = part(rows, cols).float()
-            if strip is None:
-                strip = tile.new_empty(*tile.shape[:3], layout.cols[-1].stop)
-            shared = layout.cols[j - 1].stop - cols.start if j else 0
-            ramp = _ramp(shared, layout.cut).to(tile)
-            both = slice(cols.start, cols.start + shared)
-            strip[..., both] = torch.lerp(strip[..., both], tile[..., :shared], ramp)
-            strip[..., both.stop : cols.stop] = tile[..., shared:]
-        assert strip is not None
-        if above is not None:
-            shared = above.shape[2]
-            strip[:, :, :shared] = torch.lerp(above, strip[:, :, :shared], _ramp(shared, layout.cut).to(above)[:, None])
-        stop = layout.rows[i + 1].start if i + 1 < len(layout.rows) else rows.stop
-        above = strip[:, :, stop - rows.start :].clone()
-        yield rows.start, strip[:, :, : stop - rows.start]
-
-
-def _ramp(length: int, cut: int) -> Tensor:
-    """Weights `(length,)` of the later of two tiles over what they share: from 0 to 1."""
-    position = torch.arange(length, dtype=torch.float32)
-    if cut:
-        return (position >= length // 2 // cut * cut).float()
-    return ((position + 0.5 - length / 4) / max(length / 2, 1)).clamp(0, 1)
+    return cropped()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .errors import UserError
 from .models import taesd
 from .models.encoder import FAMILIES, EncoderConfig
-from .models.foreign import Encoding, ForeignEncoder, GaussianMoments, UnitRange
+from .models.frozen import Encoding, ForeignEncoder, GaussianMoments, UnitRange
 
 Foreign = str | ForeignEncoder | Callable[[Tensor], Encoding]
 """What `as_encoder` takes; an autoencoder of diffusers is a callable too."""

@@ -2,7 +2,7 @@
 
 SSDD (arXiv 2510.04961) shares one encoder between all decoders, so a decoder can be fitted to anybody's latents. What
 encodes is any callable: images `(B, 3, H, W)` in [-1, 1] → latents `(B, c, H/f, W/f)` if it is deterministic, else
-their mean and log-variance. `ForeignEncoder` gives it the contract of ours; `monobath.foreign` reads it from files.
+their mean and log-variance. `ForeignEncoder` gives it the contract of ours; `monobath.autoencoders` reads files.
 """
 
 from __future__ import annotations

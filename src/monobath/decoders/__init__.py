@@ -1,0 +1,1 @@
+"""Decoders: types behind one contract."""
