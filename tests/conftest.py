@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from monobath import resources
-from monobath.decoders.uvit import Decoder, DecoderConfig
+from monobath.decoders import DecoderConfig, PixelDecoder, decoder_config, make_decoder
+from monobath.decoding import Decoding, SamplerConfig, pictures
 from monobath.models.encoder import Encoder, EncoderConfig
-from monobath.tokenizer import SamplerConfig, Tokenizer, TokenizerConfig
+from monobath.tokenizer import Tokenizer, TokenizerConfig
 
 
 @pytest.fixture(autouse=True)
@@ -44,15 +45,15 @@ def tiny_decoder_config(**changes) -> DecoderConfig:
         "size": "custom", "patch": 4, "channels": [16, 24], "middle_blocks": 2, "heads": 2,
         "reach": 2, "down_blocks": 1,
     }  # fmt: skip
-    return DecoderConfig(**(shape | changes))
+    return decoder_config(shape | changes)
 
 
 def tiny_encoder(seed: int = 0, **changes) -> Encoder:
     return randomise(Encoder(tiny_encoder_config(**changes)), seed).eval()  # type: ignore[return-value]
 
 
-def tiny_decoder(seed: int = 0, **changes) -> Decoder:
-    return randomise(Decoder(tiny_decoder_config(**changes)), seed).eval()  # type: ignore[return-value]
+def tiny_decoder(seed: int = 0, **changes) -> PixelDecoder:
+    return randomise(make_decoder(tiny_decoder_config(**changes)), seed).eval()  # type: ignore[return-value]
 
 
 def tiny_tokenizer(seed: int = 0, *, encoder: dict | None = None, decoder: dict | None = None, **sampler) -> Tokenizer:
@@ -62,6 +63,13 @@ def tiny_tokenizer(seed: int = 0, *, encoder: dict | None = None, decoder: dict 
         sampler=SamplerConfig(**sampler),
     )
     return randomise(Tokenizer(config), seed).eval()  # type: ignore[return-value]
+
+
+def sample(decoder: PixelDecoder, z: Tensor, seeds: list[int], **options) -> Tensor:
+    """The picture that a decoder makes of latents, by `monobath.decoding`, not clipped."""
+    how = Decoding(seed=seeds, **options).checked(decoder, SamplerConfig(noise=decoder.fixed or "gaussian"), z)
+    *_, picture = pictures(decoder, z, how)
+    return picture
 
 
 @pytest.fixture

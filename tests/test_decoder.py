@@ -11,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from conftest import dead_parameters, gradients, inputs, rand_images, randn, tiny_decoder, tiny_decoder_config
 
-from monobath.decoders.uvit import PATCHES, SIZES, Decoder, DecoderConfig, _modulate, mixed, timestep_embedding
+from monobath.decoders import decoder_config, make_decoder
+from monobath.decoders.base import mixed
+from monobath.decoders.unet import modulate
+from monobath.decoders.uvit import PATCHES, SIZES
 from monobath.errors import UserError
-from monobath.models.blocks import resample_to
+from monobath.models.blocks import resample_to, timestep_embedding
 from monobath.models.encoder import Encoder, EncoderConfig
 
 PAPER = {
@@ -37,7 +40,7 @@ FORMS = [
 @pytest.mark.parametrize("size", PAPER)
 def test_paper_parameter_counts(size):
     with torch.device("meta"):
-        decoder = Decoder(DecoderConfig(size=f"{size}/1"))
+        decoder = make_decoder(decoder_config({"size": f"{size}/1"}))
     assert decoder.config.prediction == "v"
     assert sum(p.numel() for p in decoder.parameters()) == PAPER[size]
 
@@ -45,11 +48,11 @@ def test_paper_parameter_counts(size):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("patch", PATCHES)
 def test_every_size_and_patch(size, patch):
-    config = DecoderConfig(size=f"{size}/{patch}")
+    config = decoder_config({"size": f"{size}/{patch}"})
     assert config.token_side == 8
     assert config.prediction == ("v" if patch == 1 else "x")
     with torch.device("meta"):
-        decoder = Decoder(config)
+        decoder = make_decoder(config)
         out = decoder(torch.zeros(1, 3, 16, 24), torch.zeros(1), torch.zeros(1, 4, 2, 3))
     assert out.shape == (1, 3, 16, 24)
 
@@ -164,7 +167,7 @@ def test_channels_last_is_the_same_function():
 
 
 def test_untrained_residual_branches_are_the_identity():
-    decoder = Decoder(tiny_decoder_config())
+    decoder = make_decoder(tiny_decoder_config())
     assert all(not p.any() for n, p in decoder.named_parameters() if ".conv2." in n or ".mlp_out." in n)
 
 
@@ -173,7 +176,7 @@ def test_untrained_residual_branches_are_the_identity():
 def test_linear_skips_start_as_a_low_pass(channels, factor):
     """Encoder's shortcut, then the decoder's, is a projection to low frequencies that keeps grey constants."""
     encoder = Encoder(EncoderConfig(base=8, factor=factor, latent_channels=channels, linear_skip=True))
-    decoder = Decoder(tiny_decoder_config(latent_channels=channels, factor=factor, linear_skip=True))
+    decoder = make_decoder(tiny_decoder_config(latent_channels=channels, factor=factor, linear_skip=True))
     with torch.no_grad():  # silence everything but the shortcuts
         for parameter in (*encoder.moments.parameters(), *decoder.conv_out.parameters()):
             parameter.zero_()
@@ -218,7 +221,7 @@ def test_linear_skips_start_as_a_low_pass(channels, factor):
 )
 def test_config_cross_checks(changes, words):
     with pytest.raises(UserError) as error:
-        DecoderConfig(**changes)
+        decoder_config(changes)
     assert all(word in str(error.value) for word in words)
 
 
@@ -244,13 +247,13 @@ def test_modulation_is_the_plain_formula(grid):
     x = randn(2, 3, 8, 12).requires_grad_()
     modulation = randn(2, 6, *grid, seed=1).requires_grad_()
     scale, shift = resample_to(modulation, (8, 12)).chunk(2, dim=1)
-    expected, out = x * (1 + scale) + shift, _modulate(x, modulation)
+    expected, out = x * (1 + scale) + shift, modulate(x, modulation)
     assert torch.allclose(out, expected, atol=1e-6)
     weights = randn(2, 3, 8, 12, seed=2)
     grads = [torch.autograd.grad((y * weights).sum(), (x, modulation)) for y in (expected, out)]
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads, strict=True))
     last = [y.detach().contiguous(memory_format=torch.channels_last) for y in (x, modulation)]
-    out = _modulate(*last)
+    out = modulate(*last)
     if grid != (1, 1):  # whose layout is ambiguous
         assert out.is_contiguous(memory_format=torch.channels_last)  # no hidden change of layout
     assert torch.allclose(out, expected, atol=1e-6)
@@ -289,11 +292,11 @@ def test_levels_take_any_number_of_blocks(down, up):
 
 @pytest.mark.parametrize(("name", "channels"), [("CS/4", [64, 128]), ("CM/4", [96, 192]), ("CL/4", [128, 256])])
 def test_convolutional_presets(name, channels):
-    config = DecoderConfig(size=name)
+    config = decoder_config({"size": name})
     assert (config.patch, config.channels, config.prediction, config.token_side) == (4, channels, "x", 8)
-    assert (config.norm, config.modulation, config.linear_skip, config.middle_blocks) == ("local", False, True, 0)
-    assert DecoderConfig(**dataclasses.asdict(config)) == config  # as stored with the weights
-    kinds = {type(module).__name__ for module in Decoder(config).modules()}
+    assert (config.kind, config.linear_skip) == ("conv", True)
+    assert decoder_config(dataclasses.asdict(config)) == config  # as stored with the weights
+    kinds = {type(module).__name__ for module in make_decoder(config).modules()}
     assert not kinds & {"GroupNorm", "LayerNorm", "TransformerBlock"}
 
 
@@ -301,10 +304,10 @@ def test_convolutional_presets(name, channels):
 def test_decoders_without_norms_start_with_activations_near_one(upsampling):
     """From zero noise and latents of the usual size, at every convolution on the way."""
     torch.manual_seed(0)
-    decoder = Decoder(
-        DecoderConfig(
-            size="custom", patch=4, channels=[48, 64, 96], prediction="x", linear_skip=True, norm="local",
-            modulation=False, middle_blocks=0, down=[0, 1, 2], up=[2, 2, 3], upsampling=upsampling,
+    decoder = make_decoder(
+        tiny_decoder_config(
+        channels=[48, 64, 96], prediction="x", linear_skip=True, norm="local", modulation=False, middle_blocks=0,
+        down=[0, 1, 2], up=[2, 2, 3], upsampling=upsampling,
         )
     )  # fmt: skip
     found = {}
@@ -338,7 +341,7 @@ def test_mixing_with_the_noisy_image_is_the_best_linear_estimate():
 def test_mixing_is_asked_for_with_sense():
     decoder = tiny_decoder(residual=0.1)
     x_t, t, z = inputs(2, 16, 40)
-    plain = Decoder(dataclasses.replace(decoder.config, residual=0.0))
+    plain = make_decoder(dataclasses.replace(decoder.config, residual=0.0))
     plain.load_state_dict(decoder.state_dict())  # no weight of its own
     assert torch.allclose(decoder(x_t, t, z), mixed(plain(x_t, t, z), x_t, t, 0.1), atol=1e-6)
     with pytest.raises(UserError, match=r"residual is -1"):

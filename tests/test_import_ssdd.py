@@ -17,7 +17,7 @@ from torch import Tensor
 
 from monobath import Tokenizer, UserError
 from monobath.cli import main
-from monobath.decoders.uvit import DecoderConfig
+from monobath.decoders import UViTConfig, decoder_config
 from monobath.integrations.ssdd import NOTICE, published_name, read_ssdd, tokenizer_from_ssdd
 from monobath.models.encoder import EncoderConfig
 from monobath.tokenizer import TokenizerConfig
@@ -49,7 +49,7 @@ def small(factor: int = 8, latent_channels: int = 4) -> Tokenizer:
         encoder=EncoderConfig(
             factor=factor, latent_channels=latent_channels, base=32, multipliers=[1, 2, 2, 2, 3][:levels], blocks=1
         ),
-        decoder=DecoderConfig(
+        decoder=UViTConfig(
             size="custom", patch=1, channels=[32, 32, 64, 64], middle_blocks=2, heads=4, reach=3, prediction="v",
             factor=factor, latent_channels=latent_channels,
         ),
@@ -81,7 +81,7 @@ def photo(path: Path) -> str:
 
 def test_the_published_s_has_our_shapes_under_its_names():
     with torch.device("meta"):
-        ours = Tokenizer(TokenizerConfig(decoder=DecoderConfig(size="S/1")))
+        ours = Tokenizer(TokenizerConfig(decoder=decoder_config({"size": "S/1"})))
     assert {k: tuple(v.shape) for k, v in to_ssdd(ours).items()} == dict(golden_shapes())
 
 
@@ -94,7 +94,7 @@ def test_the_published_s_imports_and_reconstructs():
         state[name] = (torch.randn(shape, generator=generator) / float(fan_in) ** 0.5 + ones).half()
     tokenizer = tokenizer_from_ssdd(state)
     config = tokenizer.config
-    assert (config.encoder, config.decoder) == (EncoderConfig(), DecoderConfig(size="S/1"))
+    assert (config.encoder, config.decoder) == (EncoderConfig(), decoder_config({"size": "S/1"}))
     assert (config.sampler.steps, config.sampler.power, config.sampler.noise) == (1, 2.0, "gaussian")
     assert sum(p.numel() for p in tokenizer.decoder.parameters()) == 14_057_059
     assert (tokenizer.dtype, tokenizer.training) == (torch.float32, False)

@@ -5,8 +5,8 @@ import torch
 from conftest import tiny_decoder, tiny_tokenizer
 
 from monobath import UserError
-from monobath.decoders.folded import OneStepDecoder
-from monobath.decoders.uvit import Decoder, ResBlock
+from monobath.decoders.folded import FoldedDecoder, OneStepCall, folded
+from monobath.decoders.unet import ResBlock
 
 SHAPES = {
     "finer than the latent": {"patch": 2},
@@ -56,7 +56,7 @@ def same_picture(decoder, noise, size):
         expected = decoder(start, torch.ones(2), z)
         if decoder.config.prediction == "v":
             expected = expected + start
-        got = OneStepDecoder(decoder, noise)(z, start if noise == "gaussian" else None)
+        got = OneStepCall(folded(decoder, noise))(z, start if noise == "gaussian" else None)
     assert expected.std() > 0.1
     torch.testing.assert_close(got, expected, atol=1e-4 * expected.abs().max().item(), rtol=0)
 
@@ -64,18 +64,18 @@ def same_picture(decoder, noise, size):
 def test_folding_leaves_the_decoder_alone_and_shares_nothing():
     decoder = tiny_decoder(linear_skip=True)
     before = {name: value.clone() for name, value in decoder.state_dict().items()}
-    folded = OneStepDecoder(decoder, "zero")
+    one_step = folded(decoder, "zero")
     with torch.no_grad():
-        for parameter in folded.parameters():
+        for parameter in one_step.parameters():
             parameter.zero_()
     after = decoder.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    assert not any(parameter.requires_grad for parameter in folded.parameters())
+    assert not any(parameter.requires_grad for parameter in one_step.parameters())
 
 
 def test_what_the_time_and_the_noise_needed_is_gone():
     decoder = tiny_decoder()
-    zero, gaussian = (_size(OneStepDecoder(decoder, noise)) for noise in ("zero", "gaussian"))
+    zero, gaussian = (_size(folded(decoder, noise)) for noise in ("zero", "gaussian"))
     assert gaussian - zero == 9 * 3 * decoder.config.patch**2 * decoder.config.channels[0]
     blocks = [m for m in decoder.modules() if isinstance(m, ResBlock)]
     time = _size(decoder.time) + sum(_size(block.time) for block in blocks)
@@ -107,8 +107,8 @@ def test_optimized_tokenizer_encodes_too_and_is_a_new_one(tokenizer):
     images = torch.rand(1, 3, 22, 30) * 2 - 1
     assert torch.equal(fast.encode(images).mode(), tokenizer.encode(images).mode())
     assert fast(images).shape == images.shape
-    assert isinstance(tokenizer.decoder, Decoder)
-    assert not isinstance(fast.decoder, Decoder)
+    assert not isinstance(tokenizer.decoder, FoldedDecoder)
+    assert isinstance(fast.decoder, FoldedDecoder)
 
 
 def test_optimized_tokenizer_says_what_it_cannot_do(tokenizer, tmp_path):

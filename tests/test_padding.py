@@ -22,9 +22,8 @@ from conftest import (
 from torch import Tensor, nn
 
 from monobath import Tokenizer, UserError
-from monobath.decoders.folded import OneStepDecoder
-from monobath.decoders.kl import KLDecoder
-from monobath.decoders.uvit import DecoderConfig
+from monobath.decoders import KLConfig, make_decoder
+from monobath.decoders.folded import OneStepCall, folded
 from monobath.losses.grid import grid_energy
 from monobath.models.blocks import Conv2d, replicated
 from monobath.tokenizer import TokenizerConfig
@@ -90,10 +89,10 @@ def network(name: str, padding: str) -> nn.Module:
         return tiny_encoder(padding=padding)
     if name == "kl":
         pytest.importorskip("diffusers")
-        return randomise(KLDecoder(DecoderConfig(size="CM/4", padding=padding), [8, 8, 16, 16])).eval()
+        return randomise(make_decoder(KLConfig(channels=[8, 8, 16, 16], padding=padding))).eval()
     # Not shuffled up: with random weights that draws a pattern, whose pixel at the edge is no flat area.
     shape = CONVOLUTIONS | {"upsampling": "nearest"} if name == "convolutions" else {"linear_skip": True}
-    return OneStepDecoder(tiny_decoder(padding=padding, **shape), "zero")
+    return OneStepCall(folded(tiny_decoder(padding=padding, **shape), "zero"))
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from conftest import randn
 from safetensors.torch import load_file
 from torch import Tensor
 
-from monobath.decoders.uvit import Decoder, DecoderConfig
+from monobath.decoders import decoder_config, make_decoder
 from monobath.errors import UserError
 from monobath.integrations.ssdd import decoder_from_ssdd, published_name
 
@@ -32,7 +32,7 @@ def formula(shape: torch.Size, number: int) -> Tensor:
 def state_dict(prefix: str = "") -> dict[str, Tensor]:
     """A published-style state dict with weights by formula."""
     state = {}
-    for number, (name, tensor) in enumerate(sorted(Decoder(DecoderConfig(**CONFIG)).state_dict().items())):
+    for number, (name, tensor) in enumerate(sorted(make_decoder(decoder_config(CONFIG)).state_dict().items())):
         fan_in = tensor[0].numel() if tensor.ndim in (2, 4) else 4
         weights = formula(tensor.shape, number) * (3 / fan_in) ** 0.5
         if re.search(r"norm.*\.weight$", name):
@@ -51,7 +51,7 @@ def cases():
 def test_every_entry_has_a_published_name_of_its_own():
     for size in ("S/1", "B/1"):
         with torch.device("meta"):
-            ours = list(Decoder(DecoderConfig(size=size)).state_dict())
+            ours = list(make_decoder(decoder_config({"size": size})).state_dict())
         assert len({published(name) for name in ours}) == len(ours)
 
 

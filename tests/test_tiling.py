@@ -7,13 +7,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import rand_images, randn, tiny_decoder, tiny_tokenizer
+from conftest import rand_images, randn, sample, tiny_decoder, tiny_tokenizer
 from PIL import Image
 
 from monobath import Tokenizer, UserError, resources
 from monobath.cli import main
-from monobath.decoders.folded import OneStep
-from monobath.decoding import decoder_reach, receptive_field, sample
+from monobath.decoders import PixelDecoder
 from monobath.images import to_uint8
 from monobath.sampling import draw_noise
 from monobath.tiles import Layout, plan
@@ -138,11 +137,13 @@ def test_half_precision():
 # ---- one noise field, and nothing out of place ------------------------------------------------------
 
 
-class Echo(OneStep):
+class Echo(PixelDecoder):
     """Returns what it is given: its noise plus its latent."""
 
-    def forward(self, z, noise=None):
-        return noise + z[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3)
+    fixed = "gaussian"
+
+    def output(self, x_t, t, features, stage):
+        return x_t + features.z[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3)
 
 
 @pytest.mark.parametrize("overlap", [0, 8, 16, 40, None])
@@ -150,7 +151,7 @@ class Echo(OneStep):
 def test_the_noise_of_a_pixel_does_not_depend_on_the_tiles(tile, overlap):
     if overlap is not None and overlap >= tile:
         overlap = 0
-    echo = Echo(tiny_tokenizer().config.decoder, "gaussian")
+    echo = Echo(tiny_tokenizer().config.decoder)
     z = randn(2, 4, 9, 14)
     expected = draw_noise((3, 72, 112), [4, 9]) + z[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3)
     out = sample(echo, z, [4, 9], tile=tile, overlap=overlap, size=(70, 111))
@@ -189,17 +190,17 @@ def test_the_receptive_field_is_exact(name):
     x_t = randn(1, 3, unit, width, seed=1).requires_grad_()
     out = decoder(x_t, torch.ones(1), z)[..., middle : middle + unit]
     (out * randn(*out.shape, seed=2)).sum().backward()
-    noise, latents = receptive_field(config, (middle, middle + unit - 1))
+    noise, latents = decoder.receptive_field((middle, middle + unit - 1))
     seen = x_t.grad.abs().sum(dim=(0, 1, 2)).nonzero().flatten()
     assert (seen.min(), seen.max()) == noise
     seen = z.grad.abs().sum(dim=(0, 1, 2)).nonzero().flatten()
     assert (seen.min() * config.factor, (seen.max() + 1) * config.factor - 1) == latents
     outermost = max(middle - min(noise[0], latents[0]), max(noise[1], latents[1]) + 1 - middle - unit)
-    assert decoder_reach(config) == outermost
+    assert decoder.reach() == outermost
 
 
 def test_statistics_over_the_picture_reach_everywhere():
-    assert decoder_reach(tiny_decoder().config) is None
+    assert tiny_decoder().reach() is None
 
 
 @torch.no_grad()
@@ -211,7 +212,7 @@ def test_tiles_of_bounded_reach_are_the_whole(name, steps):
     tok = tiny_tokenizer(
         decoder=SHAPES[name], encoder={"factor": 4, "patch": 1} if name == "wide tokens" else {}, steps=steps
     )
-    reach = decoder_reach(tok.config.decoder, steps)
+    reach = tok.decoder.reach()  # of one step: each is taken in tiles of its own
     overlap = 2 * (-(-reach // 8) * 8)
     tile = overlap + 48
     z = randn(1, 4, (tile + 96) // tok.factor, (tile + 40) // tok.factor).double()
@@ -231,7 +232,7 @@ def test_tiles_of_bounded_reach_are_the_whole(name, steps):
 @pytest.mark.parametrize("name", ["bare", "replicate"])
 def test_the_optimized_form_too(name, noise):
     tok = tiny_tokenizer(decoder=SHAPES[name], noise=noise).optimize()
-    tile = 4 * (-(-decoder_reach(tok.config.decoder) // 8) * 8)  # the default overlap is then exact
+    tile = 4 * (-(-tok.decoder.reach() // 8) * 8)  # the default overlap is then exact
     z = randn(2, 4, tile // 8 + 3, tile // 8 + 9)
     whole, tiled = (sample(tok.decoder, z, [0, 1], noise=noise, tile=t) for t in (None, tile))
     assert (tiled - whole).abs().max() < 1e-5 * whole.abs().max()

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import monobath
 from monobath import Tokenizer, UserError, store
-from monobath.decoders.uvit import DecoderConfig
+from monobath.decoders import decoder_config
 from monobath.flow import euler_step
 from monobath.images import to_float
 from monobath.models.encoder import EncoderConfig
@@ -251,9 +251,9 @@ def test_every_latent_space(name, tmp_path):
 
 def test_configuration_cross_checks():
     with pytest.raises(UserError, match=r"encoder\.factor=16 and decoder\.factor=8"):
-        TokenizerConfig(encoder=EncoderConfig(factor=16), decoder=DecoderConfig(size="S/2"))
+        TokenizerConfig(encoder=EncoderConfig(factor=16), decoder=decoder_config({"size": "S/2"}))
     with pytest.raises(UserError, match=r"latent_channels=4 and decoder\.latent_channels=16"):
-        TokenizerConfig(decoder=DecoderConfig(size="S/2", latent_channels=16))
+        TokenizerConfig(decoder=decoder_config({"size": "S/2", "latent_channels": 16}))
     for wrong, named in (({"steps": 0}, "steps=0"), ({"power": 0}, "power=0"), ({"noise": "pink"}, "pink")):
         with pytest.raises(UserError, match=named):
             SamplerConfig(**wrong)

@@ -15,8 +15,9 @@ from monobath import Tokenizer, UserError
 from monobath.autoencoders import read_taesd
 from monobath.cli import main
 from monobath.data import LatentDataset
-from monobath.decoders.uvit import Decoder, DecoderConfig
-from monobath.decoding import decoder_reach, receptive_field
+from monobath.decoders import Taef2Config, decoder_config, make_decoder
+from monobath.decoders.taef2 import Taef2Decoder
+from monobath.decoders.unet import UNet
 from monobath.integrations.diffusers import AutoencoderMonobath
 from monobath.models import taesd
 from monobath.sampling import draw_noise
@@ -37,11 +38,11 @@ def tokenizer_with(layers: int, **decoder: object) -> Tokenizer:
         "sampler": {"noise": "zero"},
     }
     made = randomise(Tokenizer(TokenizerConfig.from_dict(values)), scale=0.5).eval()
-    assert isinstance(made.decoder, Decoder)
+    assert isinstance(made.decoder, UNet)
     with torch.no_grad():
         for name, parameter in made.decoder.named_parameters():
             parameter.mul_(1 if name.startswith("trunk") else 0.5)  # without norms activations would grow
-        features = made.decoder.features(3 * randn(2, CHANNELS, 4, 5, seed=2))  # their scale, as training finds it
+        features = made.decoder.read(3 * randn(2, CHANNELS, 4, 5, seed=2))  # their scale, as training finds it
         made.decoder.latent_shift.copy_(features.mean((0, 2, 3))[:, None, None])
         made.decoder.latent_scale.copy_(0.5 / features.std((0, 2, 3)).clamp_min(0.1)[:, None, None])
     return made  # type: ignore[return-value]
@@ -66,15 +67,15 @@ def folder(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(("layers", "shape"), SHAPES)
 def test_it_is_the_decoder_without_on_the_features(layers, shape):
     decoder = tokenizer_with(layers, **shape).decoder
-    assert isinstance(decoder, Decoder)
+    assert isinstance(decoder, UNet)
     factor = decoder.config.read_factor
     assert factor == {6: 8, 11: 4, 16: 2}[layers]
-    plain = Decoder(
-        DecoderConfig(**(BARE | shape), factor=factor, latent_channels=64, standardise=True)  # type: ignore[arg-type]
+    plain = make_decoder(
+        decoder_config(BARE | shape | {"factor": factor, "latent_channels": 64, "standardise": True})
     ).eval()
     plain.load_state_dict({k: v for k, v in decoder.state_dict().items() if not k.startswith("trunk")})
     x, t, z = randn(2, 3, 32, 48), torch.tensor([0.4, 1.0]), 3 * randn(2, CHANNELS, 4, 6)
-    features = decoder.features(z)
+    features = decoder.read(z)
     assert features.shape == (2, 64, 32 // factor, 48 // factor)
     with torch.no_grad():
         expected = plain(x, t, features)
@@ -128,10 +129,10 @@ def test_tiles_have_the_statistics_of_the_whole(noise, form):
 
 @pytest.mark.parametrize("slim", [False, True])
 def test_the_reach_is_that_behind_the_features(slim):
-    config = DecoderConfig(slim=8, latent_channels=CHANNELS) if slim else tokenizer_with(11).decoder.config
-    assert decoder_reach(config) is not None
-    pixels, latents = receptive_field(config, (40, 47))
-    decoder = Decoder(config).eval()
+    config = Taef2Config(slim=8, latent_channels=CHANNELS) if slim else tokenizer_with(11).decoder.config
+    decoder = make_decoder(config).eval()
+    assert decoder.reach() is not None
+    pixels, latents = decoder.receptive_field((40, 47))
     randomise(decoder, scale=0.5)
     cell = config.read_factor
     features = randn(1, 64, 96 // cell, 96 // cell).requires_grad_()
@@ -158,10 +159,10 @@ def slim_tokenizer(folder: Path, channels: int) -> Tokenizer:
     }
     made = Tokenizer(TokenizerConfig.from_dict(values)).eval()
     own, decoder = read_taesd("taef2", str(folder), "decoder"), made.decoder
-    assert isinstance(decoder, Decoder)
+    assert isinstance(decoder, Taef2Decoder)
     assert decoder.trunk is not None
     decoder.trunk.layers.load_state_dict(own[:16].state_dict())
-    decoder.tail.take(own, decoder.features(3 * randn(2, CHANNELS, 4, 5, seed=2)).detach())
+    decoder.tail.take(own, decoder.read(3 * randn(2, CHANNELS, 4, 5, seed=2)).detach())
     decoder.conv_out.load_state_dict(own[-1].state_dict())
     return made
 
@@ -230,13 +231,13 @@ def cache(folder, photos, tmp_path_factory) -> Path:
 
 def test_windows_are_cut_from_the_features_of_the_whole(cache):
     decoder = tokenizer_with(11).decoder
-    assert isinstance(decoder, Decoder)
+    assert isinstance(decoder, UNet)
     whole, parts = LatentDataset(cache), LatentDataset(cache, window=16)
     assert parts[0, 1]["moments"].shape == (2 * CHANNELS, 2, 2)
     parts.through = decoder.trunk
     parts.cache = True
     z = whole[0, 1]["moments"][None, :CHANNELS].float()
-    features = decoder.features(z)[0].half()
+    features = decoder.read(z)[0].half()
     places = set()
     for epoch in range(4):
         part, crop = parts[epoch, 1], whole[epoch, 1]["image"]
@@ -298,10 +299,10 @@ def test_decoding_starts_from_the_best_linear_map_of_the_features(folder, cache,
         dataset = LatentDataset(cache)
         tokenizer = make_tokenizer(load_recipe("retrofit", overrides), dataset, quiet=True).eval()
         decoder = tokenizer.decoder
-        assert isinstance(decoder, Decoder)
+        assert isinstance(decoder, UNet)
         x = torch.stack([LatentDataset(cache)[0, i]["image"] for i in range(4)]) / 127.5 - 1
         z = torch.stack([LatentDataset(cache)[0, i]["moments"][:CHANNELS] for i in range(4)]).float()
-        features = decoder.standardised(decoder.features(z))
+        features = decoder.standardised(decoder.read(z))
         linear = F.pixel_shuffle(decoder.linear_skip(features), decoder.config.read_factor)
         with torch.no_grad():
             found[layers] = (linear - x).square().mean()
@@ -320,16 +321,16 @@ def test_what_cannot_be_is_explained(folder, photos, tmp_path, capsys):
     for changes, words in (
         ({"trunk": 7}, "decoder.trunk is 7 at factor 8: choose of 3, 4, 5, 6, 9"),
         ({"trunk": 6, "factor": 16}, "decoder.trunk is 6 at factor 16"),
-        ({"slim": 65}, "decoder.slim is 65, with 1 stages: give 1 to 64"),
-        ({"slim": 8, "stages": 3}, "decoder.slim is 8, with 3 stages"),
+        ({"slim": 65}, "decoder.slim is 65: give 1 to 64"),
+        ({"slim": 8, "stages": 3}, "decoder.stages is 3: taef2 decoders have no such field"),
         ({"trunk": 6, "latent_channels": 64}, "needs latents of other than 64 channels"),
     ):
         with pytest.raises(UserError, match=words):
-            DecoderConfig(**({"size": "CM/4", "latent_channels": CHANNELS} | changes))
-    with pytest.raises(UserError, match="kl_decoder runs behind no trunk"):
-        TokenizerConfig(decoder=DecoderConfig(size="CM/4", trunk=6), kl_decoder=[8, 8, 8, 8])
-    with pytest.raises(UserError, match=r'decoder\.slim needs sampler\.steps 1 and sampler\.noise "zero"'):
-        TokenizerConfig(decoder=DecoderConfig(slim=8))
+            decoder_config({"size": "CM/4", "latent_channels": CHANNELS} | changes)
+    with pytest.raises(UserError, match=r"decoder\.trunk is 6: kl decoders have no such field"):
+        decoder_config({"kind": "kl", "channels": [8, 8, 8, 8], "trunk": 6})
+    with pytest.raises(UserError, match=r'decoder\.kind taef2 needs sampler\.steps 1 and sampler\.noise "zero"'):
+        TokenizerConfig(decoder=decoder_config({"slim": 8}))
     given = command(folder, photos, tmp_path / "run")
     (tmp_path / "half").mkdir()
     half = tmp_path / "half/taef2_encoder.safetensors"

@@ -15,7 +15,7 @@ from test_training import rows, same, tiny_recipe, weights
 
 from monobath import Tokenizer, UserError, resources
 from monobath.cli import main
-from monobath.decoding import decoder_reach, previews
+from monobath.decoding import Decoding, pictures
 from monobath.sampling import draw_noise
 from monobath.scales import image_pyramid
 from monobath.tokenizer import SamplerConfig
@@ -71,7 +71,7 @@ def test_folded_it_gives_the_same_pictures(noise):
 
 def test_it_decodes_in_tiles():
     tok, z = union(decoder={"norm": "local", "middle_blocks": 0}).double(), randn(1, 4, 48, 32).double()
-    overlap = 2 * decoder_reach(tok.config.decoder)
+    overlap = 2 * tok.decoder.reach()
     assert overlap < 256
     assert torch.allclose(tok.decode(z, tile=256, overlap=overlap), tok.decode(z), atol=1e-6)
 

@@ -1,270 +1,280 @@
-"""Run an encoder or a decoder over a picture of any size: whole, or in overlapping tiles with bounded memory.
+"""From latents to pictures, the one way: features once a picture, then stages, steps and tiles, coarse to fine.
 
-Tiles are squares on the grid of latent positions and transformer tokens. Neighbours overlap; the middle half of an
-overlap is a linear ramp from one to the other, and the outer quarters, where a tile's own border is near, are dropped.
-All tiles of a picture start from one noise field, so that they draw the same texture where they overlap. A tile that
-covers the picture is the untiled picture, bit for bit.
+    how = Decoding(size=(H, W), tile=512).checked(decoder, sampler, z)
+    for picture in pictures(decoder, z, how): ...        # the last one is the full size
 
-A decoder without statistics over the picture (`norm: local`) sees only so far: `receptive_field` says how far, to the
-pixel. Where half of the overlap covers that, nothing is blended: the overlap is cut through the middle, and the tiles
-are equal to the untiled picture up to the order of additions.
+A decoder of one scale has one stage, which is the flow of `flow.py` to the last bit; of several stages see `scales.py`
+(MSD, arXiv 2603.19570). Every step of every stage can be taken in tiles (`tiles.py`), all cut from one noise field and
+from the features of the whole picture: where a decoder's `reach` is bounded and the overlap covers it, tiles are equal
+to the whole, else they are blended after each step. A tile that covers the picture is the whole, bit for bit.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, cast, get_args
 
+import torch
 from torch import Tensor
 
-from .decoders.folded import OneStep, OneStepDecoder
-from .decoders.kl import KLDecoder
-from .decoders.uvit import Decoder, DecoderConfig
-from .flow import Prediction
-from .sampling import Noise, draw_noise, euler, time_grid
-from .scales import Predict, ScaleSchedule, noise_pyramid
-from .scales import sample as sample_stages
-from .tiles import assembled, pad_to_multiple, plan
+from . import resources
+from .decoders import Features, PixelDecoder
+from .errors import UserError
+from .sampling import Noise, draw_noise, seeds_for, time_grid
+from .scales import ScaleSchedule, Stage, noise_pyramid
+from .tiles import Layout, assembled, pad_to_multiple, plan
 
-Interval = tuple[int, int]
-"""First and last pixel, both included."""
-
-
-def sample(
-    decoder: Decoder | OneStep,
-    z: Tensor,
-    seeds: Sequence[int],
-    *,
-    steps: int = 1,
-    power: float = 2.0,
-    noise: Noise = "gaussian",
-    size: tuple[int, int] | None = None,
-    tile: int | None = None,
-    overlap: int | None = None,
-    finish: Callable[[Tensor], Tensor] = lambda x: x,
-) -> Tensor:
-    """Latents → pictures, from noise that is drawn per sample on the CPU.
-
-    Args:
-        decoder: with `OneStep`, steps and noise must be those it was folded for.
-        z: `(B, c, h, w)`, raw, on the decoder's device and of its type.
-        seeds: one a sample.
-        size: (H, W) to crop to; default h·f, w·f.
-        tile: side of the squares to decode one at a time, in pixels, rounded down to whole tokens; default: one go.
-        overlap: pixels that neighbouring tiles share, rounded up to whole tokens; default: what makes the tiles exact,
-            if there is such a number and it is at most half a tile, else 64 or an eighth of the tile, whichever is
-            more, up to a quarter.
-        finish: applied to each finished part (float, not clipped), such as clipping or rounding to 8 bit: in tiles
-            only its results are kept for the whole picture. Must work pixel by pixel.
-
-    Returns:
-        `(B, 3, H, W)`, of the type that `finish` returns.
-
-    Raises:
-        UserError: a tile or an overlap that cannot be.
-        ValueError: see `euler` and `draw_noise`.
-    """
-    config = decoder.config
-    f, reach = config.factor, None if isinstance(decoder, KLDecoder) else decoder_reach(config, steps)
-    if config.trunk and isinstance(decoder, Decoder | OneStepDecoder):
-        z, f = decoder.features(z), config.read_factor  # of the whole picture, once
-    elif config.trunk:  # an exported program, whose trunk takes its statistics over a tile
-        reach = None
-    size = size or (z.shape[2] * f, z.shape[3] * f)
-    unit = max(f, config.token_side)
-    # A token may be larger than a latent position: then whole tokens are decoded and the excess cropped.
-    z = pad_to_multiple(z, unit // f, mode="replicate")
-    full = (z.shape[2] * f, z.shape[3] * f)
-    needs_start = not (isinstance(decoder, OneStep) and noise == "zero")
-
-    def run(z: Tensor, start: Tensor | None) -> Tensor:
-        if isinstance(decoder, OneStep):
-            return decoder(z, start)
-        assert start is not None
-        kind = config.prediction
-        return euler(lambda x_t, t: decoder(x_t, t, z), start, kind=kind, steps=steps, power=power)  # type: ignore[arg-type]
-
-    layout = None if tile is None else plan(full, tile, overlap, unit, reach)
-    if layout is None:
-        start = draw_noise((3, *full), seeds, noise).to(z) if needs_start else None
-        return finish(run(z, start)[:, :, : size[0], : size[1]])
-
-    def picture(i: int) -> Callable[[slice, slice], Tensor]:
-        field = draw_noise((3, *full), seeds[i : i + 1], noise) if needs_start and noise != "zero" else None
-
-        def part(rows: slice, cols: slice) -> Tensor:
-            piece = z[i : i + 1, :, rows.start // f : rows.stop // f, cols.start // f : cols.stop // f].contiguous()
-            if field is not None:
-                return run(piece, field[:, :, rows, cols].contiguous().to(z))
-            shape = (3, rows.stop - rows.start, cols.stop - cols.start)
-            return run(piece, draw_noise(shape, seeds[i : i + 1], noise).to(z) if needs_start else None)
-
-        return part
-
-    return assembled(picture, len(z), layout, size, finish)
+Output = Literal["tensor", "pil", "uint8"]
+Part = tuple[int, slice, slice]
+"""A sample, and rows and columns of its full picture."""
+Predict = Callable[..., Tensor]
+"""`(state (B, 3, h, w), noise level (B,), stage[, the Part that the state is of]) → raw prediction`."""
 
 
-def encode(
-    encoder: Callable[[Tensor], Tensor], x: Tensor, factor: int, *, tile: int | None = None, overlap: int | None = None
-) -> Tensor:
-    """Images → moments.
+@dataclass(kw_only=True)
+class SamplerConfig:
+    """How a checkpoint is meant to be decoded."""
 
-    Args:
-        encoder: `(B, 3, H, W)` with sides divisible by `factor` → `(B, 2c, H/f, W/f)`. It is given one tile at a time,
-            so that a large picture can stay on the CPU.
-        x: `(B, 3, H, W)` in [-1, 1], any H and W; padded to multiples of `factor`.
-        tile: side of the squares to encode one at a time, in pixels, rounded down to whole latent positions.
-        overlap: pixels that neighbouring tiles share, rounded up likewise; default: as for `sample`.
+    steps: int = 1
+    """Euler steps; of a multi-scale checkpoint, at each stage."""
+    power: float = 2.0
+    """Exponent of the time grid: above 1 puts more steps near the image."""
+    noise: Noise = "gaussian"
+    """Where sampling starts: a seeded random image, or all zeros (deterministic, higher PSNR)."""
+    stages: int = 1
+    """Scales that `decode` goes through, coarse to fine (`monobath.scales`): all of the decoder's, or 1, the full
+    resolution at once."""
+    guidance: float = 1.0
+    """Scale of classifier-free guidance on the latent; 1: none. Another needs `decoder.null_latent`."""
 
-    Returns:
-        `(B, 2c, ceil(H/f), ceil(W/f))`, of the encoder's type, float32 in tiles.
-
-    Raises:
-        UserError: a tile or an overlap that cannot be.
-    """
-    f = factor
-    x = pad_to_multiple(x, f)
-    layout = None if tile is None else plan((x.shape[2], x.shape[3]), tile, overlap, f, None)
-    if layout is None:
-        return encoder(x)
-
-    def picture(i: int) -> Callable[[slice, slice], Tensor]:
-        def part(rows: slice, cols: slice) -> Tensor:
-            piece = x[i : i + 1, :, rows.start * f : rows.stop * f, cols.start * f : cols.stop * f]
-            return encoder(piece.contiguous())
-
-        return part
-
-    cells = layout.divided(f)
-    return assembled(picture, len(x), cells, (cells.rows[-1].stop, cells.cols[-1].stop), lambda moments: moments)
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.power <= 0:
+            raise UserError(f"sampler: steps={self.steps} must be at least 1 and power={self.power} above 0")
+        if self.noise not in ("gaussian", "zero"):
+            raise UserError(f'sampler.noise is {self.noise!r}: choose "gaussian" or "zero"')
 
 
-# ---- how far a pixel sees ---------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How one batch of latents is decoded; `None` is what the checkpoint was made for."""
+
+    size: tuple[int, int] | None = None
+    """(H, W) to crop to; default h·f, w·f. Previews have `ScaleSchedule.size` of it."""
+    steps: int | None = None
+    """Euler steps, of each stage."""
+    power: float | None = None
+    """Exponent of the time grid."""
+    seed: int | Sequence[int] = 0
+    """One int a sample, or an int s meaning s, s + 1, …: noise is drawn per sample on the CPU."""
+    noise: Noise | None = None
+    """Where sampling starts."""
+    guidance: float | None = None
+    """Scale of classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598); 1: none. Another takes a second call of
+    the network a step."""
+    stages: int | None = None
+    """All of the decoder's, or 1: the full resolution at once."""
+    tile: int | None = None
+    """Side of the squares to decode one at a time, in pixels, rounded down to whole tokens; None: one go."""
+    overlap: int | None = None
+    """Pixels that neighbouring tiles share, rounded up to whole tokens; None: what makes the tiles exact, if there is
+    such a number, at most half a tile, else 64 or an eighth of the tile, whichever is more, up to a quarter."""
+    output: Output = "tensor"
+    """tensor: float32 `(B, 3, H, W)`, clipped to [-1, 1]; uint8: the same in 0…255; pil: a list."""
+
+    def checked(self, decoder: PixelDecoder, sampler: SamplerConfig, z: Tensor, latents: str = "") -> Decoding:
+        """The same with every choice made.
+
+        Args:
+            sampler: what decides what was left open.
+            z: latents, raw.
+            latents: their name, such as f8c4, for messages.
+
+        Raises:
+            UserError: latents of another shape or not finite, a size that does not fit, or options that the decoder or
+                its checkpoint cannot follow. A tile that cannot be says so when decoding begins.
+        """
+        config = decoder.config
+        c, f = config.latent_channels, config.factor
+        if not isinstance(z, Tensor) or z.ndim != 4 or z.shape[1] != c or 0 in z.shape:
+            shape = tuple(z.shape) if hasattr(z, "shape") else type(z).__name__
+            other = isinstance(z, Tensor) and z.ndim == 4 and z.shape[1] != c
+            raise UserError(
+                f"latents are {shape}: this tokenizer ({latents or f'f{f}c{c}'}) needs (B, {c}, h, w)"
+                + (resources.hint_for_channels(z.shape[1]) if other else "")
+            )
+        if not torch.isfinite(z).all():
+            raise UserError("latents contain NaN or infinity: check what produced them")
+        full = (z.shape[2] * f, z.shape[3] * f)
+        size = self.size or full
+        if not all(0 < s <= limit for s, limit in zip(size, full, strict=True)):
+            raise UserError(f"size={tuple(size)} does not fit latents of {tuple(z.shape)}: at most {full}")
+        if self.output not in ("tensor", "pil", "uint8"):
+            raise UserError(f'output={self.output!r}: choose "tensor", "pil" or "uint8"')
+        made = {name: getattr(sampler, name) for name in ("steps", "power", "noise", "guidance", "stages")}
+        made |= {name: value for name in made if (value := getattr(self, name)) is not None}
+        if made["noise"] not in get_args(Noise):
+            raise UserError(f'noise={made["noise"]!r}: choose "gaussian" or "zero"')
+        if decoder.fixed is not None:
+            if (made["steps"], made["noise"]) != (1, decoder.fixed):
+                remedy = "leave steps and noise out" if decoder.trains else "use the original one"
+                raise UserError(
+                    f"this tokenizer {'takes' if decoder.trains else 'was optimized for'} 1 step from {decoder.fixed} "
+                    f"noise, not {made['steps']} from {made['noise']}: {remedy}"
+                )
+            made["stages"] = 1
+        if made["guidance"] != 1 and not config.null_latent:
+            raise UserError(
+                f"guidance={made['guidance']}: this tokenizer was trained without a null latent "
+                "(decoder.null_latent), so leave it out"
+            )
+        if made["guidance"] != 1 and made["stages"] == 1:
+            raise UserError(
+                f"guidance={made['guidance']}: this tokenizer decodes at full resolution at once, without guidance"
+            )
+        try:
+            time_grid(made["steps"], made["power"])
+            seeds = seeds_for(self.seed, len(z))
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        return dataclasses.replace(self, size=size, seed=seeds, **made)
 
 
-def decoder_reach(config: DecoderConfig, steps: int = 1) -> int | None:
-    """How many pixels around a token's square its picture depends on, at most; None: on all of them (GroupNorm)."""
-    if config.norm != "local":
-        return None
-    unit = max(config.read_factor, config.token_side)
-    return max(max(-first, last + 1 - unit) for first, last in receptive_field(config, (0, unit - 1), steps))
-
-
-def receptive_field(config: DecoderConfig, output: Interval, steps: int = 1) -> tuple[Interval, Interval]:
-    """Rows (or columns) of noise and of latents that rows `output` of a `norm: local` decoder's picture depend on.
-
-    Both in pixels; with a trunk, of its features instead of latents. Exact: the walk back through `Decoder.forward`,
-    and `steps` times through the sampler.
-    """
-    pixels, latents = output, (output[0] // config.read_factor * config.read_factor, output[1])
-    for _ in range(steps):
-        pixels, read = _one_pass(config, pixels)
-        latents = (min(latents[0], read[0]), max(latents[1], read[1]))
-    return pixels, latents
-
-
-def _one_pass(config: DecoderConfig, output: Interval) -> tuple[Interval, Interval]:
-    f, deepest = config.read_factor, len(config.channels) - 1
-    if config.slim:  # four 3×3 convolutions, behind a transposed one of 4×4
-        a, b = -((6 - output[0]) // 2), (output[1] + 5) // 2
-        return output, (a * f, (b + 1) * f - 1)
-    reads = []  # what is read of z, in pixels
-
-    def read(first: int, last: int, side: int, around: int) -> None:
-        """Cells of `side` pixels read z through 3×3 convolutions that reach `around` latent positions."""
-        low, high = first * side // f - around, ((last + 1) * side - 1) // f + around
-        reads.append((low * f, (high + 1) * f - 1))
-
-    if config.linear_skip:
-        read(*output, 1, 1)
-    a, b = (n // config.patch for n in output)
-    a, b = a - 1, b + 1  # conv_out
-    for i in range(deepest + 1):
-        side = config.patch << i
-        a, b = a - 2 * config.up[i], b + 2 * config.up[i]  # two 3×3 convolutions a block
-        if config.modulation:
-            read(a, b, side, 2)
-        if i < deepest and config.upsampling == "shuffle":
-            a, b = a // 2 - 1, b // 2 + 1  # a convolution before the doubling
-        elif i < deepest:
-            a, b = (a - 1) // 2, (b + 1) // 2  # and after it
-    a, b = a - config.middle_blocks * config.reach, b + config.middle_blocks * config.reach
-    if config.middle_blocks:
-        read(a, b, config.token_side, 2)
-    # Skips need no more than the way through the deeper levels.
-    for i in range(deepest, -1, -1):
-        if i < deepest:
-            a, b = 2 * a - 1, 2 * b + 1  # a convolution of stride 2
-        a, b = a - 2 * config.down[i], b + 2 * config.down[i]
-        if config.modulation and config.down[i]:
-            read(a, b, config.patch << i, 2)
-    a, b = a - 1, b + 1  # conv_in
-    read(a, b, config.patch, 0)
-    pixels = (a * config.patch, (b + 1) * config.patch - 1)
-    return pixels, (min(first for first, _ in reads), max(last for _, last in reads))
-
-
-# ---- coarse to fine ----
-
-
-def predictor(decoder: Decoder, z: Tensor, guidance: float = 1.0) -> Predict:
-    """A decoder's prediction for the latents z `(B, c, h, w)`.
+def predictor(decoder: PixelDecoder, z: Tensor, guidance: float = 1.0, *, apart: bool = False) -> Predict:
+    """A decoder's prediction for the latents z `(B, c, h, w)`, whose features are computed here, once.
 
     Args:
-        guidance: scale of classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): 1 is none; another needs
-            `DecoderConfig.null_latent` and a second call of the network a step.
+        guidance: see `Decoding`; another than 1 needs a null latent.
+        apart: every sample by itself, for tiles.
     """
-    single = decoder.config.stages == 1
 
-    def predict(state: Tensor, level: Tensor, stage: int) -> Tensor:
-        number = None if single else stage
-        given = decoder(state, level, z, number)
-        if guidance == 1:
-            return given
-        absent = decoder(state, level, decoder.without(z), number)
-        return absent + guidance * (given - absent)
+    def features(z: Tensor) -> list[Features]:
+        absent = [] if guidance == 1 else [decoder.features(decoder.without(z))]  # type: ignore[operator]
+        return [decoder.features(z), *absent]
+
+    known = [features(part) for part in (z.split(1) if apart else [z])]
+    single = decoder.stages == 1
+
+    def predict(state: Tensor, level: Tensor, stage: int, where: Part | None = None) -> Tensor:
+        parts = known[0] if where is None else [part.crop(*where[1:]) for part in known[where[0]]]
+        given, *absent = (decoder.predict(state, level, part, None if single else stage) for part in parts)
+        return absent[0] + guidance * (given - absent[0]) if absent else given
 
     return predict
 
 
-def previews(
-    decoder: Decoder,
-    z: Tensor,
-    seeds: Sequence[int],
-    *,
-    steps: int = 1,
-    power: float = 2.0,
-    noise: Noise = "gaussian",
-    guidance: float = 1.0,
-    size: tuple[int, int] | None = None,
+def pictures(
+    decoder: PixelDecoder, z: Tensor, how: Decoding, finish: Callable[[Tensor], Tensor] = lambda x: x
 ) -> Iterator[Tensor]:
-    """Latents → each stage's picture, from noise that is drawn per sample on the CPU.
+    """Each stage's picture as soon as it exists, `(B, 3, h, w)`, coarse to fine; the last one has the full size.
 
     Args:
-        z: `(B, c, h, w)`, raw, on the decoder's device and of its type; sides are padded as the stages need.
-        seeds: one a sample.
-        steps: Euler steps a stage.
-        guidance: see `predictor`.
-        size: (H, W) of the finished picture; default h·f, w·f. Previews have `ScaleSchedule.size` of it.
-
-    Returns:
-        An iterator over `(B, 3, h, w)`, not clipped.
+        z: `(B, c, h, w)`, raw, on the decoder's device and of its type.
+        how: as `Decoding.checked` returned it.
+        finish: applied to each finished picture (float, not clipped), such as clipping or rounding to 8 bit; in tiles
+            only its results are kept for the whole picture. Must work pixel by pixel.
 
     Raises:
-        ValueError: see `time_grid` and `draw_noise`; at once, not at the first picture.
+        UserError: a tile or an overlap that cannot be; at once, not at the first picture.
     """
-    config = decoder.config
-    schedule, f = ScaleSchedule(config.stages), config.factor
-    size = size or (z.shape[2] * f, z.shape[3] * f)
-    time_grid(steps, power)
-    z = pad_to_multiple(z, schedule.unit(f, config.token_side), mode="replicate")
-    white = draw_noise((3, z.shape[2] * f, z.shape[3] * f), seeds, noise)
-    fields = [field.to(z) for field in noise_pyramid(white, len(schedule))]
-    kind: Prediction = config.prediction  # type: ignore[assignment]
-    images = sample_stages(predictor(decoder, z, guidance), fields, schedule, kind=kind, steps=steps, power=power)
+    assert how.stages
+    assert how.size
+    schedule, factor = ScaleSchedule(how.stages), decoder.config.factor
+    # A token may be larger than a latent position: then whole tokens are decoded and the excess cropped.
+    z = pad_to_multiple(z, schedule.unit(factor, decoder.unit), mode="replicate")
+    shrinks = range(how.stages - 1, -1, -1)
+    sides = [(z.shape[2] * factor >> shrink, z.shape[3] * factor >> shrink) for shrink in shrinks]
+    layouts: list[Layout | None] = [None] * how.stages
+    if how.tile is not None:
+        for s, shrink in enumerate(shrinks):
+            position = max(1, decoder.feature_side >> shrink)  # of the features, in this stage's pixels
+            unit = max(position, decoder.unit, 2 if s else 1)  # later stages pair their pixels
+            layouts[s] = plan(sides[s], how.tile, how.overlap, unit, decoder.reach(position))
+    return _pictures(decoder, z, how, schedule, sides, layouts, finish)
 
-    def cropped() -> Iterator[Tensor]:
-        for s, image in enumerate(images):
-            h, w = schedule.size(s, size)
-            yield image[:, :, :h, :w]
 
-    return cropped()
+def _pictures(
+    decoder: PixelDecoder,
+    z: Tensor,
+    how: Decoding,
+    schedule: ScaleSchedule,
+    sides: list[tuple[int, int]],
+    layouts: list[Layout | None],
+    finish: Callable[[Tensor], Tensor],
+) -> Iterator[Tensor]:
+    assert how.steps
+    assert how.power
+    assert how.guidance is not None
+    assert how.size
+    predict = {apart: predictor(decoder, z, how.guidance, apart=apart) for apart in {x is not None for x in layouts}}
+    grid = time_grid(how.steps, how.power).to(device=z.device, dtype=torch.float32)
+    fields = _noise(z, how, sides)
+    state = fields[0]
+    for stage, side, layout in zip(schedule, sides, layouts, strict=True):
+        last = stage.index == len(schedule) - 1
+        size = schedule.size(stage.index, how.size)
+        for number, (tau, after) in enumerate(itertools.pairwise(grid), start=1):
+            ends = number == how.steps
+            step = _Step(decoder, predict[layout is not None], stage, tau, after, len(schedule) - 1 - stage.index, ends)
+            final = last and ends
+            keep, kept = (finish, size) if final else (lambda x: x.to(z.dtype), side)
+            if layout is None:
+                state = keep(step(state)[:, :, : kept[0], : kept[1]])
+            else:
+                state = assembled(partial(step.tile, state), len(z), layout, kept, keep)
+        if not last:
+            state, preview = state.chunk(2, dim=1)
+            yield finish(preview[:, :, : size[0], : size[1]])
+            state = schedule.hand_over(state, stage.index, fields[stage.index + 1])
+    yield state
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One Euler step of one stage, from local time tau to the one after it."""
+
+    decoder: PixelDecoder
+    predict: Predict
+    stage: Stage
+    tau: Tensor
+    after: Tensor
+    shrink: int
+    """Times that the full size is halved."""
+    ends: bool
+    """The stage's last step: behind the next state comes the stage's preview, unless the state is the picture."""
+
+    @property
+    def number(self) -> int:
+        """Of the stage, as the decoder counts: the full resolution is its last one."""
+        return self.decoder.stages - 1 - self.shrink
+
+    def __call__(self, state: Tensor, where: Part | None = None) -> Tensor:
+        """A state `(B, 3, h, w)`, or a part of it → the next one."""
+        kind = self.decoder.prediction
+        if self.decoder.fixed != "zero":  # else nothing reads it
+            state = state.contiguous()
+        tau, after = (t.expand(len(state)) for t in (self.tau, self.after))
+        prediction = self.predict(state, self.stage.level(tau), self.number, where)
+        if self.shrink == 0 and self.ends and kind == "x":
+            return prediction  # nothing is left of the state
+        moved = self.stage.step(prediction, state, tau, after, kind)
+        if self.shrink == 0 or not self.ends:
+            return moved
+        return torch.cat([moved, self.stage.clean(prediction, state, tau, kind)], dim=1)
+
+    def tile(self, state: Tensor, i: int, rows: slice, cols: slice) -> Tensor:
+        """The same for a tile of sample i, in pixels of the stage."""
+        full_rows, full_cols = (slice(s.start << self.shrink, s.stop << self.shrink) for s in (rows, cols))
+        return self(state[i : i + 1, :, rows, cols], (i, full_rows, full_cols))
+
+
+def _noise(z: Tensor, how: Decoding, sides: list[tuple[int, int]]) -> list[Tensor]:
+    """White noise of each stage's size, all from one field; zeros take no memory."""
+    if how.noise == "zero":
+        return [z.new_zeros(1, 1, 1, 1).expand(len(z), 3, *side) for side in sides]
+    assert how.noise
+    white = draw_noise((3, *sides[-1]), cast(Sequence[int], how.seed), how.noise)
+    return [field.to(z) for field in noise_pyramid(white, len(sides))]

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import resources
 from ._version import __version__
 from .errors import UserError
 from .files import write_folder
@@ -19,7 +23,39 @@ from .files import write_folder
 T = TypeVar("T")
 
 
-def write_checkpoint(
+def locate(name: str | os.PathLike[str], **hub: Any) -> tuple[Path, int]:
+    """Where a model is: packaged by that name, else an existing folder or file, else a Hub repository, fetched.
+
+    Args:
+        hub: `revision`, `token`, `cache_dir`, `local_files_only` of huggingface_hub.
+
+    Returns:
+        Its folder or file; and how many stages that name decodes through, 0 for as many as its files say.
+
+    Raises:
+        UserError: nothing of that name.
+    """
+    packaged = resources.weights_path(str(name))
+    if packaged is not None or Path(name).exists():
+        return packaged or Path(name), resources.weights_stages(str(name))
+    try:
+        folder = snapshot_download(
+            str(name),
+            allow_patterns=["config.json", "model.safetensors"],
+            library_name="monobath",
+            library_version=__version__,
+            **hub,
+        )
+    except (HFValidationError, HfHubHTTPError, OSError, ValueError) as error:
+        known, reason = ", ".join(resources.weights_names()), str(error).strip().splitlines()[0]
+        raise UserError(
+            f"no tokenizer {str(name)!r}: it is not packaged ({known}), not an existing path, and could not be fetched "
+            f"from the Hub ({reason})"
+        ) from None
+    return Path(folder), 0
+
+
+def write(
     folder: Path,
     model: nn.Module,
     format: str,
@@ -48,11 +84,11 @@ def write_checkpoint(
     write_folder(folder, write)
 
 
-def read_checkpoint(path: Path, format: str, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read(path: Path, format: str, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration and tensors of a folder or a `.safetensors` file.
 
     Args:
-        format: what `write_checkpoint` was given.
+        format: what `write` was given.
         what: kind of model, for messages.
 
     Raises:
@@ -77,7 +113,7 @@ def read_checkpoint(path: Path, format: str, what: str) -> tuple[dict[str, Any],
     return {k: v for k, v in config.items() if k not in ignored}, state
 
 
-def config_of(kind: type[T], values: Mapping[str, Any], parts: Mapping[str, type], what: str) -> T:
+def config_of(kind: type[T], values: Mapping[str, Any], parts: Mapping[str, Callable[..., Any]], what: str) -> T:
     """A configuration dataclass from plain values, its `parts` from dictionaries of their own.
 
     Raises:

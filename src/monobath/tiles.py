@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -47,7 +48,9 @@ def plan(size: tuple[int, int], tile: int, overlap: int | None, unit: int, reach
     """Tiles for a picture of `size`, whose sides are multiples of `unit`; None if one tile covers it.
 
     Args:
-        tile, overlap: see `sample`.
+        tile: side of the squares, in pixels, rounded down to whole units.
+        overlap: pixels that neighbours share, rounded up likewise; None: what makes the tiles exact, if there is such a
+            number and it is at most half a tile, else 64 or an eighth of the tile, whichever is more, up to a quarter.
         unit: every tile begins and ends at a multiple of this.
         reach: how far a unit square sees, in pixels; None: everywhere.
 
@@ -81,16 +84,22 @@ def _spans(length: int, side: int, overlap: int, unit: int) -> list[slice]:
 
 
 def assembled(
-    picture: Callable[[int], Callable[[slice, slice], Tensor]],
+    part: Callable[[int, slice, slice], Tensor],
     batch: int,
     layout: Layout,
     size: tuple[int, int],
     finish: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """All samples, one after the other, strip by strip into one tensor."""
+    """All samples, one after the other, strip by strip into one tensor `(batch, C, *size)`.
+
+    Args:
+        part: sample, rows, columns → `(1, C, h, w)`.
+        size: to crop to.
+        finish: applied to each strip once it is complete; only its results are kept.
+    """
     out = None
     for i in range(batch):
-        for top, strip in _strips(picture(i), layout):
+        for top, strip in _strips(partial(part, i), layout):
             strip = finish(strip[:, :, : max(0, size[0] - top), : size[1]])
             if out is None:
                 out = strip.new_empty(batch, strip.shape[1], *size)
@@ -128,3 +137,35 @@ def _ramp(length: int, cut: int) -> Tensor:
     if cut:
         return (position >= length // 2 // cut * cut).float()
     return ((position + 0.5 - length / 4) / max(length / 2, 1)).clamp(0, 1)
+
+
+def encode(
+    encoder: Callable[[Tensor], Tensor], x: Tensor, factor: int, *, tile: int | None = None, overlap: int | None = None
+) -> Tensor:
+    """Images → moments.
+
+    Args:
+        encoder: `(B, 3, H, W)` with sides divisible by `factor` → `(B, 2c, H/f, W/f)`. It is given one tile at a time,
+            so that a large picture can stay on the CPU.
+        x: `(B, 3, H, W)` in [-1, 1], any H and W; padded to multiples of `factor`.
+        tile: side of the squares to encode one at a time, in pixels, rounded down to whole latent positions.
+        overlap: pixels that neighbouring tiles share, rounded up likewise; default: see `plan`.
+
+    Returns:
+        `(B, 2c, ceil(H/f), ceil(W/f))`, of the encoder's type, float32 in tiles.
+
+    Raises:
+        UserError: a tile or an overlap that cannot be.
+    """
+    f = factor
+    x = pad_to_multiple(x, f)
+    layout = None if tile is None else plan((x.shape[2], x.shape[3]), tile, overlap, f, None)
+    if layout is None:
+        return encoder(x)
+
+    def part(i: int, rows: slice, cols: slice) -> Tensor:
+        piece = x[i : i + 1, :, rows.start * f : rows.stop * f, cols.start * f : cols.stop * f]
+        return encoder(piece.contiguous())
+
+    cells = layout.divided(f)
+    return assembled(part, len(x), cells, (cells.rows[-1].stop, cells.cols[-1].stop), lambda moments: moments)

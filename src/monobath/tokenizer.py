@@ -13,54 +13,30 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from huggingface_hub import ModelHubMixin, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
-from . import decoding, resources
-from ._version import __version__
+from . import store, tiles
 from .autoencoders import Foreign, fitting_encoder
-from .decoders.folded import OneStep, OneStepDecoder
-from .decoders.kl import KLDecoder
-from .decoders.uvit import Decoder, DecoderConfig
+from .decoders import DecoderConfig, PixelDecoder, UViTConfig, decoder_config, make_decoder
+from .decoders.folded import folded
+from .decoding import Decoding, Output, SamplerConfig, pictures
 from .errors import UserError
 from .images import MAX_PIXELS, Images, images_to_tensor, tensor_to_pil, to_uint8
 from .models.encoder import EncoderConfig, Posterior
 from .models.frozen import make_encoder
 from .models.loading import load_strictly
-from .sampling import Noise, seeds_for
-from .store import config_of, read_checkpoint, write_checkpoint
+from .sampling import Noise
 
 FORMAT = "monobath-tokenizer-1"
-
-
-@dataclass(kw_only=True)
-class SamplerConfig:
-    """How a checkpoint is meant to be decoded."""
-
-    steps: int = 1
-    """Euler steps; of a multi-scale checkpoint, at each stage."""
-    power: float = 2.0
-    """Exponent of the time grid: above 1 puts more steps near the image."""
-    noise: Literal["gaussian", "zero"] = "gaussian"
-    """Where sampling starts: a seeded random image, or all zeros (deterministic, higher PSNR)."""
-    stages: int = 1
-    """Scales that `decode` goes through, coarse to fine (`monobath.scales`): all of the decoder's, or 1, the full
-    resolution at once."""
-    guidance: float = 1.0
-    """Scale of classifier-free guidance on the latent; 1: none. Another needs `decoder.null_latent`."""
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.power <= 0:
-            raise UserError(f"sampler: steps={self.steps} must be at least 1 and power={self.power} above 0")
-        if self.noise not in ("gaussian", "zero"):
-            raise UserError(f'sampler.noise is {self.noise!r}: choose "gaussian" or "zero"')
+SHARED = ("factor", "latent_channels", "padding")
+"""What a KL-VAE decoder takes over from the decoder it stands in place of."""
 
 
 @dataclass(kw_only=True)
@@ -68,7 +44,7 @@ class TokenizerConfig:
     """Everything needed to build a tokenizer; stored with its weights."""
 
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    decoder: DecoderConfig = field(default_factory=UViTConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     scaling_factor: float = 1.0
     """1 / std of the latents. Published for generators and diffusers pipelines; `encode` and `decode` ignore it."""
@@ -78,8 +54,6 @@ class TokenizerConfig:
     """Mean of each channel of the latents, likewise; empty: never measured (`monobath stats` does)."""
     latent_std: list[float] = field(default_factory=list)
     """Standard deviation of each channel, likewise."""
-    kl_decoder: list[int] = field(default_factory=list)
-    """Channels of a KL-VAE decoder (diffusers'), finest first, in place of ours: the baseline; empty: ours."""
 
     def __post_init__(self) -> None:
         for name in ("factor", "latent_channels"):
@@ -97,13 +71,10 @@ class TokenizerConfig:
             )
         if self.sampler.guidance != 1 and self.sampler.stages == 1:
             raise UserError(f"sampler.guidance={self.sampler.guidance} needs sampler.stages above 1: leave it at 1")
-        if self.kl_decoder and self.decoder.stages > 1:
-            raise UserError("kl_decoder has one scale: leave decoder.stages at 1")
-        if self.kl_decoder and self.decoder.trunk:
-            raise UserError(f"kl_decoder runs behind no trunk: leave decoder.trunk at 0, not {self.decoder.trunk}")
-        for name, given in (("kl_decoder", self.kl_decoder), ("decoder.slim", self.decoder.slim)):
-            if given and (self.sampler.steps, self.sampler.noise) != (1, "zero"):
-                raise UserError(f'{name} needs sampler.steps 1 and sampler.noise "zero": it takes no noise')
+        if self.decoder.kind in ("kl", "taef2") and (self.sampler.steps, self.sampler.noise) != (1, "zero"):
+            raise UserError(
+                f'decoder.kind {self.decoder.kind} needs sampler.steps 1 and sampler.noise "zero": it takes no noise'
+            )
         for name in ("latent_mean", "latent_std"):
             if len(getattr(self, name)) not in (0, self.encoder.latent_channels):
                 raise UserError(
@@ -114,8 +85,17 @@ class TokenizerConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TokenizerConfig:
         """Build from plain values; an unknown key is a `UserError` that names it."""
-        parts = {"encoder": EncoderConfig, "decoder": DecoderConfig, "sampler": SamplerConfig}
-        return config_of(cls, values, parts, "tokenizer")
+        values = dict(values)
+        channels = values.pop("kl_decoder", None)  # as it was written before decoders had kinds
+        if channels:
+            kept = {name: values["decoder"][name] for name in SHARED if name in values.get("decoder", {})}
+            values["decoder"] = {"kind": "kl", "channels": channels, **kept}
+        parts: dict[str, Callable[..., Any]] = {
+            "encoder": EncoderConfig,
+            "decoder": lambda **fields: decoder_config(fields),
+            "sampler": SamplerConfig,
+        }
+        return store.config_of(cls, values, parts, "tokenizer")
 
 
 class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-tokenizer", "autoencoder"]):
@@ -132,11 +112,7 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
         super().__init__()
         self.config = config
         self.encoder = make_encoder(config.encoder)
-        self.decoder: Decoder | OneStep
-        if config.kl_decoder:
-            self.decoder = KLDecoder(config.decoder, config.kl_decoder)
-        else:
-            self.decoder = Decoder(config.decoder)
+        self.decoder: PixelDecoder = make_decoder(config.decoder)
 
     @property
     def factor(self) -> int:
@@ -165,7 +141,7 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
                 padded to a multiple of f by reflection (replication where reflection cannot).
             tile: encode in squares of this many pixels a side, one at a time, which bounds the memory of a large
                 picture; default: at once. A tile that covers the picture changes nothing.
-            overlap: pixels that neighbouring tiles share, over which they are blended; default: `monobath.decoding`.
+            overlap: pixels that neighbouring tiles share, over which they are blended; default: `monobath.tiles`.
             max_pixels: largest accepted H × W.
 
         Returns:
@@ -177,7 +153,7 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
         """
         # One memory layout for all forms, so that the same picture takes the same kernels: equal to the last bit.
         x = images_to_tensor(images, max_pixels=max_pixels).contiguous()
-        moments = decoding.encode(
+        moments = tiles.encode(
             lambda part: self.encoder(part.to(self.device).to(self.dtype)), x, self.factor, tile=tile, overlap=overlap
         )
         return Posterior(moments, (x.shape[2], x.shape[3]))
@@ -194,7 +170,7 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
         guidance: float | None = None,
         tile: int | None = None,
         overlap: int | None = None,
-        output: Literal["tensor", "pil", "uint8"] = "tensor",
+        output: Output = "tensor",
     ) -> Any:
         """Latents → images.
 
@@ -219,32 +195,10 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
             UserError: latents of another shape, non-finite latents, a size that does not fit, a tile that cannot be, or
                 an unknown option.
         """
-        if self.config.sampler.stages > 1:
-            if tile is not None or overlap is not None:
-                raise UserError("a multi-scale tokenizer cannot decode in tiles: leave out tile and overlap")
-            *_, picture = self.decode_progressive(
-                z, size=size, steps=steps, seed=seed, noise=noise, guidance=guidance, output=output
-            )
-            return picture
-        size, steps, noise = self._options(z, size, steps, noise, guidance, output)
-        if guidance is not None and guidance != 1:
-            raise UserError(f"guidance={guidance}: this tokenizer decodes at full resolution at once, without guidance")
-        try:
-            pixels = decoding.sample(
-                self.decoder,
-                z.to(self.device, self.dtype),
-                seeds_for(seed, len(z)),
-                steps=steps,
-                power=self.config.sampler.power,
-                noise=noise,
-                size=size,
-                tile=tile,
-                overlap=overlap,
-                finish=_clipped if output == "tensor" else to_uint8,
-            )
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        return [tensor_to_pil(p) for p in pixels] if output == "pil" else pixels
+        how = Decoding(size=size, steps=steps, seed=seed, noise=noise, guidance=guidance, tile=tile, overlap=overlap,
+                       output=output)  # fmt: skip
+        *_, picture = self._decoded(z, how)
+        return picture
 
     def decode_progressive(
         self,
@@ -255,7 +209,9 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
         seed: int | Sequence[int] = 0,
         noise: Noise | None = None,
         guidance: float | None = None,
-        output: Literal["tensor", "pil", "uint8"] = "tensor",
+        tile: int | None = None,
+        overlap: int | None = None,
+        output: Output = "tensor",
     ) -> Iterator[Any]:
         """Latents → images, coarse to fine: each stage's picture as soon as it exists.
 
@@ -270,64 +226,16 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
         Raises:
             UserError: as `decode`, when called.
         """
-        if self.config.decoder.stages == 1 or isinstance(self.decoder, OneStep):
-            image = self.decode(z, size=size, steps=steps, seed=seed, noise=noise, guidance=guidance, output=output)
-            return iter([image])
-        size, steps, noise = self._options(z, size, steps, noise, guidance, output)
-        sampler = self.config.sampler
-        assert isinstance(self.decoder, Decoder)
-        try:
-            images = decoding.previews(
-                self.decoder,
-                z.to(self.device, self.dtype),
-                seeds_for(seed, len(z)),
-                steps=steps,
-                power=sampler.power,
-                noise=noise,
-                guidance=sampler.guidance if guidance is None else guidance,
-                size=size,
-            )
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        return _finished(images, output)
+        how = Decoding(size=size, steps=steps, seed=seed, noise=noise, guidance=guidance, stages=self.decoder.stages,
+                       tile=tile, overlap=overlap, output=output)  # fmt: skip
+        return self._decoded(z, how)
 
-    def _options(
-        self,
-        z: Tensor,
-        size: tuple[int, int] | None,
-        steps: int | None,
-        noise: Noise | None,
-        guidance: float | None,
-        output: str,
-    ) -> tuple[tuple[int, int], int, Noise]:
-        """Checked size, steps and noise of a decoding."""
-        c, f, sampler = self.config.encoder.latent_channels, self.factor, self.config.sampler
-        if not isinstance(z, Tensor) or z.ndim != 4 or z.shape[1] != c or 0 in z.shape:
-            shape = tuple(z.shape) if hasattr(z, "shape") else type(z).__name__
-            message = f"latents are {shape}: this tokenizer ({self.config.encoder.name}) needs (B, {c}, h, w)"
-            other = isinstance(z, Tensor) and z.ndim == 4 and z.shape[1] != c
-            raise UserError(message + (resources.hint_for_channels(z.shape[1]) if other else ""))
-        if not torch.isfinite(z).all():
-            raise UserError("latents contain NaN or infinity: check what produced them")
-        full = (z.shape[2] * f, z.shape[3] * f)
-        size = size or full
-        if not all(0 < s <= limit for s, limit in zip(size, full, strict=True)):
-            raise UserError(f"size={tuple(size)} does not fit latents of {tuple(z.shape)}: at most {full}")
-        if output not in ("tensor", "pil", "uint8"):
-            raise UserError(f'output={output!r}: choose "tensor", "pil" or "uint8"')
-        steps = sampler.steps if steps is None else steps
-        noise = sampler.noise if noise is None else noise
-        if isinstance(self.decoder, OneStep) and (steps != 1 or noise != self.decoder.noise):
-            raise UserError(
-                f"this tokenizer was optimized for 1 step from {self.decoder.noise} noise, not {steps} from {noise}: "
-                "use the original one"
-            )
-        if guidance is not None and guidance != 1 and not self.config.decoder.null_latent:
-            raise UserError(
-                f"guidance={guidance}: this tokenizer was trained without a null latent (decoder.null_latent), "
-                "so leave it out"
-            )
-        return size, steps, noise
+    def _decoded(self, z: Tensor, how: Decoding) -> Iterator[Any]:
+        """Pictures in the form that `how` asks for, coarse to fine, each computed when it is asked for."""
+        how = how.checked(self.decoder, self.config.sampler, z, self.config.encoder.name)
+        finish = _clipped if how.output == "tensor" else to_uint8
+        found = pictures(self.decoder, z.to(self.device, self.dtype), how, finish)
+        return _finished(found, how.output)
 
     def forward(self, images: Tensor) -> Tensor:
         """Reconstruct `(B, 3, H, W)` in [-1, 1] with the posterior's mode."""
@@ -351,25 +259,25 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
         Raises:
             UserError: it is optimized already, or decodes in several stages.
         """
-        if isinstance(self.decoder, OneStep):
-            why = "has a KL-VAE decoder" if self.decoder.trains else "is optimized already"
+        if not self.decoder.trains or self.config.decoder.kind == "kl":
+            why = "is optimized already" if not self.decoder.trains else "has a KL-VAE decoder"
             raise UserError(f"this tokenizer {why}: use it as it is")
         if self.config.sampler.stages > 1:
             raise UserError(
                 f"this tokenizer decodes in {self.config.sampler.stages} stages, which cannot be folded into one step: "
                 "use it as it is"
             )
-        decoder = OneStepDecoder(self.decoder, noise or self.config.sampler.noise)
+        decoder = folded(self.decoder, noise or self.config.sampler.noise)
         decoder.to(memory_format=torch.channels_last)
         if compile:
             decoder.compile()
         return self.with_decoder(decoder)
 
-    def with_decoder(self, decoder: OneStep) -> Tokenizer:
-        """A tokenizer with the same encoder, shared, which decodes with `decoder`."""
+    def with_decoder(self, decoder: PixelDecoder) -> Tokenizer:
+        """A tokenizer with the same encoder, shared, which decodes in one step with `decoder`, a fixed one."""
         other = copy.copy(self)
         other._modules = {"encoder": self.encoder, "decoder": decoder}
-        other.config = dataclasses.replace(self.config, sampler=SamplerConfig(steps=1, noise=decoder.noise))
+        other.config = dataclasses.replace(self.config, sampler=SamplerConfig(steps=1, noise=decoder.fixed or "zero"))
         other.training = False  # not eval(): the encoder is shared, and its mode is this one's affair
         return other
 
@@ -413,9 +321,9 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
         """
         if push_to_hub_kwargs and not push_to_hub:
             raise TypeError(f"save_pretrained got {sorted(push_to_hub_kwargs)}, which need push_to_hub=True")
-        if isinstance(self.decoder, OneStep) and not self.decoder.trains:
+        if not self.decoder.trains:
             raise UserError("an optimized tokenizer cannot be saved: save the original, and optimize after loading")
-        write_checkpoint(Path(save_directory), self, FORMAT, dataclasses.asdict(self.config), extra, dtype)
+        store.write(Path(save_directory), self, FORMAT, dataclasses.asdict(self.config), extra, dtype)
         if push_to_hub:
             repo_id = push_to_hub_kwargs.pop("repo_id", Path(save_directory).name)
             self.push_to_hub(repo_id=repo_id, **push_to_hub_kwargs)
@@ -448,13 +356,10 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
             UserError: nothing of that name, a corrupt file, or one that does not fit its configuration; an encoder that
                 does not fit.
         """
-        folder = resources.weights_path(str(name))
-        if folder is None and Path(name).exists():
-            folder = Path(name)
-        if folder is None:
-            folder = _download(str(name), revision, token, cache_dir, local_files_only)
-        config, state = read_checkpoint(folder, FORMAT, "tokenizer")
-        stages = resources.weights_stages(str(name))
+        folder, stages = store.locate(
+            name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        config, state = store.read(folder, FORMAT, "tokenizer")
         if stages:
             config = config | {"sampler": config["sampler"] | {"stages": stages}}
         tokenizer = cls(TokenizerConfig.from_dict(config))
@@ -469,37 +374,7 @@ def _clipped(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _finished(images: Iterator[Tensor], output: str) -> Iterator[Any]:
-    """Each image in the form that `decode` gives, computed when it is asked for."""
-    for image in images:
-        pixels = _clipped(image) if output == "tensor" else to_uint8(image)
+def _finished(found: Iterator[Tensor], output: Output) -> Iterator[Any]:
+    """Each picture in its form, computed when it is asked for."""
+    for pixels in found:
         yield [tensor_to_pil(p) for p in pixels] if output == "pil" else pixels
-
-
-def _download(
-    name: str,
-    revision: str | None,
-    token: str | bool | None,
-    cache_dir: str | os.PathLike[str] | None,
-    local_files_only: bool,
-) -> Path:
-    known = ", ".join(resources.weights_names())
-    try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                token=token,
-                cache_dir=None if cache_dir is None else Path(cache_dir),
-                local_files_only=local_files_only,
-                allow_patterns=["config.json", "model.safetensors"],
-                library_name="monobath",
-                library_version=__version__,
-            )
-        )
-    except (HFValidationError, HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"no tokenizer {name!r}: it is not packaged ({known}), not an existing path, and could not be fetched "
-            f"from the Hub ({reason})"
-        ) from None

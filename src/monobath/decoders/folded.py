@@ -1,6 +1,6 @@
 """The decoder at t = 1, with everything that is constant there folded away: latent (and noise) → picture.
 
-`OneStepDecoder(decoder)` computes what one Euler step from pure noise computes, x̂ = D(ε, 1, z) (SSDD, arXiv
+`FoldedDecoder(decoder)` computes what one Euler step from pure noise computes, x̂ = D(ε, 1, z) (SSDD, arXiv
 2510.04961, section 3), to rounding. At a fixed time the time network and every time scale and shift are constants:
 they go into the second norm's affine map. With ε = 0 the noise half of the input convolution does nothing: it goes.
 All modulations by the latent are one convolution at latent resolution; normalisation and modulation are one pass over
@@ -10,69 +10,67 @@ linear layer behind it. No branch depends on the picture's size, so that the mod
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import deepcopy
-from typing import Literal, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..flow import Prediction
 from ..models.attention import windowed_attention
-from ..models.blocks import Conv2d, timestep_embedding
-from .uvit import (
-    Decoder,
-    DecoderConfig,
-    Level,
-    Middle,
-    ResBlock,
-    TransformerBlock,
-    enlarged,
-    normed_tokens,
-)
+from ..models.blocks import Conv2d
+from ..sampling import Noise
+from .base import Features, PixelDecoder
+from .unet import Level, ResBlock, UNet, enlarged
+from .uvit import Middle, TransformerBlock, normed_tokens
 
 L = TypeVar("L", nn.Conv2d, nn.Linear)
 
 
-class OneStep(nn.Module):
-    """`module(z (B, c, h, w), noise (B, 3, H, W) or None)` → clean image `(B, 3, H, W)`, not clipped.
+def folded(decoder: PixelDecoder, noise: Noise) -> PixelDecoder:
+    """The one-step form of a decoder, which shares no memory with it; one that has nothing to fold is copied.
 
-    H = f·h and W = f·w must be divisible by `config.token_side`.
-
-    Attributes:
-        config: of the decoder it was made from.
-        noise: "zero" takes no noise input; "gaussian" needs one.
-        trains: whether it can be trained and saved; a folded decoder can be neither.
+    Args:
+        noise: "zero" leaves out the noise input; "gaussian" keeps it. Of several stages it is the last one, from t = 1.
     """
+    if isinstance(decoder, UNet) and decoder.trains:
+        return FoldedDecoder(decoder, noise)
+    copied = deepcopy(decoder).requires_grad_(False).eval()
+    copied.trains = False
+    return copied
+
+
+class OneStepCall(nn.Module):
+    """A decoder as other programs call it: `module(latent (B, c, h, w), noise (B, 3, H, W) if it needs one)`.
+
+    The result is the clean image `(B, 3, H, W)`, not clipped. The latent's sides must be multiples of
+    max(1, `decoder.unit` / f).
+    """
+
+    def __init__(self, decoder: PixelDecoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
+        time = z if noise is None else noise  # a fixed decoder reads no time
+        return self.decoder.predict(noise if noise is not None else z, time, self.decoder.features(z))
+
+
+class FoldedDecoder(UNet):
+    """A U-Net at t = 1. It reads no time, and x_t only where it starts from Gaussian noise; see `folded`."""
 
     trains = False
 
-    def __init__(self, config: DecoderConfig, noise: Literal["gaussian", "zero"]) -> None:
-        super().__init__()
-        self.config, self.noise = config, noise
-
-
-class OneStepDecoder(OneStep):
-    """`OneStep` in torch.
-
-    Args:
-        decoder: what to fold; it is left as it is, and shares no memory with the result.
-        noise: "zero" leaves out the noise input; "gaussian" keeps it. Of several stages it is the last one, from t = 1.
-    """
-
-    latent_shift: Tensor
-    latent_scale: Tensor
-
     @torch.no_grad()
-    def __init__(self, decoder: Decoder, noise: Literal["gaussian", "zero"]) -> None:
+    def __init__(self, decoder: UNet, noise: Noise) -> None:
         config = decoder.config
-        super().__init__(config, noise)
+        PixelDecoder.__init__(self, config)
+        self.fixed, self.norm, self.shuffled = noise, decoder.norm, decoder.shuffled
+        self.middle_reach, self.modulated = decoder.middle_reach, decoder.modulated
         self.trunk = deepcopy(decoder.trunk)
-        if config.slim:  # nothing to fold
-            self.tail, self.conv_out = deepcopy(decoder.tail), deepcopy(decoder.conv_out)
-            self.requires_grad_(False).eval()
-            return
-        time = decoder.time(timestep_embedding(torch.ones(1), config.channels[0]).to(decoder.conv_in.weight))
-        time = F.silu(time + decoder.stage_embedding[-1] if config.stages > 1 else time)
+        time = F.silu(decoder.time_of(decoder.conv_in.weight.new_ones(1), decoder.conv_in.weight.dtype))
         if config.standardise:
             # Not folded into the weights: where a convolution pads the latent with zeros, its mean would be missing.
             self.register_buffer("latent_shift", decoder.latent_shift.clone())
@@ -85,63 +83,61 @@ class OneStepDecoder(OneStep):
             _filled(self.conv_in, decoder.conv_in.weight[:, pixels:], decoder.conv_in.bias)
         parts: list[nn.Conv2d] = []
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        for levels, folded in ((decoder.down, self.down), (decoder.up, self.up)):
+        for levels, kept in ((decoder.down, self.down), (decoder.up, self.up)):
             for level in cast(list[Level], levels):
-                blocks = [FoldedBlock(cast(ResBlock, block), time) for block in level.blocks]
-                if config.modulation:
-                    parts += [cast(nn.Conv2d, cast(ResBlock, block).context) for block in level.blocks]
-                folded.append(nn.ModuleList([nn.ModuleList(blocks), deepcopy(level.resample or nn.Identity())]))
-        if config.modulation:
+                blocks = cast(list[ResBlock], list(level.blocks))
+                parts += [block.context for block in blocks if block.context is not None]
+                kept.append(Level([FoldedBlock(block, time) for block in blocks], deepcopy(level.resample)))
+        if parts:
             self.modulation = _merged(parts)
         self.widths = [part.out_channels for part in parts]
-        self.middle = FoldedMiddle(decoder.middle) if isinstance(decoder.middle, Middle) else None
+        self.middle = FoldedMiddle(decoder.middle) if isinstance(decoder.middle, Middle) else nn.Identity()
         self.norm_out, self.conv_out = deepcopy(decoder.norm_out), deepcopy(decoder.conv_out)
-        self.linear_skip = deepcopy(decoder.linear_skip) if config.linear_skip else None
+        self.linear_skip = deepcopy(decoder.linear_skip)
         self.requires_grad_(False).eval()
 
-    def forward(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
-        config, factor = self.config, self.config.read_factor
-        z = self.features(z)
-        if config.slim:
-            return 2 * self.conv_out(self.tail(z)) - 1
-        if config.standardise:
-            z = (z - self.latent_shift) * self.latent_scale
-        context = self.context(z)
-        modulations = iter(self.modulation(context).split(self.widths, dim=1) if config.modulation else ())
+    @property
+    def prediction(self) -> Prediction:
+        return "x"
+
+    @property
+    def stages(self) -> int:
+        return 1
+
+    def context_of(self, z: Tensor) -> Tensor | None:
+        return None if isinstance(self.context, nn.Identity) else self.context(z)
+
+    def predict(self, x_t: Tensor, t: Tensor, features: Features, stage: int | None = None) -> Tensor:
+        config, factor, z, context = self.config, features.factor, features.z, features.context
+        modulations = iter(self.modulation(context).split(self.widths, dim=1) if self.widths else ())
         x = _to_level(z, factor, config.patch)
-        if self.noise == "gaussian":
-            assert noise is not None, "this decoder was folded for Gaussian noise: give it"
-            x = torch.cat([F.pixel_unshuffle(noise, config.patch), x], dim=1)
+        if self.fixed == "gaussian":
+            x = torch.cat([F.pixel_unshuffle(x_t, config.patch), x], dim=1)
         x = self.conv_in(x)
         skips = []
-        for depth, (blocks, resample) in enumerate(cast(list[tuple[nn.ModuleList, nn.Module]], self.down)):
+        for depth, level in enumerate(cast(Iterable[Level], self.down)):
             skips.append([x])
-            for block in blocks:
+            for block in level.blocks:
                 x = block(x, next(modulations, None), factor, config.patch << depth)
                 skips[-1].append(x)
-            if not isinstance(resample, nn.Identity):
-                x = resample(x)
-        if self.middle is not None:
+            if level.resample is not None:
+                x = level.resample(x)
+        if isinstance(self.middle, FoldedMiddle):
             x = self.middle(x, context, factor, config.token_side)
         depth = len(self.up)
-        for blocks, resample in cast(list[tuple[nn.ModuleList, nn.Module]], self.up):
+        for level in cast(Iterable[Level], self.up):
             depth, kept = depth - 1, skips.pop()
-            for block in blocks:
+            for block in level.blocks:
                 x = torch.cat([x, kept.pop()], dim=1) if kept else x
                 x = block(x, next(modulations, None), factor, config.patch << depth)
-            if not isinstance(resample, nn.Identity):
-                x = enlarged(x, resample, config.upsampling)
-        x = F.pixel_shuffle(cast(Conv2d, self.conv_out).of_silu(self.norm_out(x)), config.patch)
+            if level.resample is not None:
+                x = enlarged(x, level.resample, self.shuffled)
+        x = F.pixel_shuffle(self.conv_out.of_silu(self.norm_out(x)), config.patch)
         if self.linear_skip is not None:
             x = x + F.pixel_shuffle(self.linear_skip(z), factor)
-        if config.prediction == "v" and self.noise == "gaussian":
-            assert noise is not None
-            x = x + noise  # x̂ = x_t + t·v at t = 1; with zero noise, v is the picture itself
+        if config.prediction == "v" and self.fixed == "gaussian":
+            x = x + x_t  # x̂ = x_t + t·v at t = 1; with zero noise, v is the picture itself
         return x
-
-    def features(self, z: Tensor) -> Tensor:
-        """See `Decoder.features`."""
-        return z if self.trunk is None else self.trunk(z)
 
 
 class FoldedBlock(nn.Module):

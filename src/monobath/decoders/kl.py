@@ -2,52 +2,67 @@
 
 Rombach et al. 2022 (arXiv 2112.10752): convolutions and one attention layer, trained with L1, a perceptual and an
 adversarial loss. Here it is a decoder of a `Tokenizer` like ours, so that it trains in the same loop, on the same
-encoder, and is evaluated alike.
+encoder, and is evaluated alike. It reads neither noise nor time.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..models.blocks import Conv2d, norm_groups
-from .folded import OneStep
-from .uvit import DecoderConfig
+from ..models.blocks import Conv2d, Padding, check_padding, norm_groups
+from .base import DecoderShape, Features, PixelDecoder
 
 
-class KLDecoder(OneStep):
-    """`module(z (B, c, h, w))` → image `(B, 3, f·h, f·w)`, not clipped.
+@dataclass(kw_only=True)
+class KLConfig(DecoderShape):
+    """The shape of a KL-VAE decoder."""
 
-    Args:
-        config: for the latent's channels, factor and padding; nothing else of it is used.
-        channels: of each level, finest first, such as [128, 256, 512, 512]; their number fixes f = 2^(levels − 1).
+    kind: Literal["kl"] = "kl"
+    channels: list[int] = field(default_factory=lambda: [128, 256, 512, 512])
+    """Of each level, finest first; their number fixes the factor, 2^(levels − 1)."""
+    padding: Padding = "zeros"
+    """What convolutions read beyond the edge of the picture; the published one: zeros."""
+
+    def __post_init__(self) -> None:
+        check_padding("decoder.padding", self.padding)
+        if not self.channels or 2 ** (len(self.channels) - 1) != self.factor:
+            levels = self.factor.bit_length()
+            raise UserError(f"decoder.channels is {self.channels}: factor {self.factor} needs {levels} levels")
+        super().__post_init__()
+
+    @property
+    def title(self) -> str:
+        return f"KL-VAE, channels {self.channels}"
+
+
+class KLDecoder(PixelDecoder):
+    """Latents `(B, c, h, w)` → image `(B, 3, f·h, f·w)`, not clipped; see `PixelDecoder`.
 
     Raises:
-        UserError: diffusers is not installed, or the levels do not give the factor.
+        UserError: diffusers is not installed.
     """
 
-    trains = True
+    fixed = "zero"
 
-    def __init__(self, config: DecoderConfig, channels: list[int]) -> None:
-        super().__init__(config, "zero")
+    def __init__(self, config: KLConfig) -> None:
+        super().__init__(config)
         try:
             from diffusers.models.autoencoders.vae import Decoder
         except ImportError:
             raise UserError("a KL-VAE decoder needs diffusers: pip install 'monobath[diffusers]'") from None
-        if 2 ** (len(channels) - 1) != config.factor:
-            levels = config.factor.bit_length()
-            raise UserError(f"kl_decoder is {channels}: factor {config.factor} needs {levels} levels")
         c = config.latent_channels
         self.post_quant_conv = nn.Conv2d(c, c, 1)
         self.decoder: Any = Decoder(
             in_channels=c,
             out_channels=3,
-            up_block_types=("UpDecoderBlock2D",) * len(channels),
-            block_out_channels=tuple(channels),
+            up_block_types=("UpDecoderBlock2D",) * len(config.channels),
+            block_out_channels=tuple(config.channels),
             layers_per_block=2,
-            norm_num_groups=min(norm_groups(width) for width in channels),
+            norm_num_groups=min(norm_groups(width) for width in config.channels),
         )
         if config.padding != "zeros":
             for parent in list(self.decoder.modules()):
@@ -58,9 +73,8 @@ class KLDecoder(OneStep):
                         setattr(parent, name, ours)
 
     @property
-    def conv_out(self) -> nn.Conv2d:
-        """The last layer, where the adversarial loss is weighed."""
+    def last_layer(self) -> nn.Conv2d:
         return self.decoder.conv_out
 
-    def forward(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
-        return self.decoder(self.post_quant_conv(z))
+    def output(self, x_t: Tensor, t: Tensor, features: Features, stage: int | None) -> Tensor:
+        return self.decoder(self.post_quant_conv(features.z))

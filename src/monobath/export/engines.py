@@ -28,10 +28,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..decoders.folded import OneStep, OneStepDecoder
-from ..decoders.uvit import Decoder, DecoderConfig
+from ..decoders import Features, PixelDecoder
+from ..decoders.base import Interval
+from ..decoders.folded import OneStepCall, folded
 from ..errors import UserError
 from ..files import write_file
+from ..flow import Prediction
 from ..sampling import Noise, draw_noise
 from ..tokenizer import Tokenizer
 
@@ -54,23 +56,46 @@ FILES: dict[str, str] = {
 """File of each engine's export. OpenVINO keeps its weights beside it, in a .bin file of the same name."""
 
 
-class EngineDecoder(OneStep):
+class EngineDecoder(PixelDecoder):
     """A one-step decoder that another runtime computes on the CPU.
 
     Args:
+        source: the decoder that the program was made of.
+        noise: what it starts from.
         run: the runtime's call.
     """
 
-    def __init__(self, config: DecoderConfig, noise: Noise, run: Run) -> None:
-        super().__init__(config, noise)
-        self.run = run
+    def __init__(self, source: PixelDecoder, noise: Noise, run: Run) -> None:
+        super().__init__(source.config)
+        self.fixed, self.run = noise, run
+        # A trunk inside the program takes its statistics over a tile: such tiles are never exact.
+        self.source = None if source.config.trunk else (source,)
 
-    def forward(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
-        inputs = {"latent": z.float().cpu().numpy()}
-        if self.noise == "gaussian":
-            assert noise is not None, "this decoder was folded for Gaussian noise: give it"
-            inputs["noise"] = noise.float().cpu().numpy()
-        return torch.from_numpy(self.run(inputs)).to(z.device, z.dtype)
+    trains = False
+
+    def receptive_field(self, output: Interval, factor: int | None = None) -> tuple[Interval, Interval] | None:
+        return None if self.source is None else self.source[0].receptive_field(output, factor)
+
+    @property
+    def feature_side(self) -> int:
+        return int(self.config.factor)
+
+    @property
+    def prediction(self) -> Prediction:
+        return "x"
+
+    @property
+    def stages(self) -> int:
+        return 1
+
+    def features(self, z: Tensor) -> Features:
+        return Features(z, self.feature_side)
+
+    def predict(self, x_t: Tensor, t: Tensor, features: Features, stage: int | None = None) -> Tensor:
+        inputs = {"latent": features.z.float().cpu().numpy()}
+        if self.fixed == "gaussian":
+            inputs["noise"] = x_t.float().cpu().numpy()
+        return torch.from_numpy(self.run(inputs)).to(features.z.device, features.z.dtype)
 
 
 def with_engine(
@@ -90,15 +115,14 @@ def with_engine(
     _check(engine)
     if engine in ("torch", "compile"):
         return tokenizer.optimize(compile=engine == "compile")
-    if not isinstance(tokenizer.decoder, Decoder):
+    if not tokenizer.decoder.trains:
         raise UserError("this tokenizer is optimized already: give the original one to an engine")
     noise = tokenizer.config.sampler.noise
-    config = tokenizer.decoder.config
     if folder is not None and (folder / FILES[engine]).is_file():
-        return tokenizer.with_decoder(EngineDecoder(config, noise, _runner(engine, folder / FILES[engine])))
+        return tokenizer.with_decoder(EngineDecoder(tokenizer.decoder, noise, _runner(engine, folder / FILES[engine])))
     with tempfile.TemporaryDirectory() as temporary:
         file = write_export(tokenizer, engine, Path(temporary), calibration=calibration)
-        return tokenizer.with_decoder(EngineDecoder(config, noise, _runner(engine, file)))
+        return tokenizer.with_decoder(EngineDecoder(tokenizer.decoder, noise, _runner(engine, file)))
 
 
 def write_export(
@@ -146,18 +170,17 @@ def onnx_bytes(tokenizer: Tokenizer) -> bytes:
     return module_to_onnx(*_folded(tokenizer))
 
 
-def _folded(tokenizer: Tokenizer) -> tuple[OneStepDecoder, dict[str, Tensor]]:
+def _folded(tokenizer: Tokenizer) -> tuple[OneStepCall, dict[str, Tensor]]:
     """The folded decoder on the CPU, and example inputs."""
     source = tokenizer.decoder
-    decoder = OneStepDecoder(source, tokenizer.config.sampler.noise) if isinstance(source, Decoder) else source
-    assert isinstance(decoder, OneStepDecoder), "the program of another engine cannot be exported again"
-    config = decoder.config
+    assert not isinstance(source, EngineDecoder), "the program of another engine cannot be exported again"
+    decoder, config = folded(source, tokenizer.config.sampler.noise), source.config
     unit = max(1, config.token_side // config.factor)
     h, w = 18 * unit, 26 * unit  # unequal, larger than a block, not multiples of one: nothing may specialise
     inputs = {"latent": torch.zeros(2, config.latent_channels, h, w)}
-    if decoder.noise == "gaussian":
+    if decoder.fixed == "gaussian":
         inputs["noise"] = torch.zeros(2, 3, h * config.factor, w * config.factor)
-    return copy.deepcopy(decoder).cpu().float(), inputs
+    return OneStepCall(copy.deepcopy(decoder).cpu().float()).eval(), inputs
 
 
 def module_to_onnx(module: nn.Module, inputs: dict[str, Tensor]) -> bytes:

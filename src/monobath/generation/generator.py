@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import store
 from ..errors import UserError
 from ..models.dit import DiT, DiTConfig
 from ..models.loading import load_strictly
 from ..sampling import draw_noise, euler, seeds_for
-from ..store import config_of, read_checkpoint, write_checkpoint
 from .guidance import guided
 
 FORMAT = "monobath-generator-1"
@@ -90,7 +90,7 @@ class GeneratorConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> GeneratorConfig:
         """Build from plain values; an unknown key is a `UserError` that names it."""
-        return config_of(cls, values, {"dit": DiTConfig, "sampler": GenerationSampler}, "generator")
+        return store.config_of(cls, values, {"dit": DiTConfig, "sampler": GenerationSampler}, "generator")
 
 
 class Generator(nn.Module):
@@ -212,7 +212,7 @@ class Generator(nn.Module):
         Raises:
             UserError: the folder cannot be written; what was there stays as it was.
         """
-        write_checkpoint(Path(save_directory), self, FORMAT, dataclasses.asdict(self.config), extra)
+        store.write(Path(save_directory), self, FORMAT, dataclasses.asdict(self.config), extra)
 
     @classmethod
     def from_pretrained(
@@ -236,7 +236,7 @@ class Generator(nn.Module):
                 f"no generator {str(name)!r}: give the folder that monobath train dit-64 wrote, such as "
                 "runs/dit-64/model"
             )
-        config, state = read_checkpoint(Path(name), FORMAT, "generator")
+        config, state = store.read(Path(name), FORMAT, "generator")
         generator = cls(GeneratorConfig.from_dict(config))
         load_strictly(generator, state, str(name))
         return generator.to(device=device, dtype=dtype or torch.float32).eval()

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import decoding, resources
+from .. import resources, tiles
 from ..autoencoders import Foreign, fitting_encoder
-from ..decoders.folded import OneStep
-from ..decoders.uvit import Decoder
+from ..decoders import make_decoder
+from ..decoding import Decoding, SamplerConfig, pictures
 from ..errors import UserError
 from ..models.encoder import EncoderConfig
 from ..models.frozen import make_encoder
-from ..tokenizer import SamplerConfig, Tokenizer, TokenizerConfig
+from ..tokenizer import Tokenizer, TokenizerConfig
 
 try:
     from diffusers import ConfigMixin, ModelMixin
@@ -104,7 +104,7 @@ class AutoencoderMonobath(ModelMixin, ConfigMixin):
         # The resolved values, so that a later version with other defaults builds the same network.
         self.register_to_config(**_parts(config), **derived)
         self.encoder = make_encoder(config.encoder)
-        self.decoder = Decoder(config.decoder)
+        self.decoder = make_decoder(config.decoder)
         self.sampler: SamplerConfig = config.sampler
         self.use_slicing = False
         self.tile: int | None = None
@@ -121,7 +121,7 @@ class AutoencoderMonobath(ModelMixin, ConfigMixin):
         Raises:
             UserError: the tokenizer is optimized; give the original one.
         """
-        if isinstance(tokenizer.decoder, OneStep):
+        if tokenizer.config.decoder.kind == "kl" or not tokenizer.decoder.trains:
             why = "with a KL-VAE decoder" if tokenizer.decoder.trains else "that is optimized"
             raise UserError(f"a tokenizer {why} cannot become a diffusers model: give an original monobath one")
         config = tokenizer.config
@@ -180,7 +180,7 @@ class AutoencoderMonobath(ModelMixin, ConfigMixin):
         x = x.to(self.dtype)
         factor = self.encoder.config.factor
         parts = x.split(1) if self.use_slicing else (x,)
-        moments = [decoding.encode(self.encoder, part, factor, tile=self.tile, overlap=self.overlap) for part in parts]
+        moments = [tiles.encode(self.encoder, part, factor, tile=self.tile, overlap=self.overlap) for part in parts]
         distribution = LatentDistribution(torch.cat(moments).to(self.dtype))
         return AutoencoderKLOutput(latent_dist=distribution) if return_dict else (distribution,)
 
@@ -207,21 +207,13 @@ class AutoencoderMonobath(ModelMixin, ConfigMixin):
             raise UserError(f"latents are {tuple(z.shape)}: this model needs (B, {c}, h, w){hint}")
         z = z.to(self.dtype)
         seeds = self._seeds(len(z), generator)
+        images: list[Tensor] = []
         step = 1 if self.use_slicing else max(1, len(z))
-        images = [
-            decoding.sample(
-                self.decoder,
-                z[i : i + step],
-                seeds[i : i + step],
-                steps=self.sampler.steps,
-                power=self.sampler.power,
-                noise=self.sampler.noise,
-                tile=self.tile,
-                overlap=self.overlap,
-                finish=lambda image: image.to(self.dtype),
-            )
-            for i in range(0, len(z), step)
-        ]
+        for i in range(0, len(z), step):
+            part = z[i : i + step]
+            how = Decoding(seed=seeds[i : i + step], tile=self.tile, overlap=self.overlap)
+            how = how.checked(self.decoder, self.sampler, part)
+            images += pictures(self.decoder, part, how, lambda image: image.to(self.dtype))
         sample = torch.cat(images) if len(images) > 1 else images[0]
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
@@ -257,11 +249,11 @@ class AutoencoderMonobath(ModelMixin, ConfigMixin):
         self.use_slicing = False
 
     def enable_tiling(self, use_tiling: bool = True, *, tile: int = TILE, overlap: int | None = None) -> None:
-        """Encode and decode pictures above `tile` in overlapping squares, with bounded memory; see `monobath.decoding`.
+        """Encode and decode pictures above `tile` in overlapping squares, with bounded memory; see `monobath.tiles`.
 
         Args:
             tile: side of a square, in pixels.
-            overlap: pixels that neighbours share; default: what `monobath.decoding` finds best.
+            overlap: pixels that neighbours share; default: what `monobath.tiles` finds best.
         """
         self.tile, self.overlap = (tile, overlap) if use_tiling else (None, None)
 

@@ -1,4 +1,4 @@
-"""Published SSDD checkpoints: names and shapes of their state dicts → our `Decoder`, or a whole `Tokenizer`.
+"""Published SSDD checkpoints: names and shapes of their state dicts → our `UViT`, or a whole `Tokenizer`.
 
 The published networks and ours are the same functions under other names. Only names and shapes are used here; the
 published weights themselves are licensed for non-commercial use (`NOTICE`).
@@ -17,11 +17,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..decoders.uvit import SIZES, Decoder, DecoderConfig
+from ..decoders.uvit import SIZES, UViT, UViTConfig
+from ..decoding import SamplerConfig
 from ..errors import UserError
 from ..models.encoder import EncoderConfig
 from ..models.loading import load_strictly
-from ..tokenizer import SamplerConfig, Tokenizer, TokenizerConfig
+from ..tokenizer import Tokenizer, TokenizerConfig
 
 NOTICE = (
     "published SSDD weights are licensed for non-commercial use only; a model made from them stays under that license"
@@ -70,7 +71,7 @@ def published_name(name: str) -> str:
     return f"{part}.{_renamed(rest, _ENCODER_NAMES if part == 'encoder' else _DECODER_NAMES)}"
 
 
-def decoder_from_ssdd(state: Mapping[str, Tensor], *, prefix: str = "", factor: int = 8) -> Decoder:
+def decoder_from_ssdd(state: Mapping[str, Tensor], *, prefix: str = "", factor: int = 8) -> UViT:
     """Build a decoder from a published-style state dict; every size is read from the shapes.
 
     Args:
@@ -79,14 +80,14 @@ def decoder_from_ssdd(state: Mapping[str, Tensor], *, prefix: str = "", factor: 
         factor: side of the pixel square behind one latent position, which the weights do not tell.
 
     Returns:
-        A float32 v-predicting `Decoder` in evaluation mode.
+        A float32 v-predicting `UViT` in evaluation mode.
 
     Raises:
         UserError: entries are missing, unexpected or misshapen (all are named).
     """
     what = "not a published SSDD decoder"
     own = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
-    decoder = Decoder(_decoder_config(_Shapes(own, "", what), factor))
+    decoder = UViT(_decoder_config(_Shapes(own, "", what), factor))
     load_strictly(_Published(decoder, lambda name: _renamed(name, _DECODER_NAMES)), own, f"{what}: the state dict")
     return decoder.eval()
 
@@ -225,7 +226,7 @@ class _Shapes:
         return shape[dim]
 
 
-def _decoder_config(shapes: _Shapes, factor: int) -> DecoderConfig:
+def _decoder_config(shapes: _Shapes, factor: int) -> UViTConfig:
     levels, table = shapes.count("down_blocks"), "relative_position_bias.relative_bias_table"
     table = f"mid_block.transformer_blocks.0.{table}"
     read: dict[str, Any] = {
@@ -237,11 +238,11 @@ def _decoder_config(shapes: _Shapes, factor: int) -> DecoderConfig:
         "factor": factor,
     }
     for size in SIZES:  # a size by its name, if it is one of the paper's
-        config = DecoderConfig(size=f"{size}/1", latent_channels=read["latent_channels"], factor=factor)
+        config = UViTConfig(size=f"{size}/1", latent_channels=read["latent_channels"], factor=factor)
         if all(getattr(config, name) == value for name, value in read.items()):
             return config
     try:
-        return DecoderConfig(size="custom", patch=1, prediction="v", **read)
+        return UViTConfig(size="custom", patch=1, prediction="v", **read)
     except UserError as error:
         raise UserError(f"{shapes.what}: {error}") from None
 

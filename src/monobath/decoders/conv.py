@@ -1,0 +1,45 @@
+"""The fast family: convolutions alone, on grids of 4×4 and of 8×8 pixels (docs/performance.md).
+
+No norms, no attention, no modulation by the latent: it reaches the network through the input only. So a pixel depends
+on its neighbourhood alone, and the first weights keep the activations' scale instead of norms (`keep_scale`). On the
+way up each of the four pixels has its own weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import UserError
+from .unet import UNet, UNetShape
+
+# Channels of both levels, residual blocks down and up, at patch 4.
+SIZES: dict[str, tuple[list[int], list[int], list[int]]] = {
+    "CS/4": ([64, 128], [0, 2], [2, 3]),
+    "CM/4": ([96, 192], [0, 2], [2, 3]),
+    "CL/4": ([128, 256], [0, 3], [3, 4]),
+}
+
+
+@dataclass(kw_only=True)
+class ConvConfig(UNetShape):
+    """The shape of a decoder of convolutions. It predicts the clean image."""
+
+    kind: Literal["conv"] = "conv"
+    size: str = "CM/4"
+    """CS/4, CM/4, CL/4; or `custom`: give patch, channels and down."""
+    linear_skip: bool = True
+
+    def _fill_from_size(self) -> None:
+        if self.size not in SIZES:
+            raise UserError(f"decoder.size is {self.size!r}: choose {', '.join(SIZES)}, or custom")
+        channels, down, up = SIZES[self.size]
+        self.patch = self.patch or 4
+        self.channels, self.down, self.up = self.channels or channels, self.down or down, self.up or up
+
+
+class ConvDecoder(UNet):
+    """A U-Net of residual convolutions; see `PixelDecoder`."""
+
+    norm = False
+    shuffled = True
