@@ -21,7 +21,7 @@ from trainings import device, exit_code, markdown
 
 from monobath import Tokenizer
 from monobath.data import iterate_eval, make_dataset
-from monobath.decoders.uvit import Decoder
+from monobath.decoders.unet import UNet
 from monobath.flow import interpolate, to_clean
 from monobath.images import to_float
 
@@ -45,7 +45,7 @@ def total_variation(noisy: Tensor, std: float, x: Tensor) -> float:
 def clean_error(tokenizer: Tokenizer, x: Tensor, noise: Tensor, z: Tensor, t: float) -> float:
     """Mean squared error of a decoder's clean images at time t, not clipped."""
     decoder = tokenizer.decoder
-    assert isinstance(decoder, Decoder)
+    assert isinstance(decoder, UNet)
     kind = decoder.config.prediction
     total = 0.0
     for rows in torch.arange(len(x)).split(8):

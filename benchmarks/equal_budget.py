@@ -50,7 +50,7 @@ from trainings import (
 )
 
 from monobath import Tokenizer, UserError
-from monobath.decoders.uvit import DecoderConfig
+from monobath.decoders import DecoderConfig, KLConfig, UViTConfig, decoder_config
 from monobath.evaluation.systems import TokenizerSystem
 from monobath.evaluation.throughput import system_speeds
 from monobath.files import write_text
@@ -89,7 +89,7 @@ def frozen_encoder(args: argparse.Namespace) -> str:
     if not (folder / "model.safetensors").is_file():
         source = Tokenizer.from_pretrained(args.encoder)
         encoder = source.config.encoder
-        shape = DecoderConfig(
+        shape = UViTConfig(
             size="custom", patch=encoder.factor, channels=[8], middle_blocks=0,
             factor=encoder.factor, latent_channels=encoder.latent_channels,
         )  # fmt: skip
@@ -109,9 +109,9 @@ def our_decoder(args: argparse.Namespace, source: TokenizerConfig) -> DecoderCon
     given = {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in args.decoder)}
     shared = {"factor": source.encoder.factor, "latent_channels": source.encoder.latent_channels}
     try:
-        return DecoderConfig(**(shared | given))
+        return decoder_config(shared | given)
     except TypeError as error:
-        raise UserError(f"--decoder {' '.join(args.decoder)}: {error}; give fields of DecoderConfig") from None
+        raise UserError(f"--decoder {' '.join(args.decoder)}: {error}; give fields of a decoder") from None
 
 
 def model_of(row: Row, args: argparse.Namespace, source: TokenizerConfig) -> TokenizerConfig:
@@ -123,12 +123,14 @@ def model_of(row: Row, args: argparse.Namespace, source: TokenizerConfig) -> Tok
         deeper = [*encoder.multipliers, *encoder.multipliers[-1:] * (row.factor.bit_length() - 4)]
         encoder = dataclasses.replace(encoder, factor=row.factor, multipliers=deeper)
         decoder = dataclasses.replace(decoder, factor=row.factor)
-    return TokenizerConfig(
-        encoder=encoder,
-        decoder=decoder,
-        sampler=SamplerConfig(steps=1, noise="zero"),
-        kl_decoder=args.kl_channels if row.kl else [],
-    )
+    if row.kl:
+        decoder = KLConfig(
+            channels=args.kl_channels,
+            factor=decoder.factor,
+            latent_channels=decoder.latent_channels,
+            padding=decoder.padding,
+        )
+    return TokenizerConfig(encoder=encoder, decoder=decoder, sampler=SamplerConfig(steps=1, noise="zero"))
 
 
 def recipe_for(name: str, args: argparse.Namespace, *, lr: float, perceptual: float, seed: int) -> Recipe:

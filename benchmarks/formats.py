@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from monobath.decoders.folded import OneStepDecoder
-from monobath.decoders.uvit import Decoder, DecoderConfig
+from monobath.decoders import decoder_config, make_decoder
+from monobath.decoders.folded import OneStepCall, folded
 from monobath.evaluation.bench import FACTOR, random_latents
 from monobath.evaluation.throughput import Work, measure
 from monobath.export.engines import Engine, engine_call
@@ -34,7 +34,7 @@ from monobath.models.blocks import Padding
 def forms(name: str, padding: Padding, z: Tensor, args: argparse.Namespace) -> dict[str, Work]:
     """One decoder's call in each form; the first is the one it trains in."""
     torch.manual_seed(0)
-    decoder = Decoder(DecoderConfig(size=name, padding=padding)).to(args.device).eval()
+    decoder = make_decoder(decoder_config({"size": name, "padding": padding})).to(args.device).eval()
     for parameter in decoder.parameters():  # what starts at zero would hide what is computed before it
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
@@ -42,20 +42,24 @@ def forms(name: str, padding: Padding, z: Tensor, args: argparse.Namespace) -> d
     works: dict[str, Work] = {
         "as trained, eager float32": partial(decoder, start, torch.ones(1, device=args.device), z)
     }
-    works["folded"] = partial(OneStepDecoder(decoder, "zero"), z)
-    last = OneStepDecoder(decoder, "zero").to(memory_format=torch.channels_last)
+
+    def one_step() -> OneStepCall:
+        return OneStepCall(folded(decoder, "zero")).eval()
+
+    works["folded"] = partial(one_step(), z)
+    last = one_step().to(memory_format=torch.channels_last)
     works["folded, channels-last"] = partial(last, z.contiguous(memory_format=torch.channels_last))
-    half = OneStepDecoder(decoder, "zero").bfloat16()
+    half = one_step().bfloat16()
     works["folded, bfloat16"] = partial(half, z.bfloat16())
-    half_last = OneStepDecoder(decoder, "zero").bfloat16().to(memory_format=torch.channels_last)
+    half_last = one_step().bfloat16().to(memory_format=torch.channels_last)
     works["folded, channels-last, bfloat16"] = partial(half_last, z.bfloat16())
     if args.compile:
-        compiled = torch.compile(OneStepDecoder(decoder, "zero").to(memory_format=torch.channels_last))
+        compiled = torch.compile(one_step().to(memory_format=torch.channels_last))
         works["folded, channels-last, compiled"] = partial(compiled, z)
     for engine in args.engines:
         samples = [{"latent": random_latents(1, args.size).numpy()}]
         example = {"latent": torch.zeros(2, z.shape[1], 18, 26)}
-        run = engine_call(OneStepDecoder(decoder, "zero").cpu(), example, engine, samples)
+        run = engine_call(one_step().cpu(), example, engine, samples)
         works[engine] = partial(run, {"latent": z.cpu().numpy()})
     return works
 

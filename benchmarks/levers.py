@@ -34,7 +34,9 @@ from torch import Tensor, nn
 
 from monobath import Tokenizer, UserError
 from monobath.data import make_dataset, make_loader
-from monobath.decoders.uvit import DecoderConfig, Level, ResBlock, TransformerBlock, _modulate
+from monobath.decoders import decoder_config
+from monobath.decoders.unet import Level, ResBlock, modulate
+from monobath.decoders.uvit import TransformerBlock
 from monobath.evaluation.evaluate import evaluate
 from monobath.evaluation.system import Code, System
 from monobath.evaluation.throughput import system_speeds
@@ -128,7 +130,7 @@ class SingleBlock(ResBlock):
     """A residual block merged into one convolution, modulated by the latent; it does not see the time."""
 
     def forward(self, x: Tensor, context: Tensor, time: Tensor) -> Tensor:
-        return self.shortcut(x) + self.conv1(F.silu(_modulate(self.norm1(x), self.context(context))))
+        return self.shortcut(x) + self.conv1(F.silu(modulate(self.norm1(x), self.context(context))))
 
 
 def blocks_as(kind: type[ResBlock]) -> Callable[[nn.Module], None]:
@@ -351,8 +353,8 @@ def build(lever: Lever, source: Tokenizer, seed: int) -> Tokenizer:
     torch.manual_seed(seed)
     config = TokenizerConfig(
         encoder=encoder,
-        decoder=DecoderConfig(
-            factor=encoder.factor, latent_channels=encoder.latent_channels, padding=encoder.padding, **shape
+        decoder=decoder_config(
+            {"factor": encoder.factor, "latent_channels": encoder.latent_channels, "padding": encoder.padding} | shape
         ),
         sampler=SamplerConfig(steps=1, noise=lever.noise),  # type: ignore[arg-type]
     )

@@ -39,7 +39,7 @@ from trainings import (
 )
 
 from monobath import UserError
-from monobath.decoders.uvit import DecoderConfig
+from monobath.decoders import KLConfig, decoder_config
 from monobath.evaluation.systems import TokenizerSystem
 from monobath.models import blocks, encoder
 from monobath.tokenizer import SamplerConfig
@@ -101,12 +101,12 @@ def recipe_for(name: str, args: argparse.Namespace, *, seed: int, part: int = 0)
     steps = crops // batch
     latents, factor = args.channels, base.model.encoder.factor
     shape = {"size": base.model.decoder.size} | row.decoder
+    shared: dict[str, Any] = {"factor": factor, "latent_channels": latents, "padding": row.padding}
     model = dataclasses.replace(
         base.model,
         encoder=dataclasses.replace(base.model.encoder, latent_channels=latents, padding=row.padding),
-        decoder=DecoderConfig(factor=factor, latent_channels=latents, padding=row.padding, **shape),
+        decoder=KLConfig(channels=args.kl_channels, **shared) if row.kl else decoder_config(shared | shape),
         sampler=SamplerConfig(steps=1, noise="zero"),
-        kl_decoder=args.kl_channels if row.kl else [],
     )
     return dataclasses.replace(
         base,

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
-from monobath.decoders.uvit import Decoder, DecoderConfig
+from monobath.decoders.uvit import UViT, UViTConfig
 from monobath.errors import UserError
 from monobath.integrations.diffusers import encoder_from_diffusers
 from monobath.integrations.ssdd import decoder_from_ssdd
@@ -58,14 +58,14 @@ def structure(folder: Path) -> list[tuple[str, str, str, bool]]:
     rows = []
     with torch.device("meta"):
         for size, expected in published["decoder_parameters"].items():
-            ours = sum(p.numel() for p in Decoder(DecoderConfig(size=f"{size}/1")).parameters())
+            ours = sum(p.numel() for p in UViT(UViTConfig(size=f"{size}/1")).parameters())
             rows.append((f"{size}/1 parameters", f"{ours:,}", f"{expected:,}", ours == expected))
     state = {name: torch.zeros(shape) for name, shape in published["full_model_f8c4_S"].items()}
     count = sum(name.startswith("decoder.") for name in state)
     try:
         config = decoder_from_ssdd(state, prefix="decoder.").config
         same = [getattr(config, name) for name in ("channels", "middle_blocks", "heads", "reach", "down_blocks")]
-        paper = DecoderConfig(size="S/1")
+        paper = UViTConfig(size="S/1")
         good = same == [paper.channels, paper.middle_blocks, paper.heads, paper.reach, paper.down_blocks]
         rows.append(("decoder S names and shapes", f"{count} entries, {same}", f"{count} entries", good))
     except UserError as error:

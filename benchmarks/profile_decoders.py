@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from monobath import Tokenizer
-from monobath.decoders.uvit import Decoder, DecoderConfig
+from monobath.decoders import decoder_config, make_decoder
 from monobath.evaluation.bench import random_latents
 from monobath.evaluation.peers import random_autoencoder
 from monobath.evaluation.report import machine
@@ -107,7 +107,7 @@ def works(names: list[str], side: int) -> dict[str, Callable[[], Any]]:
             label = {"kl": "AutoencoderKL", "tiny": "AutoencoderTiny"}[name]
             found[label] = lambda peer=peer: peer.decode(z, return_dict=False)
         elif "/" in name:
-            decoder = Decoder(DecoderConfig(size=name)).eval()
+            decoder = make_decoder(decoder_config({"size": name})).eval()
             found[name] = lambda decoder=decoder: decoder(noise, t, z)
         else:
             tokenizer = Tokenizer.from_pretrained(name)

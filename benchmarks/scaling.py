@@ -62,12 +62,12 @@ def measure(side: int, name: str, repeats: int | None) -> dict[str, float]:
     the peak of the one that started it, so that one must stay small."""
     import torch
 
-    from monobath.decoders.uvit import Decoder, DecoderConfig
+    from monobath.decoders import decoder_config, make_decoder
     from monobath.sampling import draw_noise, euler
 
     torch.manual_seed(0)
-    config = DecoderConfig(size=name)
-    decoder = Decoder(config).eval()
+    config = decoder_config({"size": name})
+    decoder = make_decoder(config).eval()
     noise = draw_noise((3, side, side), [0])
     z = torch.randn(1, config.latent_channels, side // config.factor, side // config.factor)
     before = resident()
@@ -75,7 +75,7 @@ def measure(side: int, name: str, repeats: int | None) -> dict[str, float]:
     with torch.no_grad():
         for _ in range(repeats or (5 if side <= 512 else 3)):
             start, cpu_start = time.perf_counter(), time.process_time()
-            euler(lambda x_t, t: decoder(x_t, t, z), noise, kind=config.prediction or "v")
+            euler(lambda x_t, t: decoder(x_t, t, z), noise, kind=decoder.prediction)
             seconds.append(time.perf_counter() - start)
             cpu.append(time.process_time() - cpu_start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -99,7 +99,6 @@ def measure(args: argparse.Namespace, side: int, tile: int) -> dict:
     import torch
 
     from monobath import Tokenizer
-    from monobath.decoding import decoder_reach
     from monobath.tiles import plan
 
     tokenizer = Tokenizer.from_pretrained(args.model)
@@ -111,9 +110,8 @@ def measure(args: argparse.Namespace, side: int, tile: int) -> dict:
     picture = tokenizer.decode(z, noise=args.noise, tile=tile or None, overlap=args.overlap, output="uint8")
     seconds = time.perf_counter() - start
     peak = memory_gb()
-    unit = max(config.factor, config.token_side)
-    reach = decoder_reach(config, tokenizer.config.sampler.steps)
-    layout = plan((side, side), tile or 512, args.overlap, unit, reach)
+    unit = max(config.factor, tokenizer.decoder.unit)
+    layout = plan((side, side), tile or 512, args.overlap, unit, tokenizer.decoder.reach())
     return {
         "side": side,
         "tile": tile,

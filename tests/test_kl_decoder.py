@@ -15,10 +15,10 @@ pytest.importorskip("diffusers")
 from diffusers import AutoencoderKL
 
 from monobath import Tokenizer, UserError
-from monobath.decoders.kl import KLDecoder
-from monobath.decoders.uvit import DecoderConfig
+from monobath.decoders import UViTConfig
+from monobath.decoders.kl import KLConfig, KLDecoder
 from monobath.models.blocks import Conv2d
-from monobath.tokenizer import SamplerConfig
+from monobath.tokenizer import SamplerConfig, TokenizerConfig
 from monobath.training import loop
 from monobath.training.config import LossConfig
 from monobath.training.loop import train
@@ -32,13 +32,18 @@ def kl_recipe(run, photos, adversarial: float = 0.0, **training):
         run, photos, **({"train_encoder": False} | training),
         loss={"perceptual": 0.0, "adversarial": adversarial, "adversarial_start": 0.5},
     )  # fmt: skip
-    recipe.model.kl_decoder = CHANNELS
+    recipe.model.decoder = KLConfig(channels=CHANNELS)
     recipe.model.sampler = SamplerConfig(steps=1, noise="zero")
     return dataclasses.replace(recipe)
 
 
+def picture(decoder, z):
+    f = decoder.config.factor
+    return decoder(z.new_zeros(len(z), 3, z.shape[2] * f, z.shape[3] * f), z.new_ones(len(z)), z)
+
+
 def test_it_is_the_decoder_of_autoencoder_kl():
-    ours = KLDecoder(DecoderConfig(size="S/2"), CHANNELS)
+    ours = KLDecoder(KLConfig(channels=CHANNELS))
     theirs = AutoencoderKL(
         block_out_channels=CHANNELS, layers_per_block=2, latent_channels=4, norm_num_groups=2,
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
@@ -47,19 +52,19 @@ def test_it_is_the_decoder_of_autoencoder_kl():
     theirs.post_quant_conv.load_state_dict(ours.post_quant_conv.state_dict())
     z = randn(2, 4, 3, 5)
     with torch.no_grad():
-        assert torch.equal(ours(z), theirs.decode(z).sample)
+        assert torch.equal(picture(ours, z), theirs.decode(z).sample)
 
 
 def test_replicate_padding_is_theirs_with_gradients_that_compile():
     """PyTorch's own gradient of it fails, compiled for a CPU: every 3×3 convolution must be ours."""
-    ours = KLDecoder(DecoderConfig(size="S/2", padding="replicate"), CHANNELS)
-    theirs = KLDecoder(DecoderConfig(size="S/2"), CHANNELS)
+    ours = KLDecoder(KLConfig(channels=CHANNELS, padding="replicate"))
+    theirs = KLDecoder(KLConfig(channels=CHANNELS))
     theirs.load_state_dict(ours.state_dict())
     for module in theirs.decoder.modules():
         if isinstance(module, torch.nn.Conv2d):
             module.padding_mode = "replicate"
     z = randn(2, 4, 3, 5)
-    torch.testing.assert_close(ours(z), theirs(z))
+    torch.testing.assert_close(picture(ours, z), picture(theirs, z))
     wide = [m for m in ours.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)]
     assert len(wide) > 8
     assert all(isinstance(module, Conv2d) for module in wide)
@@ -68,13 +73,13 @@ def test_replicate_padding_is_theirs_with_gradients_that_compile():
 def test_objective_is_l1_and_its_discriminator_counts_when_told():
     recipe_loss = LossConfig(flow=2.0, perceptual=0.0)
     tokenizer = tiny_tokenizer(noise="zero")
-    config = dataclasses.replace(tokenizer.config, kl_decoder=CHANNELS)
+    config = dataclasses.replace(tokenizer.config, decoder=KLConfig(channels=CHANNELS))
     tokenizer = Tokenizer(config)
     objective = AutoencoderObjective(tokenizer, recipe_loss, train_encoder=False)
     x, latent_noise = rand_images(2, 3, 16, 24), randn(2, 4, 2, 3)
     losses = objective(x, torch.ones(2), torch.zeros_like(x), latent_noise)
     posterior = tokenizer.encode(x)
-    expected = (tokenizer.decoder(posterior.mean + posterior.std * latent_noise) - x).abs().mean()
+    expected = (picture(tokenizer.decoder, posterior.mean + posterior.std * latent_noise) - x).abs().mean()
     assert losses.keys() == {"loss", "l1"}
     torch.testing.assert_close(losses["l1"], expected)
     torch.testing.assert_close(losses["loss"], 2 * expected)
@@ -127,16 +132,22 @@ def test_our_decoder_takes_a_discriminator_too(tmp_path, photos):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("make", "words"),
     [
-        ({"kl_decoder": [8, 8]}, "factor 8 needs 4 levels"),
-        ({"kl_decoder": CHANNELS, "sampler": SamplerConfig(steps=2, noise="zero")}, "takes no noise"),
+        (lambda: KLConfig(channels=[8, 8]), "factor 8 needs 4 levels"),
+        (lambda: TokenizerConfig(decoder=KLConfig(), sampler=SamplerConfig(steps=2, noise="zero")), "takes no noise"),
     ],
 )
-def test_mistakes_are_explained(change, words):
-    config = tiny_tokenizer(noise="zero").config
+def test_mistakes_are_explained(make, words):
     with pytest.raises(UserError, match=words):
-        Tokenizer(dataclasses.replace(config, **change))
+        make()
+
+
+def test_models_of_before_kinds_load():
+    """Where `kl_decoder` stood beside the shape of a decoder that was not there."""
+    before = {"decoder": {"size": "S/2", "padding": "replicate"}, "sampler": {"noise": "zero"}, "kl_decoder": CHANNELS}
+    assert TokenizerConfig.from_dict(before).decoder == KLConfig(channels=CHANNELS, padding="replicate")
+    assert isinstance(TokenizerConfig.from_dict(before | {"kl_decoder": []}).decoder, UViTConfig)
 
 
 def test_repa_needs_one_of_our_decoders(tmp_path, photos):

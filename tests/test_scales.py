@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import dead_parameters, rand_images, randn, tiny_decoder, tiny_tokenizer
+from conftest import sample as decoded
 from PIL import Image
 from scipy.optimize import fsolve
 from test_training import photos as photos  # the fixture
@@ -18,7 +19,7 @@ from test_training import rows, same, tiny_recipe, weights
 
 from monobath import Tokenizer, UserError
 from monobath.cli import main
-from monobath.decoding import predictor, previews
+from monobath.decoding import predictor
 from monobath.flow import velocity
 from monobath.sampling import draw_noise, euler, time_grid
 from monobath.scales import (
@@ -250,7 +251,7 @@ def test_one_stage_decodes_as_the_single_scale_does(kind, noise):
     tok = tiny_tokenizer(decoder={"patch": 1, "prediction": kind})
     z, options = randn(2, 4, 3, 5), {"steps": 3, "noise": noise}
     with torch.no_grad():
-        (found,) = previews(tok.decoder, z, [4, 5], **options, size=(21, 40))
+        found = decoded(tok.decoder, z, [4, 5], **options, size=(21, 40))
     assert torch.equal(found.clamp(-1, 1), tok.decode(z, seed=4, size=(21, 40), **options))
     (alone,) = tok.decode_progressive(z, seed=4, size=(21, 40), **options)
     assert torch.equal(alone, tok.decode(z, seed=4, size=(21, 40), **options))

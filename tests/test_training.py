@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from monobath import Tokenizer, UserError
-from monobath.decoders.uvit import DecoderConfig
+from monobath.decoders import UViTConfig
 from monobath.losses.perceptual import EffLiteDistance
 from monobath.models.encoder import EncoderConfig
 from monobath.tokenizer import SamplerConfig, TokenizerConfig
@@ -60,7 +60,7 @@ def tiny_model(factor: int = 8, channels: int = 4) -> TokenizerConfig:
             factor=factor, latent_channels=channels, base=16, multipliers=[1] * levels, patch=4, blocks=1,
             middle_attention=False, linear_skip=True,
         ),
-        decoder=DecoderConfig(
+        decoder=UViTConfig(
             size="custom", factor=factor, latent_channels=channels, prediction="x", patch=4, channels=[16, 16],
             middle_blocks=1, heads=2, down_blocks=1, linear_skip=True,
         ),

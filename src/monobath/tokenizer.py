@@ -270,7 +270,7 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
         decoder = folded(self.decoder, noise or self.config.sampler.noise)
         decoder.to(memory_format=torch.channels_last)
         if compile:
-            decoder.compile()
+            decoder.predict = torch.compile(decoder.predict)  # type: ignore[method-assign]
         return self.with_decoder(decoder)
 
     def with_decoder(self, decoder: PixelDecoder) -> Tokenizer:

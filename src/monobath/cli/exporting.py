@@ -91,15 +91,16 @@ def engine_networks(
     """
     import torch
 
-    from ..decoders.folded import OneStepDecoder
-    from ..decoders.uvit import Decoder, DecoderConfig
+    from ..decoders import decoder_config, make_decoder
+    from ..decoders.folded import OneStepCall, folded
     from ..evaluation.bench import CHANNELS, TINY, random_latents, tokenizer_maker
     from ..evaluation.peers import random_autoencoder
     from ..export.engines import engine_call
 
     found: dict[str, tuple[Any, Any]] = {}
-    networks = {name: Decoder(DecoderConfig(size=name, latent_channels=CHANNELS)).eval() for name in decoders}
-    folded = {name: OneStepDecoder(network, "zero") for name, network in networks.items()}
+    shapes = {name: decoder_config({"size": name, "latent_channels": CHANNELS}) for name in decoders}
+    networks = {name: make_decoder(shape).eval() for name, shape in shapes.items()}
+    calls = {name: OneStepCall(folded(network, "zero")).eval() for name, network in networks.items()}
     peer = random_autoencoder("tiny").eval().decoder
     example = torch.zeros(2, CHANNELS, 18, 26)
     samples = [{"latent": random_latents(1, CALIBRATION_SIDE).numpy()}]
@@ -108,7 +109,7 @@ def engine_networks(
             tokenizer = load_tokenizer(model, "cpu", "float32")
             maker = tokenizer_maker(on_engine(tokenizer, model, engine))
             found[f"{model}, {engine}"] = (tokenizer.decoder, maker)
-        for name, network in [*folded.items(), (TINY, peer)]:
+        for name, network in [*calls.items(), (TINY, peer)]:
             run = engine_call(network, {"latent": example}, engine, samples)  # type: ignore[arg-type]
 
             def make(batch: int, side: int, run: Any = run) -> Any:

@@ -56,8 +56,7 @@ def import_ssdd(file: str, *, out: str, power: float = 2.0, steps: int = 1) -> N
         folder, extra={"recipe": recipe, "imported_from": source.name, "sha256": digest, "license": NOTICE}
     )
     config = tokenizer.config
-    size = config.decoder.size if config.decoder.size != "custom" else f"channels {config.decoder.channels}"
-    write(f"notice: {NOTICE}\nencoder {config.encoder.name}, decoder {size}: {folder}\n")
+    write(f"notice: {NOTICE}\nencoder {config.encoder.name}, decoder {config.decoder.title}: {folder}\n")
 
 
 def stats(

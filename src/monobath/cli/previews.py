@@ -20,14 +20,10 @@ def check_progressive(tokenizer: Tokenizer, model: str, tile: int | None) -> Non
     Raises:
         UserError: the model has one scale, or --tile or --engine is given.
     """
-    from ..decoders.folded import OneStep
-
     if tokenizer.config.decoder.stages == 1:
         raise UserError(f"--progressive needs a multi-scale model, and {model} has one scale: leave it out")
-    if isinstance(tokenizer.decoder, OneStep):
+    if tokenizer.decoder.fixed is not None:
         raise UserError("--engine with --progressive: engines run one step at full resolution; leave one of them out")
-    if tile is not None:
-        raise UserError(f"--tile {tile} with --progressive: a multi-scale model cannot decode in tiles; leave it out")
 
 
 def with_previews(tokenizer: Tokenizer, target: Path, taken: set[Path]) -> Callable[..., Tensor]:

@@ -65,7 +65,7 @@ class UNetShape(WrappedShape):
 
     @property
     def title(self) -> str:
-        return self.size if self.size != "custom" else f"channels {self.channels}"
+        return self.size if self.size != "custom" else f"custom, channels {self.channels}"
 
     @property
     def token_side(self) -> int:

@@ -194,8 +194,8 @@ class UViT(UNet):
         self.middle = Middle(self.config) if self.config.middle_blocks else nn.Identity()
         self.middle_reach = self.config.middle_blocks * self.config.reach
 
-    def context_of(self, z: Tensor) -> Tensor | None:
-        return None if isinstance(self.context, nn.Identity) else self.context(z)
+    def context_of(self, z: Tensor) -> Tensor:
+        return self.context(z)
 
     def set_checkpointing(self, enabled: bool) -> None:
         super().set_checkpointing(enabled)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..decoders.uvit import Decoder, DecoderConfig
+from ..decoders import PixelDecoder, decoder_config, make_decoder
 from ..errors import UserError
 from ..sampling import draw_noise, euler
 from ..tiles import pad_to_multiple
@@ -225,8 +225,8 @@ def _networks(
         peer = placed(random_autoencoder(kind), device, dtype)
         found[name] = (coding_parts(peer)[1], _peer_maker(peer, device, dtype))
     for name in decoders:
-        config = DecoderConfig(size=name, factor=FACTOR, latent_channels=CHANNELS)
-        decoder = Decoder(config).to(device, dtype).eval()
+        config = decoder_config({"size": name, "factor": FACTOR, "latent_channels": CHANNELS})
+        decoder = make_decoder(config).to(device, dtype).eval()
         found[name] = (decoder, _decoder_maker(decoder, device, dtype))
     for name in models:
         if name in found:
@@ -257,8 +257,8 @@ def _peer_maker(peer: Any, device: torch.device, dtype: torch.dtype) -> Maker:
     return make
 
 
-def _decoder_maker(decoder: Decoder, device: torch.device, dtype: torch.dtype) -> Maker:
-    unit = max(1, decoder.config.token_side // FACTOR)
+def _decoder_maker(decoder: PixelDecoder, device: torch.device, dtype: torch.dtype) -> Maker:
+    unit = max(1, decoder.unit // FACTOR)
 
     def make(batch: int, side: int) -> Work:
         z = pad_to_multiple(random_latents(batch, side, CHANNELS, FACTOR, device, dtype), unit, mode="replicate")
@@ -266,7 +266,7 @@ def _decoder_maker(decoder: Decoder, device: torch.device, dtype: torch.dtype) -
 
         def decode() -> Tensor:
             noise = draw_noise(shape, range(batch)).to(device, dtype)
-            return euler(lambda x, t: decoder(x, t, z), noise, kind=decoder.config.prediction)  # type: ignore[arg-type]
+            return euler(lambda x, t: decoder(x, t, z), noise, kind=decoder.prediction)
 
         return decode
 

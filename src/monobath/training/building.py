@@ -6,13 +6,13 @@ import copy
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from ..autoencoders import read_taesd
 from ..data import LatentDataset, PhotoDataset, StreamDataset
-from ..decoders.uvit import Decoder
+from ..decoders import PixelDecoder
+from ..decoders.taef2 import Taef2Decoder
 from ..errors import UserError
 from ..models.encoder import FAMILIES
 from ..models.loading import load_strictly
@@ -53,8 +53,8 @@ def make_tokenizer(
     elif not recipe.training.train_encoder and not recipe.model.encoder.family and not quiet:
         log.warning("training.train_encoder is false without init: the decoder learns a random encoder's latents")
     own = _add_trunk(tokenizer, recipe, dataset, taken) if recipe.model.decoder.trunk else None
-    fits = isinstance(tokenizer.decoder, Decoder) and not taken and checkpoints.latest(Path(recipe.run)) is None
-    if fits and dataset is not None and recipe.model.decoder.slim and own is not None:
+    fits = not taken and checkpoints.latest(Path(recipe.run)) is None
+    if fits and dataset is not None and isinstance(tokenizer.decoder, Taef2Decoder) and own is not None:
         slim_to_latents(tokenizer, own, dataset, seed=recipe.training.seed)
     elif fits and dataset is not None and recipe.model.decoder.standardise:
         fit_to_latents(tokenizer, dataset, seed=recipe.training.seed)
@@ -67,7 +67,6 @@ def _add_trunk(
     """The weights of the trunk, from the files of the family's decoder unless they are there; cached latents go through
     it when they are read, before they are cut to windows. Returns that decoder, if it was read."""
     encoder, decoder = recipe.model.encoder, tokenizer.decoder
-    assert isinstance(decoder, Decoder)
     assert decoder.trunk is not None
     own = None
     if not taken:
@@ -134,20 +133,30 @@ def start_from(tokenizer: Tokenizer, recipe: Recipe) -> bool:
         names = ("scaling_factor", "shift_factor", "latent_mean", "latent_std")
         kept = {name: getattr(source.config, name) for name in names}
         tokenizer.config = dataclasses.replace(tokenizer.config, **kept)
-    ours, theirs = recipe.model, source.config
-    # What changes no weight's shape.
-    free: dict[str, Any] = {"size": "custom", "attention": "auto", "dropout": 0.0, "residual": 0.0, "padding": "zeros"}
-    if 1 in (theirs.decoder.stages, ours.decoder.stages) or theirs.decoder.stages == ours.decoder.stages:
-        free |= {"stages": 1, "null_latent": False}  # add weights that are zero at first
-    same = dataclasses.replace(ours.decoder, **free) == dataclasses.replace(theirs.decoder, **free)
-    if not same or ours.kl_decoder != theirs.kl_decoder:
+    ours, theirs = tokenizer.decoder, source.decoder
+    if not same_network(ours, theirs):
         return False
-    own, weights = tokenizer.decoder.state_dict(), source.decoder.state_dict()
+    own, weights = ours.state_dict(), theirs.state_dict()
     own.update({name: value for name, value in weights.items() if name in own})
-    if ours.decoder.stages == 1 < theirs.decoder.stages:  # the stage's embedding is added to the time's
+    if ours.stages == 1 < theirs.stages:  # the stage's embedding is added to the time's
         own["time.2.bias"] = own["time.2.bias"] + weights["stage_embedding"][-1]
     tokenizer.decoder.load_state_dict(own)
     return True
+
+
+def same_network(ours: PixelDecoder, theirs: PixelDecoder) -> bool:
+    """Whether weights of one mean the same in the other; stages and a null latent add some that are zero at first."""
+    extra = (
+        {"stage_embedding", "null_latent"}
+        if ours.stages == theirs.stages or 1 in (ours.stages, theirs.stages)
+        else set()
+    )
+    free = {"size", "attention", "dropout", "residual", "padding", "stages", "null_latent"}
+    shapes, fields = [], []
+    for decoder in (ours, theirs):
+        shapes.append({name: value.shape for name, value in decoder.state_dict().items() if name not in extra})
+        fields.append({name: value for name, value in dataclasses.asdict(decoder.config).items() if name not in free})
+    return shapes[0] == shapes[1] and fields[0] == fields[1]
 
 
 def make_objective(recipe: Recipe, tokenizer: Tokenizer, *, batch: int) -> AutoencoderObjective:

@@ -341,8 +341,14 @@ class Recipe:
                     "distill.teacher is given, but training.train_encoder is true: the latents are the teacher's, so "
                     "set it to false"
                 )
-        if self.loss.time_power and (self.model.kl_decoder or (self.distill.teacher and self.model.decoder.stages > 1)):
-            what = "a KL-VAE decoder, which has no times" if self.model.kl_decoder else "a student of one step a stage"
+        if self.loss.time_power and (
+            self.model.decoder.kind == "kl" or (self.distill.teacher and self.model.decoder.stages > 1)
+        ):
+            what = (
+                "a KL-VAE decoder, which has no times"
+                if self.model.decoder.kind == "kl"
+                else "a student of one step a stage"
+            )
             raise UserError(f"loss.time_power is {self.loss.time_power:g}, which would not act on {what}: leave it out")
         if self.distill.perceptual_to == "teacher" and self.model.decoder.stages > 1:
             raise UserError(

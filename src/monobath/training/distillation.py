@@ -44,7 +44,7 @@ class DistillationObjective(AutoencoderObjective):
     def __init__(self, tokenizer: Tokenizer, teacher: Tokenizer, loss: LossConfig, config: DistillConfig) -> None:
         super().__init__(tokenizer, loss, train_encoder=False)
         for role, model in (("student", tokenizer), ("teacher", teacher)):
-            if model.config.kl_decoder:
+            if model.config.decoder.kind == "kl":
                 raise UserError(f"distill: the {role} has a KL-VAE decoder, which takes no steps")
         if teacher.config.encoder != tokenizer.config.encoder:
             raise UserError(
@@ -70,11 +70,11 @@ class DistillationObjective(AutoencoderObjective):
     @torch.no_grad()
     def target_of(self, x: Tensor, noise: Tensor, z: Tensor) -> Tensor:
         """The teacher's N-step sample from (noise, z): float32 `(B, 3, H, W)`, not clipped."""
-        decoder, kind = self.teacher.decoder, self.teacher.config.decoder.prediction
+        decoder, kind = self.teacher.decoder, self.teacher.decoder.prediction
         return euler(
             lambda x_t, t: decoder(x_t, t, z).float(),
             noise,
-            kind=kind,  # type: ignore[arg-type]
+            kind=kind,
             steps=self.steps,
             power=self.power,
         )

@@ -9,14 +9,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import flow
-from ..decoders.folded import OneStep
-from ..decoders.uvit import Decoder
+from ..decoders import PixelDecoder
 from ..errors import UserError
 from ..losses.alignment import Alignment, alignment_features
 from ..losses.grid import grid_energy
@@ -82,7 +81,7 @@ class Draws:
         return cls(t[own], noise[own], latent_noise[own])
 
 
-def make_alignment(decoder: nn.Module, loss: LossConfig) -> Alignment | None:
+def make_alignment(decoder: PixelDecoder, loss: LossConfig) -> Alignment | None:
     """REPA for a decoder, as the recipe says; None at weight 0.
 
     Use: call the decoder within `tap(alignment, decoder)`, then `alignment(images).mean()`.
@@ -92,16 +91,15 @@ def make_alignment(decoder: nn.Module, loss: LossConfig) -> Alignment | None:
     """
     if not loss.repa:
         return None
-    if not isinstance(decoder, Decoder):
+    if decoder.config.kind == "kl":
         raise UserError(f"loss.repa is {loss.repa}, but a KL-VAE decoder has no block to align: set it to 0")
     return Alignment(decoder, alignment_features(loss.repa_features, loss.repa_model), loss.repa_block)
 
 
-def tap(alignment: Alignment | None, decoder: nn.Module) -> contextlib.AbstractContextManager[None]:
+def tap(alignment: Alignment | None, decoder: PixelDecoder) -> contextlib.AbstractContextManager[None]:
     """`alignment.tap(decoder)`, or nothing where there is no alignment."""
     if alignment is None:
         return contextlib.nullcontext()
-    assert isinstance(decoder, Decoder)
     return alignment.tap(decoder)
 
 
@@ -183,19 +181,19 @@ class AutoencoderObjective(nn.Module):
 
     def _decoder_losses(self, x: Tensor, target: Tensor, t: Tensor, noise: Tensor, z: Tensor) -> dict[str, Tensor]:
         decoder = self.tokenizer.decoder
-        if isinstance(decoder, OneStep):
-            clean = decoder(z).float()
+        if decoder.config.kind == "kl":
+            clean = decoder(noise, t, z).float()
             losses = {"l1": (clean - target.float()).abs().mean()}
             total = self.loss.flow * losses["l1"]
         else:
-            kind = self.tokenizer.config.decoder.prediction
+            kind = decoder.prediction
             x_t = flow.interpolate(target, noise, t)
             with tap(self.repa, decoder):
                 prediction = decoder(x_t, t, z)
             space = self.loss.space or kind
             power = self.loss.time_power
-            losses = {"flow": flow.flow_loss(prediction, target, noise, x_t, t, kind, space, power)}  # type: ignore[arg-type]
-            clean = flow.to_clean(prediction.float(), x_t, t, kind)  # type: ignore[arg-type]
+            losses = {"flow": flow.flow_loss(prediction, target, noise, x_t, t, kind, space, power)}
+            clean = flow.to_clean(prediction.float(), x_t, t, kind)
             total = self.loss.flow * losses["flow"]
         return self._with_others(losses, total, clean, target, x)
 
@@ -231,7 +229,7 @@ class AutoencoderObjective(nn.Module):
             losses["grid"] = grid_energy(error, self.tokenizer.factor).mean()
             total = total + share * self.loss.grid * losses["grid"]
         if self.judge is not None:
-            weight = cast(nn.Conv2d, self.tokenizer.decoder.conv_out).weight
+            weight = self.tokenizer.decoder.last_layer.weight
             losses["adversarial"] = self.judge(clean, total, weight)
             total = total + share * losses["adversarial"]
         if self.repa is not None:

@@ -21,8 +21,9 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from .. import resources
 from ..autoencoders import as_encoder
+from ..decoders import DecoderConfig, decoder_config
 from ..errors import UserError
-from ..tokenizer import Tokenizer
+from ..tokenizer import SHARED, Tokenizer
 from .config import Recipe
 
 
@@ -77,7 +78,7 @@ def _inherited(values: dict[str, Any]) -> dict[str, Any]:
     source = values.get("init") or values.get("distill.teacher")
     if not source:
         return {}
-    parts = ("encoder", "decoder", "sampler", "kl_decoder")
+    parts = ("encoder", "decoder", "sampler")
     missing = [part for part in parts if not any(f"{key}.".startswith(f"model.{part}.") for key in values)]
     if not {"encoder", "decoder"} & set(missing):
         return {}
@@ -114,7 +115,7 @@ class _Schema:
     """The dotted keys of `Recipe` and their types."""
 
     def __init__(self) -> None:
-        self.types = dict(_leaves(Recipe))
+        self.types = dict(_leaves(Recipe)) | {"model.kl_decoder": list[int]}
         parts = [key.split(".") for key in self.types]
         self.sections = {".".join(part[:n]) for part in parts for n in range(1, len(part))}
         self.parser = ArgumentParser(exit_on_error=False)
@@ -174,7 +175,10 @@ def _leaves(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
-        if dataclasses.is_dataclass(hint):
+        if hint == DecoderConfig:  # one of its kinds, which the values tell: the keys of all of them
+            keys = {key: kind for each in reversed(typing.get_args(hint)) for key, kind in _leaves(each)}
+            yield from ((f"{prefix}{field.name}.{key}", kind) for key, kind in keys.items())
+        elif dataclasses.is_dataclass(hint):
             yield from _leaves(typing.cast(type, hint), f"{prefix}{field.name}.")
         else:
             yield f"{prefix}{field.name}", hint
@@ -185,7 +189,12 @@ def _build(kind: type, values: dict[str, Any], prefix: str = "") -> Any:
     hints, given = typing.get_type_hints(kind), {}
     for field in dataclasses.fields(kind):
         key = f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(hints[field.name]):
+        if hints[field.name] == DecoderConfig:
+            shape = {name.removeprefix(f"{key}."): v for name, v in values.items() if name.startswith(f"{key}.")}
+            if channels := values.get(f"{prefix}kl_decoder"):  # as it was written before decoders had kinds
+                shape = {"kind": "kl", "channels": channels} | {k: v for k, v in shape.items() if k in SHARED}
+            given[field.name] = decoder_config(shape)
+        elif dataclasses.is_dataclass(hints[field.name]):
             given[field.name] = _build(typing.cast(type, hints[field.name]), values, f"{key}.")
         elif key in values:
             given[field.name] = values[key]

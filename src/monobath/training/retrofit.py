@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import LatentDataset, PhotoDataset, StreamDataset, make_loader
-from ..decoders.uvit import Decoder
+from ..decoders.taef2 import Taef2Decoder
 from ..images import to_float
 from ..models.blocks import Padding
 from ..models.encoder import Posterior
@@ -44,7 +44,6 @@ def fit_to_latents(tokenizer: Tokenizer, dataset: PhotoDataset | StreamDataset |
         UserError: latents that are not finite, or all the same.
     """
     decoder = tokenizer.decoder
-    assert isinstance(decoder, Decoder), decoder
     assert decoder.config.standardise  # with a trunk, "latents" are its features from here on
     sums, pairs = LatentMoments(), []
     for x, posterior in _encoded(tokenizer, dataset, seed):
@@ -56,7 +55,7 @@ def fit_to_latents(tokenizer: Tokenizer, dataset: PhotoDataset | StreamDataset |
     std = torch.where(std > 1e-3 * found.overall_std, std, found.overall_std)
     decoder.latent_shift.copy_(torch.tensor(found.mean)[:, None, None])
     decoder.latent_scale.copy_(0.5 / std[:, None, None])
-    if decoder.config.linear_skip:
+    if decoder.linear_skip is not None:
         weight, bias = least_squares(
             [(x, decoder.standardised(z)) for x, z in pairs], decoder.config.read_factor, decoder.config.padding
         )
@@ -75,7 +74,7 @@ def slim_to_latents(
         dataset, seed: as for `fit_to_latents`.
     """
     decoder = tokenizer.decoder
-    assert isinstance(decoder, Decoder)
+    assert isinstance(decoder, Taef2Decoder)
     features = torch.cat([posterior.mean for _, posterior in _encoded(tokenizer, dataset, seed)])
     decoder.tail.take(own, features)
     decoder.conv_out.load_state_dict(own[-1].state_dict())
@@ -117,8 +116,7 @@ def _encoded(
             moments = tokenizer.encoder(x)
         posterior = Posterior(moments, (x.shape[2], x.shape[3]))
         decoder = tokenizer.decoder
-        assert isinstance(decoder, Decoder)
-        features = decoder.features(posterior.mean)
+        features = decoder.read(posterior.mean)
         if features is not posterior.mean:
             posterior = Posterior(without_spread(features), posterior.size)
         yield x, posterior

@@ -9,6 +9,7 @@ as SSDD distils (arXiv 2510.04961, section 3.3); MSD's own form is `loss.adversa
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import flow
-from ..decoders.uvit import Decoder
+from ..decoders import PixelDecoder
 from ..decoding import predictor
 from ..errors import UserError
 from ..flow import Prediction, time_weight
@@ -103,8 +104,8 @@ class ScalesObjective(AutoencoderObjective):
         posterior, z = self._encoded(x, latent_noise, moments)
         if self.scales.drop:  # also where none is: every process must use every parameter
             decoder = self.tokenizer.decoder
-            assert isinstance(decoder, Decoder)
-            z = torch.where(torch.tensor(dropped, device=z.device)[:, None, None, None], decoder.without(z), z)
+            absent = decoder.without(z)  # type: ignore[operator]
+            z = torch.where(torch.tensor(dropped, device=z.device)[:, None, None, None], absent, z)
         if self.scales.times == "uniform":
             t = uniform_times(t)
         return self._with_kl(self._stage_losses(x, t, noise, z, stages or (0,) * len(x)), posterior)
@@ -113,8 +114,7 @@ class ScalesObjective(AutoencoderObjective):
         self, x: Tensor, t: Tensor, noise: Tensor, z: Tensor, stages: tuple[int, ...]
     ) -> dict[str, Tensor]:
         decoder = self.tokenizer.decoder
-        assert isinstance(decoder, Decoder)
-        kind: Prediction = decoder.config.prediction  # type: ignore[assignment]
+        kind = decoder.prediction
         last = len(self.schedule) - 1
         whites = noise_pyramid(noise, len(self.schedule))
         images = image_pyramid(x, len(self.schedule))
@@ -132,7 +132,7 @@ class ScalesObjective(AutoencoderObjective):
                 image, white, tau, latent = image[rows], white[rows], t[rows], z[rows]
             state, level = stage.state(image, white, tau), stage.level(tau)
             with tap(self.repa if stage.index == last else None, decoder):
-                prediction = predictor(decoder, latent)(state, level, stage.index)
+                prediction = decoder(state, level, latent, stage.index)
             goal = image if kind == "x" else stage.velocity(image, white)
             error = (prediction.float() - goal.float()).square()
             if self.scales.weighting == "sigmoid":
@@ -193,18 +193,17 @@ class UnionObjective(AutoencoderObjective):
         self.schedule, self.union = ScaleSchedule(tokenizer.config.decoder.stages), scales.union
 
     def _decoder_losses(self, x: Tensor, target: Tensor, t: Tensor, noise: Tensor, z: Tensor) -> dict[str, Tensor]:
-        decoder, kind = self.tokenizer.decoder, self.tokenizer.config.decoder.prediction
-        assert isinstance(decoder, Decoder)
+        decoder, kind = self.tokenizer.decoder, self.tokenizer.decoder.prediction
         count = min(max(1, round(self.union * len(x))), len(x) - 1)
         images = image_pyramid(target[:count].float(), len(self.schedule))
         stages: dict[str, Tensor] = {}
-        steps = run_through(predictor(decoder, z[:count]), self.schedule, noise[:count], kind)  # type: ignore[arg-type]
+        steps = run_through(partial(_called, decoder, z[:count]), self.schedule, noise[:count], kind)
         for stage, _, _, finished in steps:
             stages[f"flow_stage{stage.index}"] = (finished - images[stage.index]).square().mean()
         start, ones = noise[count:], t.new_ones(len(x) - count)
         with tap(self.repa, decoder):
             prediction = decoder(start, ones, z[count:])
-        at_once = flow.to_clean(prediction.float(), start, ones, kind)  # type: ignore[arg-type]
+        at_once = flow.to_clean(prediction.float(), start, ones, kind)
         share, flow_at_once = count / len(x), (at_once - target[count:]).square().mean()
         losses = {"flow": share * sum(stages.values()) + (1 - share) * flow_at_once, "flow_at_once": flow_at_once}
         losses |= stages
@@ -243,7 +242,6 @@ class ScaleDistillation(DistillationObjective):
             raise UserError(f"distill: the teacher has {theirs} stages, the student {ours}: they must be equal")
         self.schedule, self.renoise = ScaleSchedule(ours), scales.renoise
         self.perceptual_to_image = True
-        assert isinstance(tokenizer.decoder, Decoder)
         if tokenizer.decoder.config.null_latent:  # students are not guided
             tokenizer.decoder.null_latent.requires_grad_(False)
 
@@ -271,9 +269,8 @@ class ScaleDistillation(DistillationObjective):
         """
         assert target is None
         _, z = self._encoded(x, latent_noise, moments)
-        decoder, kind = self.tokenizer.decoder, self.tokenizer.config.decoder.prediction
-        assert isinstance(decoder, Decoder)
-        predict, last, ones = predictor(decoder, z), len(self.schedule) - 1, torch.ones_like(t)
+        decoder, kind = self.tokenizer.decoder, self.tokenizer.decoder.prediction
+        predict, last, ones = partial(_called, decoder, z), len(self.schedule) - 1, torch.ones_like(t)
         seed, first, count = renoising
         generator = torch.Generator(x.device).manual_seed(seed)  # of new noise, where there is any
         losses: dict[str, Tensor] = {"flow": x.new_zeros((), dtype=torch.float32)}
@@ -282,7 +279,7 @@ class ScaleDistillation(DistillationObjective):
             with tap(self.repa if number == last else None, decoder):
                 return predict(state, level, number)
 
-        steps = run_through(tapped, self.schedule, noise, kind)  # type: ignore[arg-type]
+        steps = run_through(tapped, self.schedule, noise, kind)
         for stage, state, prediction, clean in steps:
             if self.renoise:
                 own = slice(first, first + len(x))
@@ -311,7 +308,6 @@ class ScaleDistillation(DistillationObjective):
             The stage's end point, and the clean image that the last prediction means: float32 `(B, 3, h, w)`.
         """
         decoder, config = self.teacher.decoder, self.teacher.config
-        assert isinstance(decoder, Decoder)
         given = predictor(decoder, z, config.sampler.guidance)
         grid = time_grid(self.steps, self.power).to(device=tau.device, dtype=torch.float32)
         return integrate(
@@ -319,5 +315,10 @@ class ScaleDistillation(DistillationObjective):
             state.float(),
             self.schedule[stage],
             [tau * fraction for fraction in grid],
-            config.decoder.prediction,  # type: ignore[arg-type]
+            decoder.prediction,
         )
+
+
+def _called(decoder: PixelDecoder, z: Tensor, state: Tensor, level: Tensor, stage: int) -> Tensor:
+    """A stage's prediction by the module itself, as it is compiled and wrapped."""
+    return decoder(state, level, z, stage)

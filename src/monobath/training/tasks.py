@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from ..data import LatentDataset, PhotoDataset, StreamDataset, iterate_eval, make_dataset
-from ..decoders.uvit import Decoder
 from ..errors import UserError
 from ..images import to_float
 from ..tokenizer import TokenizerConfig
@@ -120,8 +119,7 @@ class TokenizerTask(Task):
         pictures = None if isinstance(self.dataset, StreamDataset) else len(self.dataset)
         self.samples = make_samples(self.recipe, self.objective, pictures=pictures, batch=(place.world, place.micro))
         self.model.encoder.checkpointing = training.checkpointing
-        if isinstance(self.model.decoder, Decoder):
-            self.model.decoder.set_checkpointing(training.checkpointing)
+        self.model.decoder.set_checkpointing(training.checkpointing)
 
     def inputs(self, batch: dict[str, Tensor], seed: int, position: int) -> tuple[Any, ...]:
         place = self.place
