@@ -65,11 +65,29 @@ def tiny_tokenizer(seed: int = 0, *, encoder: dict | None = None, decoder: dict 
     return randomise(Tokenizer(config), seed).eval()  # type: ignore[return-value]
 
 
+def previews(decoder: PixelDecoder, z: Tensor, seeds: list[int], **options) -> list[Tensor]:
+    """The pictures that a decoder makes of latents, by `monobath.decoding`, not clipped: all stages'."""
+    how = Decoding(seed=seeds, **({"stages": decoder.stages} | options))
+    with torch.no_grad():
+        return list(pictures(decoder, z, how.checked(decoder, SamplerConfig(noise=decoder.fixed or "gaussian"), z)))
+
+
 def sample(decoder: PixelDecoder, z: Tensor, seeds: list[int], **options) -> Tensor:
-    """The picture that a decoder makes of latents, by `monobath.decoding`, not clipped."""
-    how = Decoding(seed=seeds, **options).checked(decoder, SamplerConfig(noise=decoder.fixed or "gaussian"), z)
-    *_, picture = pictures(decoder, z, how)
+    """The same at full resolution at once."""
+    (picture,) = previews(decoder, z, seeds, stages=1, **options)
     return picture
+
+
+def record_calls(decoder: PixelDecoder) -> list[tuple]:
+    """(state, noise level, stage) of each prediction that the decoder makes from now on."""
+    calls, predict = [], decoder.predict
+
+    def recorded(x_t, t, features, stage=None):
+        calls.append((x_t, t, stage))
+        return predict(x_t, t, features, stage)
+
+    decoder.predict = recorded  # type: ignore[method-assign]
+    return calls
 
 
 @pytest.fixture

@@ -89,7 +89,7 @@ def network(name: str, padding: str) -> nn.Module:
         return tiny_encoder(padding=padding)
     if name == "kl":
         pytest.importorskip("diffusers")
-        return randomise(make_decoder(KLConfig(channels=[8, 8, 16, 16], padding=padding))).eval()
+        return OneStepCall(randomise(make_decoder(KLConfig(channels=[8, 8, 16, 16], padding=padding)))).eval()  # type: ignore[arg-type]
     # Not shuffled up: with random weights that draws a pattern, whose pixel at the edge is no flat area.
     shape = CONVOLUTIONS | {"upsampling": "nearest"} if name == "convolutions" else {"linear_skip": True}
     return OneStepCall(folded(tiny_decoder(padding=padding, **shape), "zero"))

@@ -10,7 +10,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import dead_parameters, rand_images, randn, tiny_decoder, tiny_tokenizer
+from conftest import dead_parameters, previews, rand_images, randn, record_calls, tiny_decoder, tiny_tokenizer
 from conftest import sample as decoded
 from PIL import Image
 from scipy.optimize import fsolve
@@ -343,15 +343,15 @@ def test_every_output_form():
 
 
 def test_a_preview_comes_before_the_next_stage_begins():
-    tok, calls = multi(steps=2), []
-    tok.decoder.register_forward_hook(lambda module, args, output: calls.append(args[0].shape[2:]))
+    tok = multi(steps=2)
+    calls = record_calls(tok.decoder)
     stream = tok.decode_progressive(randn(1, 4, 4, 8))
     assert calls == []
     first = next(stream)
-    assert calls == [(8, 16)] * 2
+    assert [x_t.shape[2:] for x_t, _, _ in calls] == [(8, 16)] * 2
     assert not first.requires_grad
     assert len(list(stream)) == 2
-    assert calls == [(8, 16)] * 2 + [(16, 32)] * 2 + [(32, 64)] * 2
+    assert [x_t.shape[2:] for x_t, _, _ in calls] == [(8, 16)] * 2 + [(16, 32)] * 2 + [(32, 64)] * 2
 
 
 @pytest.mark.parametrize("noise", ["gaussian", "zero"])
@@ -367,12 +367,11 @@ def test_a_picture_does_not_depend_on_its_batch(noise):
 
 def test_noise_is_that_of_a_single_scale():
     """The coarsest field is made of the noise that a seed means everywhere."""
-    seen = []
     tok = multi()
-    tok.decoder.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    seen = record_calls(tok.decoder)
     next(tok.decode_progressive(randn(2, 4, 4, 4), seed=5))
     white = draw_noise((3, 32, 32), [5, 6])
-    assert torch.allclose(seen[0], 4 * torch.nn.functional.avg_pool2d(white, 4), atol=1e-6)
+    assert torch.allclose(seen[0][0], 4 * torch.nn.functional.avg_pool2d(white, 4), atol=1e-6)
 
 
 def test_guidance():
@@ -407,8 +406,9 @@ def test_save_and_load(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"tile": 64}, "cannot decode in tiles"),
-        ({"overlap": 16}, "cannot decode in tiles"),
+        ({"tile": 8}, "tile=8"),
+        ({"tile": 16, "overlap": 16}, "overlap=16 with tile=16"),
+        ({"overlap": 16}, "overlap=16 without tile"),
         ({"steps": 0}, "steps=0"),
         ({"seed": [1, 2]}, "2 entries for a batch of 1"),
         ({"noise": "pink"}, "pink"),
@@ -421,9 +421,28 @@ def test_mistakes_in_decoding(options, words):
     tok, z = multi(), randn(1, 4, 4, 4)
     with pytest.raises(UserError, match=words):
         tok.decode(z, **options)
-    if not {"tile", "overlap"} & options.keys():
-        with pytest.raises(UserError, match=words):  # at once, not at the first picture
-            tok.decode_progressive(z, **options)
+    with pytest.raises(UserError, match=words):  # at once, not at the first picture
+        tok.decode_progressive(z, **options)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steps", [1, 2])
+def test_stages_go_in_tiles_too(steps):
+    """Every step of every stage; tiles are the whole where a pixel sees no further than half of what they share."""
+    shape = {"norm": "local", "middle_blocks": 0, "modulation": False, "down": [0, 1], "up": [1, 1]}
+    tok = multi(steps=steps, decoder=shape).double()
+    overlap, z = 2 * tok.decoder.reach(), randn(2, 4, 40, 30).double()
+    options = {"steps": steps, "size": (315, 236)}
+    whole = previews(tok.decoder, z, [3, 4], **options)
+    tiled = previews(tok.decoder, z, [3, 4], **options, tile=overlap + 48, overlap=overlap)
+    assert [p.shape for p in tiled] == [p.shape for p in whole]
+    for ours, expected in zip(tiled, whole, strict=True):
+        assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
+    blended = previews(tok.decoder, z, [3, 4], **options, tile=96)
+    assert (blended[-1] - whole[-1]).abs().max() > 1e-3 * whole[-1].abs().max()
+    one = previews(tok.decoder, z[1:], [4], **options, tile=96)  # a sample does not depend on its batch
+    assert torch.equal(one[-1], blended[-1][1:])
+    assert torch.equal(tok.decode(z, seed=3, tile=4096), tok.decode(z, seed=3))
 
 
 def test_guidance_of_a_single_scale_is_refused():
@@ -918,8 +937,8 @@ def test_reconstruct_writes_previews(models, tmp_path, capsys):
     ("model", "options", "words"),
     [
         ("single", ["--progressive"], ["--progressive", "has one scale"]),
-        ("multi", ["--progressive", "--tile", "64"], ["--tile 64", "leave it out"]),
-        ("multi", ["--tile", "64"], ["cannot decode in tiles"]),
+        ("multi", ["--progressive", "--tile", "8"], ["tile=8", "at least"]),
+        ("multi", ["--tile", "8"], ["tile=8"]),
         ("multi", ["--engine", "torch"], ["3 stages", "cannot be folded"]),
         ("multi", ["--steps", "0"], ["steps=0"]),
     ],

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import rand_images, randn, tiny_tokenizer
+from conftest import previews, rand_images, randn, tiny_tokenizer
 from PIL import Image
 from test_scales import KINDS, QUIET, drawn
 from test_training import photos as photos  # the fixture
@@ -122,7 +122,7 @@ def test_it_is_trained_at_what_decoding_does(kind):
     x, z, noise = rand_images(4, 3, 32, 64), randn(4, 4, 4, 8), draw_noise((3, 32, 64), [7, 8, 9, 10])
     losses = made(x, torch.ones(4), noise, torch.zeros_like(z), moments_of(z))
     images = image_pyramid(x[:2], 3)
-    for stage, preview in enumerate(tok.decode_progressive(z[:2], seed=[7, 8])):
+    for stage, preview in enumerate(previews(tok.decoder, z[:2], [7, 8])):
         error = (preview - images[stage]).square().mean()
         assert losses[f"flow_stage{stage}"].item() == pytest.approx(error.item(), rel=1e-3)
     whole = tok.decoder(noise[2:], torch.ones(2), z[2:])

@@ -112,6 +112,8 @@ class Decoding:
         size = self.size or full
         if not all(0 < s <= limit for s, limit in zip(size, full, strict=True)):
             raise UserError(f"size={tuple(size)} does not fit latents of {tuple(z.shape)}: at most {full}")
+        if self.overlap is not None and self.tile is None:
+            raise UserError(f"overlap={self.overlap} without tile: give the side of the tiles too")
         if self.output not in ("tensor", "pil", "uint8"):
             raise UserError(f'output={self.output!r}: choose "tensor", "pil" or "uint8"')
         made = {name: getattr(sampler, name) for name in ("steps", "power", "noise", "guidance", "stages")}

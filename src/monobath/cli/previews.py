@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from ..tokenizer import Tokenizer
 
 
-def check_progressive(tokenizer: Tokenizer, model: str, tile: int | None) -> None:
+def check_progressive(tokenizer: Tokenizer, model: str) -> None:
     """Refuse what --progressive cannot do.
 
     Raises:
-        UserError: the model has one scale, or --tile or --engine is given.
+        UserError: the model has one scale, or --engine is given.
     """
     if tokenizer.config.decoder.stages == 1:
         raise UserError(f"--progressive needs a multi-scale model, and {model} has one scale: leave it out")

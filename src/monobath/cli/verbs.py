@@ -186,7 +186,7 @@ def reconstruct(
 
     tokenizer = on_engine(load_tokenizer(model, device, dtype, encoder), model, engine)
     if progressive:
-        check_progressive(tokenizer, model, tile)
+        check_progressive(tokenizer, model)
     taken = {path.resolve() for path in (*pictures, *targets)}
     table = Table("picture", "size", "PSNR", "encode ms", "decode ms")
     for column in table.columns[1:]:
