@@ -1,18 +1,19 @@
 """The decoder at t = 1, with everything that is constant there folded away: latent (and noise) → picture.
 
-`FoldedDecoder(decoder)` computes what one Euler step from pure noise computes, x̂ = D(ε, 1, z) (SSDD, arXiv
-2510.04961, section 3), to rounding. At a fixed time the time network and every time scale and shift are constants:
-they go into the second norm's affine map. With ε = 0 the noise half of the input convolution does nothing: it goes.
-All modulations by the latent are one convolution at latent resolution; normalisation and modulation are one pass over
-a feature map instead of two; queries, keys and values are one matrix product; a LayerNorm's affine map goes into the
-linear layer behind it. No branch depends on the picture's size, so that the module exports with free H and W.
+`folded(decoder)` computes what one Euler step from pure noise computes, x̂ = D(ε, 1, z) (SSDD, arXiv 2510.04961,
+section 3), to rounding. At a fixed time the time network and every time scale and shift are constants: they go into the
+second norm's affine map. With ε = 0 the noise half of the input convolution does nothing: it goes. Normalisation and
+modulation are one pass over a feature map instead of two; queries, keys and values are one matrix product; a
+LayerNorm's affine map goes into the linear layer behind it. No branch depends on the picture's size, so that the module
+exports with free H and W.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from copy import deepcopy
-from typing import TypeVar, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +24,8 @@ from ..models.attention import windowed_attention
 from ..models.blocks import Conv2d
 from ..sampling import Noise
 from .base import Features, PixelDecoder
-from .unet import Level, ResBlock, UNet, enlarged
+from .unet import Level, ResBlock, UNet
 from .uvit import Middle, TransformerBlock, normed_tokens
-
-L = TypeVar("L", nn.Conv2d, nn.Linear)
 
 
 def folded(decoder: PixelDecoder, noise: Noise) -> PixelDecoder:
@@ -61,133 +60,107 @@ class OneStepCall(nn.Module):
 class FoldedDecoder(UNet):
     """A U-Net at t = 1. It reads no time, and x_t only where it starts from Gaussian noise; see `folded`."""
 
-    trains = False
-
     @torch.no_grad()
     def __init__(self, decoder: UNet, noise: Noise) -> None:
-        config = decoder.config
-        PixelDecoder.__init__(self, config)
-        self.fixed, self.norm, self.shuffled = noise, decoder.norm, decoder.shuffled
-        self.middle_reach, self.modulated = decoder.middle_reach, decoder.modulated
-        self.trunk = deepcopy(decoder.trunk)
-        time = F.silu(decoder.time_of(decoder.conv_in.weight.new_ones(1), decoder.conv_in.weight.dtype))
-        if config.standardise:
-            # Not folded into the weights: where a convolution pads the latent with zeros, its mean would be missing.
-            self.register_buffer("latent_shift", decoder.latent_shift.clone())
-            self.register_buffer("latent_scale", decoder.latent_scale.clone())
-        self.context = deepcopy(decoder.context)
-        pixels = 3 * config.patch**2
-        self.conv_in = deepcopy(decoder.conv_in)
+        nn.Module.__init__(self)
+        self.__dict__.update(deepcopy(decoder).__dict__)
+        weight = self.conv_in.weight
+        time = self.time_of(weight.new_ones(1), weight.dtype)  # of the last stage
+        # At t = 1 the noisy image says nothing.
+        self.config = dataclasses.replace(decoder.config, residual=0.0, stages=1, null_latent=False)
+        self.trains, self.fixed, self.norm, self.shuffled = False, noise, decoder.norm, decoder.shuffled
+        del self.time
+        for name in ("stage_embedding", "null_latent"):
+            self.register_parameter(name, None)
+        factor, depths = self.feature_side, range(len(self.down))
+        for levels, order in ((self.down, depths), (self.up, reversed(depths))):
+            for level, depth in zip(cast(Iterable[Level], levels), order, strict=True):
+                side = self.config.patch << depth
+                level.blocks = nn.ModuleList(FoldedBlock(cast(ResBlock, b), time, factor, side) for b in level.blocks)
+        if isinstance(self.middle, Middle):
+            self.middle = FoldedMiddle(self.middle, factor, self.unit)
         if noise == "zero":
-            self.conv_in = Conv2d(config.read_channels, config.channels[0], config.padding)
-            _filled(self.conv_in, decoder.conv_in.weight[:, pixels:], decoder.conv_in.bias)
-        parts: list[nn.Conv2d] = []
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        for levels, kept in ((decoder.down, self.down), (decoder.up, self.up)):
-            for level in cast(list[Level], levels):
-                blocks = cast(list[ResBlock], list(level.blocks))
-                parts += [block.context for block in blocks if block.context is not None]
-                kept.append(Level([FoldedBlock(block, time) for block in blocks], deepcopy(level.resample)))
-        if parts:
-            self.modulation = _merged(parts)
-        self.widths = [part.out_channels for part in parts]
-        self.middle = FoldedMiddle(decoder.middle) if isinstance(decoder.middle, Middle) else nn.Identity()
-        self.norm_out, self.conv_out = deepcopy(decoder.norm_out), deepcopy(decoder.conv_out)
-        self.linear_skip = deepcopy(decoder.linear_skip)
+            kept, bias = weight[:, 3 * self.config.patch**2 :], self.conv_in.bias
+            self.conv_in = Conv2d(kept.shape[1], kept.shape[0], self.config.padding).to(kept)
+            self.conv_in.load_state_dict({"weight": kept, "bias": bias})
         self.requires_grad_(False).eval()
 
     @property
     def prediction(self) -> Prediction:
         return "x"
 
-    @property
-    def stages(self) -> int:
-        return 1
+    def predict(self, x_t: Tensor, t: Tensor, features: Features, stage: int | None = None) -> Tensor:
+        x = super().predict(x_t, t, features, stage)
+        # x̂ = x_t + t·v at t = 1; with zero noise, v is the picture itself.
+        return x + x_t if self.config.prediction == "v" and self.fixed == "gaussian" else x
 
     def context_of(self, z: Tensor) -> Tensor | None:
         return None if isinstance(self.context, nn.Identity) else self.context(z)
 
-    def predict(self, x_t: Tensor, t: Tensor, features: Features, stage: int | None = None) -> Tensor:
-        config, factor, z, context = self.config, features.factor, features.z, features.context
-        modulations = iter(self.modulation(context).split(self.widths, dim=1) if self.widths else ())
-        x = _to_level(z, factor, config.patch)
-        if self.fixed == "gaussian":
-            x = torch.cat([F.pixel_unshuffle(x_t, config.patch), x], dim=1)
-        x = self.conv_in(x)
-        skips = []
-        for depth, level in enumerate(cast(Iterable[Level], self.down)):
-            skips.append([x])
-            for block in level.blocks:
-                x = block(x, next(modulations, None), factor, config.patch << depth)
-                skips[-1].append(x)
-            if level.resample is not None:
-                x = level.resample(x)
-        if isinstance(self.middle, FoldedMiddle):
-            x = self.middle(x, context, factor, config.token_side)
-        depth = len(self.up)
-        for level in cast(Iterable[Level], self.up):
-            depth, kept = depth - 1, skips.pop()
-            for block in level.blocks:
-                x = torch.cat([x, kept.pop()], dim=1) if kept else x
-                x = block(x, next(modulations, None), factor, config.patch << depth)
-            if level.resample is not None:
-                x = enlarged(x, level.resample, self.shuffled)
-        x = F.pixel_shuffle(self.conv_out.of_silu(self.norm_out(x)), config.patch)
-        if self.linear_skip is not None:
-            x = x + F.pixel_shuffle(self.linear_skip(z), factor)
-        if config.prediction == "v" and self.fixed == "gaussian":
-            x = x + x_t  # x̂ = x_t + t·v at t = 1; with zero noise, v is the picture itself
-        return x
+    def start(self, x_t: Tensor, features: Features) -> Tensor:
+        x = _to_level(features.z, features.factor, self.config.patch)
+        return self.conv_in(
+            torch.cat([F.pixel_unshuffle(x_t, self.config.patch), x], dim=1) if self.fixed == "gaussian" else x
+        )
+
+    def time_of(self, t: Tensor, dtype: torch.dtype, stage: int | None = None) -> Tensor:
+        return super().time_of(t, dtype, stage) if hasattr(self, "time") else t  # which nothing reads
 
 
 class FoldedBlock(nn.Module):
-    """`ResBlock` at a fixed time; the modulation, if any, arrives computed, scale with its 1 already added."""
+    """`ResBlock` at a fixed time.
 
-    def __init__(self, block: ResBlock, time: Tensor) -> None:
+    Args:
+        factor: side of the pixel square behind one position of the context.
+        side: the same of the feature map.
+    """
+
+    def __init__(self, block: ResBlock, time: Tensor, factor: int, side: int) -> None:
         super().__init__()
-        first, second = block.norm1, block.norm2
+        first, self.norm2 = block.norm1, block.norm2
         self.groups1, self.eps1 = (first.num_groups, first.eps) if isinstance(first, nn.GroupNorm) else (0, 0.0)
-        self.conv1, self.conv2, self.shortcut = deepcopy(block.conv1), deepcopy(block.conv2), deepcopy(block.shortcut)
+        self.conv1, self.conv2, self.shortcut = block.conv1, block.conv2, block.shortcut
+        self.context, self.factor, self.side = block.context, factor, side
+        if self.context is not None:
+            cast(Tensor, self.context.bias)[: self.context.out_channels // 2] += 1  # of the scale
         scale, shift = block.time(time)[0].chunk(2)
-        self.norm2 = deepcopy(second)
         if isinstance(self.norm2, nn.GroupNorm):
-            self.norm2.weight.copy_(self.norm2.weight * (1 + scale))
+            self.norm2.weight.mul_(1 + scale)
             self.norm2.bias.copy_(self.norm2.bias * (1 + scale) + shift)
         else:  # nothing between the convolution and the scale: into its weights
             self.conv1.weight.mul_((1 + scale)[:, None, None, None])
             cast(Tensor, self.conv1.bias).copy_(cast(Tensor, self.conv1.bias) * (1 + scale) + shift)
 
-    def forward(self, x: Tensor, modulation: Tensor | None, factor: int, side: int) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, time: Tensor) -> Tensor:
         h = x
-        if modulation is not None:
-            h = _modulated_norm(x, modulation, self.groups1, self.eps1, factor, side)
+        if self.context is not None:
+            h = _modulated_norm(x, self.context(context), self.groups1, self.eps1, self.factor, self.side)
         elif self.groups1:
             h = F.group_norm(x, self.groups1, eps=self.eps1)
-        h = self.conv1.of_silu(h)
-        h = self.conv2.of_silu(self.norm2(h))
-        return self.shortcut(x) + h
+        return self.shortcut(x) + self.conv2.of_silu(self.norm2(self.conv1.of_silu(h)))
 
 
 class FoldedMiddle(nn.Module):
-    """`Middle` with the modulations of all its blocks as one linear map."""
+    """`Middle` with the modulations of all its blocks as one linear map; `factor` and `side` as of `FoldedBlock`."""
 
-    def __init__(self, middle: Middle) -> None:
+    def __init__(self, middle: Middle, factor: int, side: int) -> None:
         super().__init__()
         blocks = cast(list[TransformerBlock], list(middle.blocks))
-        self.norm, self.linear_in, self.linear_out = map(deepcopy, (middle.norm, middle.linear_in, middle.linear_out))
+        self.norm, self.linear_in, self.linear_out = middle.norm, middle.linear_in, middle.linear_out
         self.blocks = nn.ModuleList(FoldedTransformerBlock(block) for block in blocks)
-        if blocks:
-            weight = torch.cat([block.context.weight for block in blocks])
-            bias = torch.cat([_shift_first(block.context.bias) for block in blocks])
-            self.modulation = _convolution(weight[:, :, None, None], bias)
+        self.modulation = _linear(
+            torch.cat([block.context.weight for block in blocks]), torch.cat([block.context.bias for block in blocks])
+        )
+        self.modulation.bias.view(len(blocks), 2, -1)[:, 1] += 1  # of the scale
+        self.factor, self.side = factor, side
 
-    def forward(self, x: Tensor, context: Tensor, factor: int, side: int) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
         B, D, H, W = x.shape
         h = self.linear_in(normed_tokens(self.norm, x))
-        if len(self.blocks):
-            modulation = _to_level(self.modulation(F.silu(context)), factor, side).flatten(2).transpose(1, 2)
-            for block, part in zip(self.blocks, modulation.chunk(len(self.blocks), dim=-1), strict=True):
-                h = block(h, part, (H, W))
+        modulation = self.modulation(F.silu(context).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        modulation = _to_level(modulation, self.factor, self.side).flatten(2).transpose(1, 2)
+        for block, part in zip(self.blocks, modulation.chunk(len(self.blocks), dim=-1), strict=True):
+            h = block(h, part, (H, W))
         return x + self.linear_out(h).transpose(1, 2).reshape(B, D, H, W)
 
 
@@ -197,8 +170,7 @@ class FoldedTransformerBlock(nn.Module):
     def __init__(self, block: TransformerBlock) -> None:
         super().__init__()
         self.heads, self.attention = block.heads, block.attention
-        self.norm1, self.out, self.mlp_out = map(deepcopy, (block.norm1, block.out, block.mlp_out))
-        self.bias = nn.Parameter(block.bias.detach().clone())
+        self.norm1, self.out, self.mlp_out, self.bias = block.norm1, block.out, block.mlp_out, block.bias
         self.qkv = _linear(torch.cat([block.q.weight, block.k.weight, block.v.weight]), None)
         affine = block.norm2  # (n·w + b) @ M.T + c = n @ (M·w).T + (M @ b + c)
         self.mlp_in = _linear(
@@ -250,32 +222,7 @@ def _to_level(x: Tensor, factor: int, side: int) -> Tensor:
     return F.interpolate(x, scale_factor=float(factor // side), mode="nearest")
 
 
-def _shift_first(bias: Tensor) -> Tensor:
-    """Bias of a (shift, scale) modulation, its scale half plus 1."""
-    shift, scale = bias.chunk(2)
-    return torch.cat([shift, scale + 1])
-
-
-def _merged(parts: list[nn.Conv2d]) -> nn.Conv2d:
-    """1×1 convolutions of one input, each giving (scale, shift), side by side; 1 is added to every scale."""
-    biases = []
-    for part in parts:
-        scale, shift = cast(Tensor, part.bias).chunk(2)
-        biases.append(torch.cat([scale + 1, shift]))
-    return _convolution(torch.cat([part.weight for part in parts]), torch.cat(biases))
-
-
-def _convolution(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
-    return _filled(nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=bias is not None), weight, bias)
-
-
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    return _filled(nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None), weight, bias)
-
-
-def _filled(module: L, weight: Tensor, bias: Tensor | None) -> L:
-    module.to(weight)
-    module.weight.copy_(weight)
-    if bias is not None:
-        cast(Tensor, module.bias).copy_(bias)
+    module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None).to(weight)
+    module.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
     return module

@@ -103,7 +103,7 @@ class ResBlock(nn.Module):
         if self.context is not None:
             # The 1×1 convolution runs at latent resolution; its result is brought to the feature map.
             h = modulate(h, self.context(context))
-        h = self.conv1(F.silu(h))
+        h = self.conv1.of_silu(h)
         scale, shift = self.time(time)[:, :, None, None].chunk(2, dim=1)
         h = torch.addcmul(shift, self.norm2(h), 1 + scale)
         h = self.conv2(self.dropout(F.silu(h)))
@@ -216,10 +216,8 @@ class UNet(PixelDecoder):
         return deepest.blocks[-1] if len(deepest.blocks) else first_up.blocks[0]
 
     def output(self, x_t: Tensor, t: Tensor, features: Features, stage: int | None) -> Tensor:
-        x = F.pixel_unshuffle(x_t, self.config.patch)
-        x = self.conv_in(torch.cat([x, resample_to(features.z, (x.shape[2], x.shape[3]))], dim=1))
-        time = F.silu(self.time_of(t, x.dtype, stage))
-        skips = []
+        x = self.start(x_t, features)
+        time, skips = self.time_of(t, x.dtype, stage), []
         for level in cast(Iterable[Level], self.down):
             skips.append([x])
             for block in level.blocks:
@@ -235,14 +233,19 @@ class UNet(PixelDecoder):
                 x = self._run(block, torch.cat([x, kept.pop()], dim=1) if kept else x, features.context, time)
             if level.resample is not None:
                 x = enlarged(x, level.resample, self.shuffled)
-        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.config.patch)
+        return F.pixel_shuffle(self.conv_out.of_silu(self.norm_out(x)), self.config.patch)
+
+    def start(self, x_t: Tensor, features: Features) -> Tensor:
+        """The finest level's map, of what the network reads."""
+        x = F.pixel_unshuffle(x_t, self.config.patch)
+        return self.conv_in(torch.cat([x, resample_to(features.z, (x.shape[2], x.shape[3]))], dim=1))
 
     def time_of(self, t: Tensor, dtype: torch.dtype, stage: int | None = None) -> Tensor:
-        """Embedding `(B, 4C)` of the times `(B,)` and of the stage; None: the last one."""
+        """Embedding `(B, 4C)` of the times `(B,)` and of the stage, after SiLU; None: the last stage."""
         time = self.time(timestep_embedding(t, self.config.channels[0]).to(dtype))
         if self.stages > 1:
             time = time + self.stage_embedding[-1 if stage is None else stage]
-        return time
+        return F.silu(time)
 
     def without(self, z: Tensor) -> Tensor:
         """What stands for no latent, in the shape of z."""
