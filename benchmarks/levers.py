@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from monobath import Tokenizer, UserError
-from monobath.data import make_dataset, make_loader
+from monobath.data import Crops, make_dataset, make_loader
 from monobath.decoders.uvit import DecoderConfig, Level, ResBlock, TransformerBlock, _modulate
 from monobath.evaluation.evaluate import evaluate
 from monobath.evaluation.system import Code, System
@@ -406,7 +406,7 @@ def place(out: Path, name: str, seed: int, crops: int) -> Path:
 
 def run_training(args: argparse.Namespace) -> None:
     source = Tokenizer.from_pretrained(args.encoder)
-    dataset = make_dataset(args.data, size=CROP, scale=(CROP, 3 * CROP), cache=True)
+    dataset = make_dataset(args.data, Crops(size=CROP, scale=(CROP, 3 * CROP)), cache=True)
     for seed in args.seeds:
         for name in args.only or LEVERS:
             lever, folder = LEVERS[name], place(args.out, name, seed, args.crops)

@@ -113,7 +113,7 @@ def check_fits(generator: Generator, tokenizer: Tokenizer, name: str) -> None:
     Raises:
         UserError: it has another encoder than the one that made the generator's training data, or other channels.
     """
-    from ..training.latents import weights_sha256
+    from ..models.identity import weights_sha256
 
     config, encoder = generator.config, tokenizer.encoder
     made_by = config.tokenizer or "of an unnamed model"

@@ -103,7 +103,7 @@ def stats(
         raise UserError(f"--out {out} holds a model already: choose a new folder, or --in_place for the model's own")
     from rich.table import Table
 
-    from ..training.latents import check_writable, latent_statistics, store_statistics
+    from ..data.statistics import check_writable, latent_statistics, store_statistics
 
     if in_place:
         folder = check_writable(model)
@@ -184,7 +184,9 @@ def cache_latents(
     folder = out_folder(out)
     import torch
 
-    from ..training.latents import cache_latents as write_cache
+    from ..data import Crops
+    from ..data.encoding import Caching
+    from ..data.encoding import cache_latents as write_cache
 
     source: Tokenizer | ForeignEncoder
     if encoder is not None and model is None:
@@ -193,14 +195,17 @@ def cache_latents(
         name = model or "default"
         source = load_tokenizer(name, device, "float32", encoder)
     with _progress("crops") as progress:
-        facts = write_cache(
-            source, data, folder, size=size, scale=None if scale is None else (scale[0], scale[1]), copies=copies,
-            seed=seed, flip=not no_flip, shard_mb=shard_mb, batch_size=batch, workers=workers, max_pixels=max_pixels,
-            min_side=min_side, model=lasting_name(name), dtype=getattr(torch, dtype), labels=labels,
-            progress=progress,
+        crops = Crops(
+            size=size, scale=None if scale is None else (scale[0], scale[1]), flip=not no_flip, seed=seed,
+            max_pixels=max_pixels, min_side=min_side,
         )  # fmt: skip
-    crops, pictures, shards = facts.pictures * facts.copies, facts.pictures, facts.shards
-    write(f"{count(crops, 'crop')} of {count(pictures, 'picture')} in {count(shards, 'shard')}: {folder}\n")
+        options = Caching(
+            copies=copies, labels=labels, model=lasting_name(name), shard_mb=shard_mb, batch_size=batch,
+            workers=workers, dtype=getattr(torch, dtype), progress=progress,
+        )  # fmt: skip
+        facts = write_cache(source, data, folder, crops, options)
+    made, pictures, shards = facts.pictures * facts.copies, facts.pictures, facts.shards
+    write(f"{count(made, 'crop')} of {count(pictures, 'picture')} in {count(shards, 'shard')}: {folder}\n")
 
 
 def _at_least(least: int, **options: int | None) -> None:

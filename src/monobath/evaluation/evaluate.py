@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data import PhotoDataset, Source, StreamDataset, iterate_eval, make_dataset
-from ..data.dataset import Item
+from ..data import Crops, PhotoDataset, Source, StreamDataset, iterate_eval, make_dataset
+from ..data.pictures import Item
 from ..data.transforms import centre, mix_seed
 from ..errors import UserError
 from ..images import to_float, to_uint8
@@ -95,7 +95,7 @@ def evaluate(
     if short_side < size:
         raise UserError(f"short_side={short_side} holds no square of size={size}: it must be at least as long")
     infos, loaded = load_metrics(metrics, device=systems[0].device, seed=seed)
-    dataset = make_dataset(data, size=short_side, augment=False)
+    dataset = make_dataset(data, Crops(size=short_side, augment=False))
     comparison = _Comparison(
         dataset=dataset,
         size=size,
