@@ -26,7 +26,7 @@ from torch import Tensor
 from monobath.decoders.folded import OneStepDecoder
 from monobath.decoders.uvit import Decoder, DecoderConfig
 from monobath.evaluation.bench import FACTOR, random_latents
-from monobath.evaluation.throughput import Work, measure
+from monobath.evaluation.speed import Work, measure
 from monobath.export.engines import Engine, engine_call
 from monobath.models.blocks import Padding
 

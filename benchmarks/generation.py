@@ -42,15 +42,15 @@ from torchvision.utils import make_grid
 from trainings import device, exit_code, markdown, trained
 
 from monobath import Tokenizer, UserError
-from monobath.cli.generating import check_fits, decoder_seeds, in_turn
 from monobath.cli.shared import lasting_name
 from monobath.data import Crops, iterate_eval, make_dataset
 from monobath.data.encoding import Caching, cache_latents
-from monobath.evaluation.evaluate import half_sample_estimate
+from monobath.evaluation.compare import half_sample_estimate
 from monobath.evaluation.frechet import Gaussian, HalfSampled, frechet_distance
 from monobath.evaluation.metrics import EffLiteFeatures, SetMetric, load_metrics
 from monobath.files import write_file, write_text
 from monobath.generation import Generator
+from monobath.generation.pictures import check_fits, decoder_seeds, in_turn
 from monobath.images import tensor_to_pil
 from monobath.training.recipes import load_recipe
 

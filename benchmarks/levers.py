@@ -35,9 +35,9 @@ from torch import Tensor, nn
 from monobath import Tokenizer, UserError
 from monobath.data import Crops, make_dataset, make_loader
 from monobath.decoders.uvit import DecoderConfig, Level, ResBlock, TransformerBlock, _modulate
-from monobath.evaluation.evaluate import evaluate
+from monobath.evaluation.compare import Settings, evaluate
+from monobath.evaluation.speed import system_speeds
 from monobath.evaluation.system import Code, System
-from monobath.evaluation.throughput import system_speeds
 from monobath.files import write_file, write_text
 from monobath.images import to_float
 from monobath.models.encoder import EncoderConfig
@@ -469,7 +469,7 @@ def run_scoring(args: argparse.Namespace) -> None:
 
 def _score(folders: Sequence[Path], metrics: Sequence[str], size: int, source: Tokenizer, data: Sequence[str]) -> None:
     systems = [load(folder, source) for folder in folders]
-    found, _ = evaluate(systems, data, size=size, short_side=SIDE, metrics=metrics, keep=1)
+    found, _ = evaluate(systems, data, Settings(size=size, short_side=SIDE, metrics=metrics, keep=1))
     for folder, system in zip(folders, found.systems, strict=True):
         scores = _scores(folder)
         for metric in metrics:

@@ -47,8 +47,8 @@ from trainings import (
 
 from monobath import Tokenizer, UserError
 from monobath.data import Crops, iterate_eval, make_dataset
-from monobath.evaluation.systems import TokenizerSystem
-from monobath.evaluation.throughput import measure, sample_images
+from monobath.evaluation.speed import measure, sample_images
+from monobath.evaluation.system import TokenizerSystem
 from monobath.files import write_file, write_text
 from monobath.images import tensor_to_pil, to_float, to_uint8
 from monobath.sampling import Noise

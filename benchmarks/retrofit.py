@@ -45,9 +45,8 @@ from monobath import UserError
 from monobath.autoencoders import as_encoder, split_spec
 from monobath.data import Crops
 from monobath.data.encoding import Caching, cache_latents
-from monobath.evaluation.system import System
-from monobath.evaluation.systems import TokenizerSystem, make_peer
-from monobath.evaluation.throughput import system_speeds
+from monobath.evaluation.speed import system_speeds
+from monobath.evaluation.system import System, TokenizerSystem, make_peer
 from monobath.files import write_text
 from monobath.training.recipes import load_recipe
 

@@ -23,7 +23,7 @@ from torchvision.transforms.functional import center_crop
 
 from monobath import UserError
 from monobath.data import Crops, iterate_eval, make_dataset
-from monobath.evaluation.evaluate import half_sample_estimate, mean_estimate
+from monobath.evaluation.compare import half_sample_estimate, mean_estimate
 from monobath.evaluation.frechet import Gaussian, HalfSampled, frechet_distance
 from monobath.evaluation.metrics import ChannelMetric, PictureMetric, SetMetric, load_metrics
 from monobath.evaluation.results import Estimate

@@ -37,8 +37,8 @@ from monobath import Tokenizer, UserError
 from monobath.autoencoders import as_encoder, split_spec
 from monobath.data import Crops
 from monobath.data.encoding import Caching, cache_latents
-from monobath.evaluation.evaluate import evaluate
-from monobath.evaluation.systems import TokenizerSystem
+from monobath.evaluation.compare import Settings, evaluate
+from monobath.evaluation.system import TokenizerSystem
 from monobath.files import write_text
 from monobath.training import checkpoints, travel
 from monobath.training.config import Recipe
@@ -159,7 +159,7 @@ def measured(run: Path, args: argparse.Namespace, limit: int | None = None) -> d
         export_run(run, Path(folder) / "model")
         system = TokenizerSystem(str(Path(folder) / "model"), encoder=args.encoder, device=device())
         data = args.held_out or args.data
-        found, _ = evaluate([system], data, size=256, metrics=FIGURES, limit=limit or args.limit, keep=1)
+        found, _ = evaluate([system], data, Settings(size=256, metrics=FIGURES, limit=limit or args.limit, keep=1))
     values = found.as_dict()["systems"][0]["figures"]
     return {"photos": len(found.names), **{key: value["value"] for key, value in values.items()}}
 

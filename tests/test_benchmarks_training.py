@@ -16,8 +16,8 @@ from test_training import tiny_recipe
 
 from monobath import Tokenizer, UserError
 from monobath.evaluation import frechet, metrics
-from monobath.evaluation.evaluate import evaluate
-from monobath.evaluation.systems import TokenizerSystem
+from monobath.evaluation.compare import Settings, evaluate
+from monobath.evaluation.system import TokenizerSystem
 from monobath.training import loop
 
 pytest.importorskip("diffusers")
@@ -120,7 +120,7 @@ def test_figures_are_those_of_monobath_eval(tmp_path, photos, start, benchmark):
     trainings = benchmark("trainings")
     judge = trainings.Judge([str(photos)], size=32, limit=6)
     one, two = TokenizerSystem(start, steps=1), TokenizerSystem(start, steps=3)
-    found, _ = evaluate([one, two], str(photos), size=32, limit=6, metrics=list(trainings.FIGURES), keep=1)
+    found, _ = evaluate([one, two], str(photos), Settings(size=32, limit=6, metrics=list(trainings.FIGURES), keep=1))
     scores = [judge.score(tmp_path / f"{i}.json", lambda s=system: s) for i, system in enumerate((one, two))]
     for key in trainings.FIGURES:
         for score, expected in zip(scores, found.systems, strict=True):

@@ -178,8 +178,8 @@ def test_an_unknown_metric_names_the_nearest_and_nothing_to_measure_is_an_error(
     with pytest.raises(UserError, match="did you mean fd_efflite"):
         load_metrics(["fd-efflite"], device=CPU)
     monkeypatch.setattr(metrics, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="psnr: needs the package torchmetrics"):
-        load_metrics(["psnr"], device=CPU)
+    with pytest.raises(UserError, match="ssim: needs the package torchmetrics"):
+        load_metrics(["ssim"], device=CPU)
 
 
 # ---- Fréchet distances ------------------------------------------------------------------------------

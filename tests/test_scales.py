@@ -916,7 +916,7 @@ def test_reconstruct_writes_previews(models, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("model", "options", "words"),
     [
-        ("single", ["--progressive"], ["--progressive", "has one scale"]),
+        ("single", ["--progressive"], ["--progressive", "has one stage"]),
         ("multi", ["--progressive", "--tile", "64"], ["--tile 64", "leave it out"]),
         ("multi", ["--tile", "64"], ["cannot decode in tiles"]),
         ("multi", ["--engine", "torch"], ["3 stages", "cannot be folded"]),

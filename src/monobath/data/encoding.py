@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import write_file, write_text
+from ..files import write_file, write_json
 from ..images import to_float
 from ..models.encoder import Encoder, EncoderConfig, Posterior
 from ..models.frozen import ForeignEncoder, missing_encoder
@@ -200,8 +200,7 @@ def _moments(encoder: Encoder | ForeignEncoder, images: Tensor, dtype: torch.dty
 
 def write_facts(folder: Path, facts: CacheFacts) -> None:
     """Write `latents.json`, atomically."""
-    text = json.dumps({"format": FORMAT, **asdict(facts)}, indent=2, ensure_ascii=False)
-    write_text(folder / FACTS_FILE, text + "\n")
+    write_json(folder / FACTS_FILE, {"format": FORMAT, **asdict(facts)})
 
 
 def write_shard(path: Path, samples: Iterable[tuple[int, Tensor, Tensor, dict[str, Any]]]) -> None:

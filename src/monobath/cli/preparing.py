@@ -1,4 +1,4 @@
-"""The verbs `import-ssdd`, `stats` and `cache-latents`: foreign weights, and latents of whole data sets."""
+"""The verbs `import-ssdd`, `stats` and `cache-latents`, which prepare models and latents for others."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from ..words import count
 from .shared import (
     MAX_PIXELS,
     DType,
-    count,
+    check_options,
     explained,
     lasting_name,
     load_tokenizer,
     out_folder,
+    print_table,
     read_encoder,
-    show,
     write,
 )
 
@@ -94,15 +95,13 @@ def stats(
         max_pixels: Larger pictures are left out, in pixels.
         device: cpu, cuda, cuda:1 …; auto: a GPU if there is one.
     """
-    _at_least(1, size=size, limit=limit, batch=batch)
-    _at_least(0, workers=workers)
+    check_options(1, size=size, limit=limit, batch=batch)
+    check_options(0, workers=workers)
     if out is not None and in_place:
         raise UserError(f"--out {out} and --in_place contradict one another: give one of them")
     folder = None if out is None else out_folder(out)
     if folder is not None and (folder / "model.safetensors").exists():
         raise UserError(f"--out {out} holds a model already: choose a new folder, or --in_place for the model's own")
-    from rich.table import Table
-
     from ..data.statistics import check_writable, latent_statistics, store_statistics
 
     if in_place:
@@ -113,14 +112,9 @@ def stats(
             tokenizer, data, size=size, limit=limit, batch_size=batch, workers=workers, max_pixels=max_pixels,
             progress=progress,
         )  # fmt: skip
-    table = Table("latents", "mean", "std")
-    for column in table.columns[1:]:
-        column.justify = "right"
     rows = [("all", statistics.overall_mean, statistics.overall_std)]
     rows += [(f"channel {i}", *v) for i, v in enumerate(zip(statistics.mean, statistics.std, strict=True))]
-    for name, mean, std in rows:
-        table.add_row(name, f"{mean:.6f}", f"{std:.6f}")
-    show(table)
+    print_table(("latents", "mean", "std"), [(name, f"{mean:.6f}", f"{std:.6f}") for name, mean, std in rows])
     write(
         f"{count(statistics.pictures, 'picture')} at {size}²; std² = variance of posterior means + mean of posterior "
         f"variances\nshift_factor {statistics.overall_mean:.6f}, scaling_factor {1 / statistics.overall_std:.6f}\n"
@@ -177,8 +171,8 @@ def cache_latents(
         device: cpu, cuda, cuda:1 …; auto: a GPU if there is one.
         dtype: Arithmetic of the encoder.
     """
-    _at_least(1, size=size, copies=copies, batch=batch)
-    _at_least(0, workers=workers)
+    check_options(1, size=size, copies=copies, batch=batch)
+    check_options(0, workers=workers)
     if scale is not None and len(scale) != 2:
         raise UserError(f"--scale is {' '.join(map(str, scale))}: give two lengths, LOW HIGH")
     folder = out_folder(out)
@@ -206,12 +200,6 @@ def cache_latents(
         facts = write_cache(source, data, folder, crops, options)
     made, pictures, shards = facts.pictures * facts.copies, facts.pictures, facts.shards
     write(f"{count(made, 'crop')} of {count(pictures, 'picture')} in {count(shards, 'shard')}: {folder}\n")
-
-
-def _at_least(least: int, **options: int | None) -> None:
-    for name, value in options.items():
-        if value is not None and value < least:
-            raise UserError(f"--{name} is {value}: it must be at least {least}")
 
 
 @contextmanager
