@@ -46,8 +46,9 @@ from monobath.cli.shared import lasting_name
 from monobath.data import Crops, iterate_eval, make_dataset
 from monobath.data.encoding import Caching, cache_latents
 from monobath.evaluation.compare import half_sample_estimate
+from monobath.evaluation.features import EffLiteFeatures
 from monobath.evaluation.frechet import Gaussian, HalfSampled, frechet_distance
-from monobath.evaluation.metrics import EffLiteFeatures, SetMetric, load_metrics
+from monobath.evaluation.metrics import SetMetric, load_metrics
 from monobath.files import write_file, write_text
 from monobath.generation import Generator
 from monobath.generation.pictures import check_fits, decoder_seeds, in_turn

@@ -155,7 +155,6 @@ def bench(
     from ..devices import usable_device
     from ..evaluation.bench import Plan, run_bench
     from ..evaluation.report import write_bench
-    from ..export.running import engine_networks
 
     given: dict[str, Any] = {"sizes": sizes, "decoders": decoders, "models": model}
     plan = Plan(
@@ -163,7 +162,11 @@ def bench(
         **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
     with _Progress() as progress:
-        extra = engine_networks(model or [], engine, decoders or []) if engine else None
+        extra = None
+        if engine:
+            from ..export.bench import engine_networks
+
+            extra = engine_networks(model or [], engine, decoders or [])
         result = run_bench(plan, extra=extra, progress=progress.words, command=command)
     files = write_bench(folder, result)
     for size, rows in result.rows().items():

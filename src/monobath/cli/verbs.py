@@ -181,11 +181,14 @@ def reconstruct(
     from ..evaluation.demo import reconstruct as reconstructed
     from ..evaluation.previews import check_progressive, with_previews
     from ..evaluation.tables import decibels
-    from ..export.running import on_engine
     from ..files import write_file
     from ..images import tensor_to_pil
 
-    tokenizer = on_engine(load_tokenizer(model, device, dtype, encoder), model, engine)
+    tokenizer = load_tokenizer(model, device, dtype, encoder)
+    if engine is not None:
+        from ..export.running import on_engine
+
+        tokenizer = on_engine(tokenizer, model, engine)
     if progressive:
         check_progressive(tokenizer, model, tile)
     taken = {path.resolve() for path in (*pictures, *targets)}
@@ -193,8 +196,8 @@ def reconstruct(
     try:
         for picture, target in zip(pictures, targets, strict=True):
             pixels = open_pixels(picture, size, max_pixels)
-            plain = partial(tokenizer.decode, tile=tile)
-            decode = with_previews(tokenizer, target, taken) if progressive else plain
+            whole = partial(tokenizer.decode, tile=tile)
+            decode = with_previews(tokenizer, target, taken) if progressive else whole
             decode = partial(decode, steps=steps, seed=[seed], noise=noise)
             with explained(picture):
                 row = reconstructed(tokenizer, pixels, target.name, tile=tile, decode=decode, max_pixels=max_pixels)

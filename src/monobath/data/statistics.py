@@ -54,9 +54,9 @@ class LatentMoments:
 
     def __init__(self) -> None:
         self.pictures, self.count = 0, 0
-        self.mean = torch.zeros(0)
-        self.squares = torch.zeros(0)  # Σ (μ − mean)², by channel
-        self.variances = torch.zeros(0)  # Σ σ², by channel
+        self.mean = torch.zeros((), dtype=torch.float64)
+        self.squares = torch.zeros((), dtype=torch.float64)  # Σ (μ − mean)², by channel
+        self.variances = torch.zeros((), dtype=torch.float64)  # Σ σ², by channel
 
     def add(self, posterior: Posterior) -> None:
         """Take in a batch of posteriors over latents `(B, c, h, w)`."""
@@ -65,8 +65,6 @@ class LatentMoments:
         count = means.shape[1]
         mean = means.mean(1)
         squares = (means - mean[:, None]).square().sum(1)
-        if self.count == 0:
-            self.mean, self.squares, self.variances = (torch.zeros_like(mean) for _ in range(3))
         # Chan, Golub and LeVeque 1979: no difference of large numbers.
         gap, total = mean - self.mean, self.count + count
         self.squares = self.squares + squares + gap.square() * self.count * count / total

@@ -18,17 +18,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import huggingface_hub.constants
-import numpy as np
 import torch
 from torch import Tensor
 
 from .. import images
-from ..data.transforms import mix_seed
 from ..errors import UserError
 from ..images import tensor_to_pil, to_float
 from ..losses.grid import grid_energy
-from ..losses.perceptual import SIDES, EffLiteDistance, LpipsDistance, load_efficientnet_lite, pooled_features
+from ..losses.perceptual import SIDES, EffLiteDistance, LpipsDistance
 from ..words import did_you_mean
+from .features import CROP_SIDE, CROPS, EffLiteFeatures
 from .frechet import HALVES
 from .results import MetricInfo
 
@@ -38,8 +37,6 @@ RESAMPLES = 2000
 """Bootstrap resamples behind the interval of a mean."""
 MAX_PSNR = 100.0
 """Identical pictures have an infinite PSNR, which no mean survives: figures are cut here, in dB."""
-CROPS, CROP_SIDE = 8, 128
-"""Random crops a picture that FD-EffLite sees, and their side in pixels."""
 SSIM_WINDOW = 11
 CHANNELS = ("red", "green", "blue")
 
@@ -189,47 +186,6 @@ def grid(output: Tensor, original: Tensor, period: int) -> Tensor:
         raise UserError(f"grid{p} needs pictures of at least {p} pixels a side, these are {output.shape[2:]}")
     error = (output.float() - original.float())[:, :, :height, :width]
     return (grid_energy(error, p) / error.square().mean((2, 3)).clamp(min=torch.finfo(error.dtype).tiny)).mean(1)
-
-
-def random_crops(images: Tensor, indices: Sequence[int], *, seed: int = 0) -> Tensor:
-    """`CROPS` crops of each picture: `(B, 3, H, W)` → `(B, CROPS, 3, side, side)`, side = min(CROP_SIDE, H, W).
-
-    Where they lie depends on (seed, index, H, W) alone: an output is cropped as its original is.
-    """
-    height, width = images.shape[2:]
-    side = min(CROP_SIDE, height, width)
-    crops = []
-    for image, index in zip(images, indices, strict=True):
-        generator = np.random.default_rng(mix_seed(4, seed, index))
-        tops = generator.integers(0, height - side + 1, CROPS)
-        lefts = generator.integers(0, width - side + 1, CROPS)
-        crops += [image[:, y : y + side, x : x + side] for y, x in zip(tops, lefts, strict=True)]
-    return torch.stack(crops).unflatten(0, (len(images), CROPS))
-
-
-class EffLiteFeatures:
-    """Pooled features of ImageNet-trained EfficientNet-Lite2 of random crops, for FD-EffLite."""
-
-    dim = 1280
-
-    def __init__(self, device: torch.device, seed: int = 0) -> None:
-        self.network = load_efficientnet_lite("lite2").to(device, memory_format=torch.channels_last)
-        for module in self.network.modules():
-            if isinstance(module, torch.nn.ReLU6):
-                module.inplace = True  # the same numbers, less memory
-        self.chunk = 8 if device.type == "cpu" else 128  # crops at once: on a CPU, what its caches hold
-        self.seed = seed
-
-    def __call__(self, images: Tensor, indices: Sequence[int]) -> Tensor:
-        """uint8 `(B, 3, H, W)` → float32 `(B, CROPS, 1280)`."""
-        crops = random_crops(images, indices, seed=self.seed).flatten(0, 1)
-        found = [self.pooled(part) for part in crops.split(self.chunk)]
-        return torch.cat(found).unflatten(0, (len(images), CROPS))
-
-    @torch.no_grad()
-    def pooled(self, crops: Tensor) -> Tensor:
-        """uint8 `(B, 3, H, W)`, taken whole → float32 `(B, 1280)`."""
-        return pooled_features(self.network, to_float(crops), SIDES["lite2"])
 
 
 # ---- what there is, and what it is ------------------------------------------------------------------------------

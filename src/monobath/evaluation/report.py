@@ -142,27 +142,24 @@ def _plots(evaluation: Evaluation) -> list[str]:
     sections = []
     # SSIM says what PSNR says; the others are faults that nobody trades against time or bits.
     drawn = [m for m in metrics if m.key not in ("ssim", "mean_error", "grid4", "grid8")]
-    speed, steps, rates = (
-        "".join(drawing(evaluation, m) for m in drawn) for drawing in (_speed_plot, _steps_plot, _rate_plot)
-    )
-    if speed:
-        sections += [
-            "<h2>Quality and speed</h2>",
-            "<p>Up is better, left is faster. Dashed: the Pareto front, on which nothing is both faster and better. "
-            "Vertical lines: the intervals.</p>",
-            key_line,
-            _grid(speed),
-        ]
-    if steps:
-        sections += ["<h2>Quality and sampler steps</h2>", _grid(steps)]
-    if rates:
-        sections += [
-            "<h2>Quality and bits</h2>",
-            "<p>Up is better, left is smaller. A codec at several rates is joined by a line; a model is shown "
-            "at one step count.</p>",
-            key_line,
-            _grid(rates),
-        ]
+    for title, words, drawing in (
+        (
+            "Quality and speed",
+            "Up is better, left is faster. Dashed: the Pareto front, on which nothing is both faster and better. "
+            "Vertical lines: the intervals.",
+            _speed_plot,
+        ),
+        ("Quality and sampler steps", "", _steps_plot),
+        (
+            "Quality and bits",
+            "Up is better, left is smaller. A codec at several rates is joined by a line; a model is shown "
+            "at one step count.",
+            _rate_plot,
+        ),
+    ):
+        if figures := "".join(drawing(evaluation, metric) for metric in drawn):
+            explained = [f"<p>{words}</p>", key_line] if words else []
+            sections += [f"<h2>{title}</h2>", *explained, _grid(figures)]
     return sections
 
 

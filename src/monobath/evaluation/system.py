@@ -116,17 +116,6 @@ def _network(tokenizer: Tokenizer) -> nn.Module | None:
     return encoder.network if isinstance(encoder.network, nn.Module) else None
 
 
-def make_model(
-    name: str,
-    steps: int | None = None,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    noise: Noise | None = None,
-) -> TokenizerSystem:
-    """A tokenizer as a system; see `TokenizerSystem`."""
-    return TokenizerSystem(name, steps=steps, noise=noise, device=device, dtype=dtype)
-
-
 def make_models(
     names: Sequence[str],
     steps: Sequence[int] | None,
@@ -151,7 +140,7 @@ def make_models(
     systems: list[TokenizerSystem] = []
     for name, label in zip(names, labels, strict=True):
         for number in dict.fromkeys(steps) if steps else [None]:
-            system = make_model(name, number, device, dtype)
+            system = TokenizerSystem(name, steps=number, device=device, dtype=dtype)
             if shared is not None and system.tokenizer.config.encoder.family:
                 system.attach_encoder(shared)
                 used = True
@@ -185,7 +174,9 @@ def make_baselines(systems: Sequence[System], size: int, bits: float | None, rat
     """
     if bits is None:
         bits = systems[0].encode(torch.zeros(1, 3, size, size, device=systems[0].device)).bits[0] / size**2
-    codecs = [codec for codec in ("jpeg", "webp", "avif") if features.check({"jpeg": "jpg"}.get(codec, codec))]
+    from .codecs import FORMATS  # it imports this module
+
+    codecs = [codec for codec, found in FORMATS.items() if features.check(found.feature)]
     specs = ["bicubic=8"] + [f"{codec}={rate:g}" for codec in codecs for rate in dict.fromkeys([bits, *rates])]
     found = {system.name: system for system in (make_peer(spec, systems[0].device) for spec in specs)}
     return [found[name] for name in found if name not in {system.name for system in systems}]

@@ -4,38 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import resources
 from ..data.transforms import center_crop
-from ..decoders.folded import OneStepDecoder
-from ..decoders.uvit import Decoder, DecoderConfig
 from ..errors import UserError
-from ..evaluation.bench import CHANNELS, TINY, Maker, random_latents, tokenizer_maker
-from ..evaluation.peers import random_autoencoder
 from ..images import open_image
 from ..tokenizer import Tokenizer
-from .engines import FILES, Engine, Run, engine_call, with_engine
+from .engines import FILES, Engine, with_engine
 
 CALIBRATION_SIDE = 256
 """Side of the squares that int8 is calibrated on, in pixels."""
 
 
-def on_engine(tokenizer: Tokenizer, model: str, engine: Engine | None) -> Tokenizer:
+def on_engine(tokenizer: Tokenizer, model: str, engine: Engine) -> Tokenizer:
     """The tokenizer decoding with an engine, from the file beside the model where `monobath export` wrote one.
 
     Args:
         model: what `tokenizer` was loaded from.
-        engine: None: the tokenizer as it is.
+        engine: see `engines.Engine`.
 
     Raises:
         UserError: the engine runs on the CPU, and the tokenizer is elsewhere; or as `with_engine`.
     """
-    if engine is None:
-        return tokenizer
     if engine not in ("torch", "compile") and tokenizer.device.type != "cpu":
         raise UserError(f"--engine {engine} runs on the CPU: add --device cpu, or choose torch or compile")
     folder = Path(model)
@@ -48,35 +40,3 @@ def calibration_latents(tokenizer: Tokenizer, pictures: Sequence[Path] = ()) -> 
     """Latents of the centres of pictures (default: the packaged sample photos), 256² each."""
     squares = (center_crop(open_image(file), size=CALIBRATION_SIDE) for file in pictures or resources.sample_paths())
     return [tokenizer.encode(square).mode() for square in squares]
-
-
-def engine_networks(
-    models: Sequence[str], engines: Sequence[Engine], decoders: Sequence[str] = ()
-) -> dict[str, tuple[Any, Maker]]:
-    """For `monobath bench`: models, decoders and AutoencoderTiny with random weights, under each engine.
-
-    Returns:
-        By name: the network whose parameters count, and (batch, side) → a call that decodes that.
-    """
-    found: dict[str, tuple[Any, Maker]] = {}
-    networks = {name: Decoder(DecoderConfig(size=name, latent_channels=CHANNELS)).eval() for name in decoders}
-    folded = {name: OneStepDecoder(network, "zero") for name, network in networks.items()}
-    peer = random_autoencoder("tiny").eval().decoder
-    inputs = {"latent": torch.zeros(2, CHANNELS, 18, 26)}
-    samples = [{"latent": random_latents(1, CALIBRATION_SIDE).numpy()}]
-    for engine in engines:
-        for model in models:
-            tokenizer = Tokenizer.from_pretrained(model, device="cpu", dtype=torch.float32)
-            found[f"{model}, {engine}"] = (tokenizer.decoder, tokenizer_maker(on_engine(tokenizer, model, engine)))
-        for name, network in [*folded.items(), (TINY, peer)]:
-            make = _maker(engine_call(network, inputs, engine, samples))
-            found[f"{name}, {engine}"] = (networks.get(name, peer), make)
-    return found
-
-
-def _maker(run: Run) -> Maker:
-    def make(batch: int, side: int) -> Any:
-        z = random_latents(batch, side).numpy()
-        return lambda: run({"latent": z})
-
-    return make
