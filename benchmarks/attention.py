@@ -18,7 +18,7 @@ from command import exit_code
 from rich.console import Console
 from rich.table import Table
 
-from monobath.evaluation.throughput import measure
+from monobath.evaluation.speed import measure
 from monobath.models.attention import available_backends, windowed_attention
 
 

@@ -22,9 +22,9 @@ from torch import Tensor
 from trainings import device, markdown
 
 from monobath.evaluation import tables
-from monobath.evaluation.evaluate import evaluate
+from monobath.evaluation.compare import Settings, evaluate
 from monobath.evaluation.metrics import CHANNELS, mean_error, psnr
-from monobath.evaluation.systems import TokenizerSystem
+from monobath.evaluation.system import TokenizerSystem
 from monobath.files import write_file
 
 FIGURES = ["psnr", "mean_error", "grid4", "grid8"]
@@ -89,7 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     systems = [TokenizerSystem(name, device=device()) for name in args.model]
     count = args.limit
     sizes = [
-        evaluate(systems, args.data, size=size, short_side=args.size, metrics=FIGURES, limit=count, keep=count)
+        evaluate(
+            systems, args.data, Settings(size=size, short_side=args.size, metrics=FIGURES, limit=count, keep=count)
+        )
         for size in dict.fromkeys(args.crop_sizes)
     ]
     joined = tables.side_by_side([evaluation for evaluation, _ in sizes])

@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from monobath import Tokenizer, UserError, resources
-from monobath.data import make_loader
-from monobath.training.latents import cache_latents
+from monobath.data import Crops, make_loader
+from monobath.data.encoding import Caching, cache_latents
 from monobath.training.loop import _Run
 from monobath.training.recipes import load_recipe
 
@@ -85,7 +85,9 @@ def measure(networks: str, data: Sequence[str], folder: Path, given: Any) -> tup
     torch.manual_seed(recipe.training.seed)
     tokenizer = Tokenizer(recipe.model)
     tokenizer.save_pretrained(folder / "model")
-    cache_latents(tokenizer, data, folder / "cache", size=given.size, copies=given.copies, model=networks)
+    cache_latents(
+        tokenizer, data, folder / "cache", Crops(size=given.size), Caching(copies=given.copies, model=networks)
+    )
     runs = []
     for latents in (False, True):
         recipe = load_recipe(name, [*common, f"data.latents={str(latents).lower()}", f"run={folder / str(latents)}"])

@@ -20,7 +20,7 @@ from torch import Tensor
 from trainings import device, exit_code, markdown
 
 from monobath import Tokenizer
-from monobath.data import iterate_eval, make_dataset
+from monobath.data import Crops, iterate_eval, make_dataset
 from monobath.decoders.unet import UNet
 from monobath.flow import interpolate, to_clean
 from monobath.images import to_float
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--limit", type=int, default=24, help="at most so many photos")
     args = parser.parse_args(arguments)
-    dataset = make_dataset(args.data, size=args.size, augment=False)
+    dataset = make_dataset(args.data, Crops(size=args.size, augment=False))
     batches = iterate_eval(dataset, batch_size=8, limit=args.limit)
     x = torch.cat([to_float(batch["image"]) for batch in batches])
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))

@@ -42,8 +42,8 @@ from trainings import (
 )
 
 from monobath import Tokenizer, UserError, resources
-from monobath.evaluation.systems import TokenizerSystem
-from monobath.evaluation.throughput import system_speeds
+from monobath.evaluation.speed import system_speeds
+from monobath.evaluation.system import TokenizerSystem
 from monobath.files import write_text
 from monobath.sampling import Noise
 from monobath.tokenizer import SamplerConfig

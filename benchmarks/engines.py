@@ -16,11 +16,11 @@ from typing import get_args
 
 from command import exit_code
 
-from monobath.cli.exporting import on_engine
 from monobath.evaluation import tables
-from monobath.evaluation.evaluate import evaluate
-from monobath.evaluation.systems import TokenizerSystem
+from monobath.evaluation.compare import Settings, evaluate
+from monobath.evaluation.system import TokenizerSystem
 from monobath.export.engines import Engine
+from monobath.export.running import on_engine
 from monobath.files import write_text
 
 
@@ -40,7 +40,7 @@ def main() -> int:
         system.tokenizer = on_engine(system.tokenizer, args.model, engine)
         system.name = f"{args.model}, {engine}"
         systems.append(system)
-    found, _ = evaluate(systems, args.data, size=args.size, limit=args.limit, keep=1)
+    found, _ = evaluate(systems, args.data, Settings(size=args.size, limit=args.limit, keep=1))
     lines = [tables.head(found)[:-2]]
     lines += [[" ".join(filter(None, cell)) for cell in row[:-2]] for row in tables.rows(found)]
     lines += [["difference to the first", "", *tables.head(found)[2:-2]]]

@@ -51,8 +51,8 @@ from trainings import (
 
 from monobath import Tokenizer, UserError
 from monobath.decoders import DecoderConfig, KLConfig, UViTConfig, decoder_config
-from monobath.evaluation.systems import TokenizerSystem
-from monobath.evaluation.throughput import system_speeds
+from monobath.evaluation.speed import system_speeds
+from monobath.evaluation.system import TokenizerSystem
 from monobath.files import write_text
 from monobath.tokenizer import SamplerConfig, TokenizerConfig
 from monobath.training.config import DataConfig, LossConfig, OptimizerConfig, Recipe, TimesConfig, TrainingConfig

@@ -26,7 +26,7 @@ from torch import Tensor
 from monobath.decoders import decoder_config, make_decoder
 from monobath.decoders.folded import OneStepCall, folded
 from monobath.evaluation.bench import FACTOR, random_latents
-from monobath.evaluation.throughput import Work, measure
+from monobath.evaluation.speed import Work, measure
 from monobath.export.engines import Engine, engine_call
 from monobath.models.blocks import Padding
 

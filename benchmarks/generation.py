@@ -42,16 +42,17 @@ from torchvision.utils import make_grid
 from trainings import device, exit_code, markdown, trained
 
 from monobath import Tokenizer, UserError
-from monobath.cli.generating import check_fits, decoder_seeds, in_turn
 from monobath.cli.shared import lasting_name
-from monobath.data import iterate_eval, make_dataset
-from monobath.evaluation.evaluate import half_sample_estimate
+from monobath.data import Crops, iterate_eval, make_dataset
+from monobath.data.encoding import Caching, cache_latents
+from monobath.evaluation.compare import half_sample_estimate
+from monobath.evaluation.features import EffLiteFeatures
 from monobath.evaluation.frechet import Gaussian, HalfSampled, frechet_distance
-from monobath.evaluation.metrics import EffLiteFeatures, SetMetric, load_metrics
+from monobath.evaluation.metrics import SetMetric, load_metrics
 from monobath.files import write_file, write_text
 from monobath.generation import Generator
+from monobath.generation.pictures import check_fits, decoder_seeds, in_turn
 from monobath.images import tensor_to_pil
-from monobath.training.latents import cache_latents
 from monobath.training.recipes import load_recipe
 
 FEATURES: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {}
@@ -83,10 +84,9 @@ def run_training(args: argparse.Namespace) -> None:
         raise UserError("train needs --data: folders or shards of labelled pictures")
     cache = args.out / f"latents-{Path(args.tokenizer).name}-{args.size}x{args.copies}"
     tokenizer = Tokenizer.from_pretrained(args.tokenizer, device=device())
-    cache_latents(
-        tokenizer, args.data, cache, size=args.size, scale=(args.size, args.size), copies=args.copies, labels=True,
-        model=lasting_name(args.tokenizer),
-    )  # fmt: skip
+    crops = Crops(size=args.size, scale=(args.size, args.size))
+    options = Caching(copies=args.copies, labels=True, model=lasting_name(args.tokenizer))
+    cache_latents(tokenizer, args.data, cache, crops, options)
     own = [f"name={args.name}", f"run={args.out / args.name}", f"data.size={args.size}",
            f"data.scale=[{args.size}, {args.size}]", f"generator.classes={args.classes}"]  # fmt: skip
     recipe = load_recipe(args.recipe, [*own, f"data.source={json.dumps([str(cache)])}", *args.overrides])
@@ -272,7 +272,7 @@ def _classes(args: argparse.Namespace) -> list[int]:
 
 def _real(data: Sequence[str], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Batches of labelled pictures of the generator's classes."""
-    dataset = make_dataset(list(data), size=args.size, augment=False, labels=True)
+    dataset = make_dataset(list(data), Crops(size=args.size, augment=False), labels=True)
     known = torch.tensor(_classes(args))
     for batch in iterate_eval(dataset, batch_size=args.batch):
         own = torch.isin(batch["label"], known)

@@ -20,8 +20,8 @@ from command import exit_code
 from torch import Tensor
 
 from monobath import Tokenizer
-from monobath.data import iterate_eval, make_dataset
-from monobath.evaluation.systems import make_peer
+from monobath.data import Crops, iterate_eval, make_dataset
+from monobath.evaluation.system import make_peer
 from monobath.images import to_float
 
 SIDE, FACTOR = 256, 8
@@ -48,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gaps: dict[int, list[Tensor]] = {64: [], 128: []}
     deviation = []
     with torch.no_grad():
-        for batch in iterate_eval(make_dataset(args.data, size=SIDE, augment=False), batch_size=8, limit=args.limit):
+        for batch in iterate_eval(
+            make_dataset(args.data, Crops(size=SIDE, augment=False)), batch_size=8, limit=args.limit
+        ):
             x = to_float(batch["image"])
             code, indices = peer.encode(x), batch["index"].tolist()
             z = code.payload

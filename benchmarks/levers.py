@@ -33,13 +33,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from monobath import Tokenizer, UserError
-from monobath.data import make_dataset, make_loader
+from monobath.data import Crops, make_dataset, make_loader
 from monobath.decoders import decoder_config
 from monobath.decoders.unet import Level, ResBlock, modulate
 from monobath.decoders.uvit import TransformerBlock
-from monobath.evaluation.evaluate import evaluate
+from monobath.evaluation.compare import Settings, evaluate
+from monobath.evaluation.speed import system_speeds
 from monobath.evaluation.system import Code, System
-from monobath.evaluation.throughput import system_speeds
 from monobath.files import write_file, write_text
 from monobath.images import to_float
 from monobath.models.encoder import EncoderConfig
@@ -408,7 +408,7 @@ def place(out: Path, name: str, seed: int, crops: int) -> Path:
 
 def run_training(args: argparse.Namespace) -> None:
     source = Tokenizer.from_pretrained(args.encoder)
-    dataset = make_dataset(args.data, size=CROP, scale=(CROP, 3 * CROP), cache=True)
+    dataset = make_dataset(args.data, Crops(size=CROP, scale=(CROP, 3 * CROP)), cache=True)
     for seed in args.seeds:
         for name in args.only or LEVERS:
             lever, folder = LEVERS[name], place(args.out, name, seed, args.crops)
@@ -471,7 +471,7 @@ def run_scoring(args: argparse.Namespace) -> None:
 
 def _score(folders: Sequence[Path], metrics: Sequence[str], size: int, source: Tokenizer, data: Sequence[str]) -> None:
     systems = [load(folder, source) for folder in folders]
-    found, _ = evaluate(systems, data, size=size, short_side=SIDE, metrics=metrics, keep=1)
+    found, _ = evaluate(systems, data, Settings(size=size, short_side=SIDE, metrics=metrics, keep=1))
     for folder, system in zip(folders, found.systems, strict=True):
         scores = _scores(folder)
         for metric in metrics:

@@ -46,9 +46,9 @@ from trainings import (
 )
 
 from monobath import Tokenizer, UserError
-from monobath.data import iterate_eval, make_dataset
-from monobath.evaluation.systems import TokenizerSystem
-from monobath.evaluation.throughput import measure, sample_images
+from monobath.data import Crops, iterate_eval, make_dataset
+from monobath.evaluation.speed import measure, sample_images
+from monobath.evaluation.system import TokenizerSystem
 from monobath.files import write_file, write_text
 from monobath.images import tensor_to_pil, to_float, to_uint8
 from monobath.sampling import Noise
@@ -257,7 +257,7 @@ def draw(args: argparse.Namespace) -> None:
     data = args.held_out or args.data
     if not data:
         raise UserError("--picture needs --data: folders or shards of held-out photos")
-    dataset = make_dataset(data, size=args.size, augment=False)
+    dataset = make_dataset(data, Crops(size=args.size, augment=False))
     batch = next(iter(iterate_eval(dataset, batch_size=args.shown, limit=args.shown)))
     x = to_float(batch["image"])
     tokenizer = Tokenizer.from_pretrained(str(place(args.out, STUDENT)))

@@ -40,7 +40,7 @@ from trainings import (
 
 from monobath import UserError
 from monobath.decoders import KLConfig, decoder_config
-from monobath.evaluation.systems import TokenizerSystem
+from monobath.evaluation.system import TokenizerSystem
 from monobath.models import blocks, encoder
 from monobath.tokenizer import SamplerConfig
 from monobath.training.config import Recipe

@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from monobath import Tokenizer
-from monobath.data import PhotoDataset, iterate_eval
+from monobath.data import Crops, PhotoDataset, iterate_eval
 from monobath.evaluation.codecs import Bicubic
 from monobath.evaluation.metrics import psnr
 from monobath.images import to_float, to_uint8
@@ -50,7 +50,7 @@ def main() -> int:
     parser.add_argument("--json", help="also write the figures to this file")
     args = parser.parse_args()
 
-    dataset = PhotoDataset(args.data, size=args.size, augment=False)
+    dataset = PhotoDataset(args.data, Crops(size=args.size, augment=False))
     x = to_float(torch.cat([b["image"] for b in iterate_eval(dataset, batch_size=16)]))
     scaled = Bicubic(8)
     systems: dict[str, Tensor] = {scaled.name: scaled.decode(scaled.encode(x), range(len(x)))}

@@ -31,9 +31,9 @@ from torch.utils._pytree import tree_leaves
 from monobath import Tokenizer
 from monobath.decoders import decoder_config, make_decoder
 from monobath.evaluation.bench import random_latents
+from monobath.evaluation.facts import machine
 from monobath.evaluation.peers import random_autoencoder
-from monobath.evaluation.report import machine
-from monobath.evaluation.throughput import count_flops
+from monobath.evaluation.speed import count_flops
 from monobath.files import write_text
 
 # What an operation is for, by the beginning of its name; the first that fits.

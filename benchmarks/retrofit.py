@@ -43,11 +43,11 @@ from trainings import (
 
 from monobath import UserError
 from monobath.autoencoders import as_encoder, split_spec
-from monobath.evaluation.system import System
-from monobath.evaluation.systems import TokenizerSystem, make_peer
-from monobath.evaluation.throughput import system_speeds
+from monobath.data import Crops
+from monobath.data.encoding import Caching, cache_latents
+from monobath.evaluation.speed import system_speeds
+from monobath.evaluation.system import System, TokenizerSystem, make_peer
 from monobath.files import write_text
-from monobath.training.latents import cache_latents
 from monobath.training.recipes import load_recipe
 
 OWN = "own"
@@ -67,9 +67,12 @@ def run_training(args: argparse.Namespace) -> None:
         folder = args.out / f"latents-{side}x{args.copies}"
         encoder = as_encoder(args.encoder).to(device())
         cache_latents(
-            encoder, args.data, folder, size=side, scale=scale, copies=args.copies, model=args.encoder,
-            batch_size=max(1, 16 * args.size**2 // side**2),
-        )  # fmt: skip
+            encoder,
+            args.data,
+            folder,
+            Crops(size=side, scale=scale),
+            Caching(copies=args.copies, model=args.encoder, batch_size=max(1, 16 * args.size**2 // side**2)),
+        )
         data = [str(folder)]
     for seed in args.seeds:
         for decoder in args.decoders:

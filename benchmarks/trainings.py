@@ -22,8 +22,8 @@ from rich.console import Console
 from torchvision.transforms.functional import center_crop
 
 from monobath import UserError
-from monobath.data import iterate_eval, make_dataset
-from monobath.evaluation.evaluate import half_sample_estimate, mean_estimate
+from monobath.data import Crops, iterate_eval, make_dataset
+from monobath.evaluation.compare import half_sample_estimate, mean_estimate
 from monobath.evaluation.frechet import Gaussian, HalfSampled, frechet_distance
 from monobath.evaluation.metrics import ChannelMetric, PictureMetric, SetMetric, load_metrics
 from monobath.evaluation.results import Estimate
@@ -136,7 +136,7 @@ class Judge:
         crop: int = 0,
         metrics: Sequence[str] = (*FIGURES, *SHAPE),
     ) -> None:
-        self.dataset, self.limit, self.crop = make_dataset(list(data), size=size, augment=False), limit, crop
+        self.dataset, self.limit, self.crop = make_dataset(list(data), Crops(size=size, augment=False)), limit, crop
         self.protocol = {"data": [Path(source).name for source in data], "size": size, "limit": limit}
         self.protocol |= {"crop": crop} if crop else {}
         _, loaded = load_metrics(list(metrics), device=device())

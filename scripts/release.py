@@ -35,12 +35,13 @@ from safetensors.torch import load_file
 
 from monobath import Tokenizer, UserError
 from monobath.autoencoders import as_encoder, split_spec
-from monobath.evaluation.evaluate import evaluate
-from monobath.evaluation.systems import TokenizerSystem
+from monobath.data import Crops
+from monobath.data.encoding import Caching, cache_latents
+from monobath.evaluation.compare import Settings, evaluate
+from monobath.evaluation.system import TokenizerSystem
 from monobath.files import write_text
 from monobath.training import checkpoints, travel
 from monobath.training.config import Recipe
-from monobath.training.latents import cache_latents
 from monobath.training.loop import Interrupted, train
 from monobath.training.recipes import load_recipe
 
@@ -128,7 +129,7 @@ def on_cached_latents(recipe: Recipe, args: argparse.Namespace) -> Recipe:
     side, folder, begin = args.encode_size, args.out / "latents", time.perf_counter()
     scale = (side, max(side, recipe.data.scale[1]))
     encoder = as_encoder(args.encoder).to(device())
-    cache_latents(encoder, args.data, folder, size=side, scale=scale, model=args.encoder, batch_size=8)
+    cache_latents(encoder, args.data, folder, Crops(size=side, scale=scale), Caching(model=args.encoder, batch_size=8))
     say(f"latents cached in {time.perf_counter() - begin:.0f} s")
     data = dataclasses.replace(recipe.data, source=[str(folder)], latents=True, scale=list(scale))
     return dataclasses.replace(recipe, data=data)
@@ -158,7 +159,7 @@ def measured(run: Path, args: argparse.Namespace, limit: int | None = None) -> d
         export_run(run, Path(folder) / "model")
         system = TokenizerSystem(str(Path(folder) / "model"), encoder=args.encoder, device=device())
         data = args.held_out or args.data
-        found, _ = evaluate([system], data, size=256, metrics=FIGURES, limit=limit or args.limit, keep=1)
+        found, _ = evaluate([system], data, Settings(size=256, metrics=FIGURES, limit=limit or args.limit, keep=1))
     values = found.as_dict()["systems"][0]["figures"]
     return {"photos": len(found.names), **{key: value["value"] for key, value in values.items()}}
 

@@ -15,9 +15,9 @@ from test_training import photos as photos  # the fixture
 from test_training import tiny_recipe
 
 from monobath import Tokenizer, UserError
-from monobath.evaluation import frechet, metrics
-from monobath.evaluation.evaluate import evaluate
-from monobath.evaluation.systems import TokenizerSystem
+from monobath.evaluation import features, frechet
+from monobath.evaluation.compare import Settings, evaluate
+from monobath.evaluation.system import TokenizerSystem
 from monobath.training import loop
 
 pytest.importorskip("diffusers")
@@ -29,7 +29,7 @@ SMALL = ["--size", "32", "--batch", "2", "--precision", "fp32"]
 def benchmark(monkeypatch):
     """Imports a benchmark by name. One crop a picture and few half-samples: a Fréchet distance in a second."""
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "benchmarks"))
-    monkeypatch.setattr(metrics, "CROPS", 1)
+    monkeypatch.setattr(features, "CROPS", 1)
     monkeypatch.setattr(frechet, "HALVES", 3)
     return importlib.import_module
 
@@ -120,7 +120,7 @@ def test_figures_are_those_of_monobath_eval(tmp_path, photos, start, benchmark):
     trainings = benchmark("trainings")
     judge = trainings.Judge([str(photos)], size=32, limit=6)
     one, two = TokenizerSystem(start, steps=1), TokenizerSystem(start, steps=3)
-    found, _ = evaluate([one, two], str(photos), size=32, limit=6, metrics=list(trainings.FIGURES), keep=1)
+    found, _ = evaluate([one, two], str(photos), Settings(size=32, limit=6, metrics=list(trainings.FIGURES), keep=1))
     scores = [judge.score(tmp_path / f"{i}.json", lambda s=system: s) for i, system in enumerate((one, two))]
     for key in trainings.FIGURES:
         for score, expected in zip(scores, found.systems, strict=True):

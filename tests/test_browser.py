@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 from test_eval_report import example, example_bench
 
-from monobath.evaluation.eval_report import bench_page, eval_page
+from monobath.evaluation.report import bench_page, eval_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TIMEOUT = 60

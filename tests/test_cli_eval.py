@@ -16,7 +16,7 @@ from conftest import tiny_tokenizer
 from PIL import Image
 
 from monobath import resources
-from monobath.cli import comparing, main
+from monobath.cli import main
 from monobath.data.transforms import center_crop
 from monobath.evaluation.bench import DECODERS
 from monobath.images import open_image
@@ -170,8 +170,12 @@ def test_bench(prepared, tmp_path, capsys):
         assert said in (out / "report.html").read_text(encoding="utf-8")
 
 
-def test_the_decoders_named_in_the_help_are_the_benchmarks_own():
-    assert comparing.DECODERS == DECODERS  # stated twice, since bench imports torch
+def test_the_decoders_named_in_the_help_are_the_benchmarks_own(capsys):
+    assert main(["bench", "--help"]) == 0
+    named = "XS, S, B and M, each with patch 1, 2 and 4, and CS/4, CM/4, CL/4"
+    assert named in " ".join(capsys.readouterr().out.split())
+    assert [f"{size}/{patch}" for size in ("XS", "S", "B", "M") for patch in (1, 2, 4)] == DECODERS[:12]
+    assert DECODERS[12:] == ["CS/4", "CM/4", "CL/4"]
 
 
 @pytest.mark.parametrize(

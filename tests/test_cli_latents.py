@@ -20,7 +20,7 @@ from test_training import rows
 
 from monobath import Tokenizer
 from monobath.cli import main
-from monobath.training.latents import latent_statistics
+from monobath.data.statistics import latent_statistics
 
 RECIPE = {
     "model": {

@@ -16,6 +16,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from monobath.data import (
+    Crops,
     PhotoDataset,
     SeededSampler,
     StreamDataset,
@@ -153,7 +154,7 @@ def test_labels_of_sub_folders(tmp_path):
     for name in ["dog/1.png", "cat/1.png", "cat/sub/2.png"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         picture(20, 20).save(tmp_path / name)
-    dataset = PhotoDataset(tmp_path, size=16, labels=True)
+    dataset = PhotoDataset(tmp_path, Crops(size=16), labels=True)
     assert [(s.name, s.label) for s in dataset.samples] == [
         ("cat/1.png", 0),
         ("cat/sub/2.png", 0),
@@ -161,7 +162,7 @@ def test_labels_of_sub_folders(tmp_path):
     ]
     picture(20, 20).save(tmp_path / "loose.png")
     with pytest.raises(UserError, match=r"has no label: put an integer into a \.cls file"):
-        PhotoDataset(tmp_path, size=16, labels=True)
+        PhotoDataset(tmp_path, Crops(size=16), labels=True)
 
 
 def test_a_label_that_is_no_integer_is_named(folder):
@@ -189,14 +190,14 @@ def test_what_cannot_be_found_is_named(source, message, tmp_path):
     for name in ("text.tar", "text.txt"):
         (tmp_path / name).write_text("nothing of the kind" * 100)
     with pytest.raises(UserError, match=message):
-        PhotoDataset(tmp_path / source, size=16)
+        PhotoDataset(tmp_path / source, Crops(size=16))
 
 
 def test_mixed_and_missing_sources():
     with pytest.raises(UserError, match="give either URLs or local paths"):
-        make_dataset(["https://a/b.tar", "photos"], size=16)
+        make_dataset(["https://a/b.tar", "photos"], Crops(size=16))
     with pytest.raises(UserError, match="no data given"):
-        make_dataset([], size=16)
+        make_dataset([], Crops(size=16))
     assert remote_urls("s3://b/x-{0..1}.tar") == [f"pipe:aws s3 cp s3://b/x-{i}.tar -" for i in (0, 1)]
     assert remote_urls(["file:///a.tar", "file:b.tar"]) == ["/a.tar", "b.tar"]
 
@@ -265,30 +266,32 @@ def test_flips_are_mirrored_crops_half_of_the_time():
 def test_extreme_pictures_are_cropped(size, tmp_path):
     Image.new("RGB", size, (10, 20, 30)).save(tmp_path / "a.png")
     for augment in (True, False):
-        item = PhotoDataset(tmp_path, size=24, augment=augment, min_side=1)[0]
+        item = PhotoDataset(tmp_path, Crops(size=24, augment=augment, min_side=1))[0]
         assert item["image"].shape == (3, 24, 24)
         assert item["image"].float().mean((1, 2)).tolist() == [10, 20, 30]
 
 
 def test_settings_that_contradict_each_other(folder):
     with pytest.raises(UserError, match=r"scale=\(8, 20\) does not fit size=16"):
-        PhotoDataset(folder, size=16, scale=(8, 20))
+        PhotoDataset(folder, Crops(size=16, scale=(8, 20)))
     with pytest.raises(UserError, match="has no effect with augment=False"):
-        PhotoDataset(folder, size=16, scale=(16, 20), augment=False)
+        PhotoDataset(folder, Crops(size=16, scale=(16, 20), augment=False))
     with pytest.raises(UserError, match="augment=False"):
-        make_loader(PhotoDataset(folder, size=16, augment=False), batch_size=2)
+        make_loader(PhotoDataset(folder, Crops(size=16, augment=False)), batch_size=2)
     with pytest.raises(UserError, match="augment=False"):
-        next(iterate_eval(PhotoDataset(folder, size=16), batch_size=2))
+        next(iterate_eval(PhotoDataset(folder, Crops(size=16)), batch_size=2))
     with pytest.raises(UserError, match="rank=2"):
         SeededSampler(4, batch_size=2, rank=2, world_size=2)
 
 
 def test_crops_depend_on_seed_epoch_and_index(folder):
-    dataset = PhotoDataset(folder, size=16, scale=(16, 28))
-    again = PhotoDataset(folder, size=16, scale=(16, 28))
+    dataset = PhotoDataset(folder, Crops(size=16, scale=(16, 28)))
+    again = PhotoDataset(folder, Crops(size=16, scale=(16, 28)))
     assert torch.equal(dataset[3]["image"], again[0, 3]["image"])
     assert not torch.equal(dataset[0, 3]["image"], dataset[1, 3]["image"])
-    assert not torch.equal(dataset[3]["image"], PhotoDataset(folder, size=16, scale=(16, 28), seed=1)[3]["image"])
+    assert not torch.equal(
+        dataset[3]["image"], PhotoDataset(folder, Crops(size=16, scale=(16, 28), seed=1))[3]["image"]
+    )
     assert dataset[3]["image"].dtype == torch.uint8
 
 
@@ -317,7 +320,7 @@ def test_resumed_batches_are_the_uninterrupted_ones(folder, workers):
     options = {"batch_size": 4, "num_workers": workers}
 
     def dataset():
-        return PhotoDataset(folder, size=16, scale=(16, 28), labels=True, seed=3)
+        return PhotoDataset(folder, Crops(size=16, scale=(16, 28), seed=3), labels=True)
 
     whole = batches(dataset(), 6, batch_size=4)
     assert whole[0]["image"].shape == (4, 3, 16, 16)
@@ -327,7 +330,7 @@ def test_resumed_batches_are_the_uninterrupted_ones(folder, workers):
 
 
 def test_two_ranks_are_one_with_twice_the_batch(folder):
-    dataset = PhotoDataset(folder, size=16, scale=(16, 28))
+    dataset = PhotoDataset(folder, Crops(size=16, scale=(16, 28)))
     whole = batches(dataset, 5, batch_size=4, start_sample=3)
     ranks = [batches(dataset, 5, batch_size=2, start_sample=3, rank=r, world_size=2) for r in (0, 1)]
     joined = [{key: torch.cat([a[key], b[key]]) for key in a} for a, b in zip(*ranks, strict=True)]
@@ -337,7 +340,7 @@ def test_two_ranks_are_one_with_twice_the_batch(folder):
 def test_loader_leaves_the_global_random_state_alone(folder):
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    batches(PhotoDataset(folder, size=16), 2, batch_size=2)
+    batches(PhotoDataset(folder, Crops(size=16)), 2, batch_size=2)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -346,18 +349,18 @@ def test_loader_leaves_the_global_random_state_alone(folder):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_cache_changes_nothing_without_downscaling(folder, workers):
-    plain = batches(PhotoDataset(folder, size=16, scale=(16, 64)), 5, batch_size=4)
-    dataset = PhotoDataset(folder, size=16, scale=(16, 64), cache=True)
+    plain = batches(PhotoDataset(folder, Crops(size=16, scale=(16, 64))), 5, batch_size=4)
+    dataset = PhotoDataset(folder, Crops(size=16, scale=(16, 64)), cache=True)
     assert_same(batches(dataset, 5, batch_size=4, num_workers=workers), plain)
     shutil.rmtree(folder)  # everything is in memory now
     assert_same(batches(dataset, 5, batch_size=4), plain)
 
 
 def test_cache_holds_pictures_no_larger_than_needed(folder):
-    dataset = PhotoDataset(folder, size=16, scale=(16, 24), cache=True)
+    dataset = PhotoDataset(folder, Crops(size=16, scale=(16, 24)), cache=True)
     dataset.preload(threads=2)
     assert [min(pixels.shape[:2]) for pixels in dataset._pictures] == [24, 24, 24, 20, 20, 24, 24]
-    plain = PhotoDataset(folder, size=16, scale=(16, 24))
+    plain = PhotoDataset(folder, Crops(size=16, scale=(16, 24)))
     for index, sample in enumerate(plain.samples):
         expected = random_crop(
             shrink(Image.open(sample.path), short=24),
@@ -374,7 +377,7 @@ def test_cache_holds_pictures_no_larger_than_needed(folder):
 
 
 def test_cached_evaluation_view_is_the_same(folder):
-    plain, cached = (PhotoDataset(folder, size=16, augment=False, cache=cache) for cache in (False, True))
+    plain, cached = (PhotoDataset(folder, Crops(size=16, augment=False), cache=cache) for cache in (False, True))
     for _ in range(2):
         for a, b in zip(plain, cached, strict=True):
             assert (a["image"].int() - b["image"].int()).abs().max() <= 2
@@ -403,7 +406,7 @@ def spoil(folder):
 @pytest.mark.parametrize("cache", [False, True])
 def test_bad_files_are_named_counted_and_replaced(folder, workers, cache, caplog):
     reasons = spoil(folder)
-    dataset = PhotoDataset(folder, size=16, max_pixels=10_000, cache=cache)
+    dataset = PhotoDataset(folder, Crops(size=16, max_pixels=10_000), cache=cache)
     result = batches(dataset, 6, batch_size=6, num_workers=workers)
     assert all(len(batch["image"]) == 6 for batch in result)
     assert {int(index) for batch in result for index in batch["index"]} == {3, 4, 5, 6}
@@ -414,7 +417,7 @@ def test_bad_files_are_named_counted_and_replaced(folder, workers, cache, caplog
     if workers == 0 or cache:
         for name in reasons:
             assert sum(name in record.getMessage() for record in caplog.records) == 1
-    again = PhotoDataset(folder, size=16, max_pixels=10_000, cache=cache)
+    again = PhotoDataset(folder, Crops(size=16, max_pixels=10_000), cache=cache)
     assert_same(batches(again, 6, batch_size=6), result)
 
 
@@ -422,19 +425,19 @@ def test_bad_files_are_named_counted_and_replaced(folder, workers, cache, caplog
 def test_only_bad_files_is_an_error(tmp_path, workers):
     for index in range(3):
         (tmp_path / f"{index}.jpg").write_text("text")
-    dataset = PhotoDataset(tmp_path, size=16)
+    dataset = PhotoDataset(tmp_path, Crops(size=16))
     with pytest.raises(UserError, match="none of the 3 pictures of"):
         next(iter(make_loader(dataset, batch_size=2, num_workers=workers)))
-    evaluation = PhotoDataset(tmp_path, size=16, augment=False)
+    evaluation = PhotoDataset(tmp_path, Crops(size=16, augment=False))
     with pytest.raises(UserError, match="none of the 3 pictures of"):
         next(iterate_eval(evaluation, batch_size=2, num_workers=workers))
     with pytest.raises(UserError, match="none of the 3 pictures of"):
-        PhotoDataset(tmp_path, size=16, cache=True).preload()
+        PhotoDataset(tmp_path, Crops(size=16), cache=True).preload()
 
 
 def test_a_shard_cut_short_after_indexing_skips_the_picture(tmp_path, folder):
     path = shard(tmp_path / "a.tar", folder)
-    dataset = PhotoDataset(path, size=16)
+    dataset = PhotoDataset(path, Crops(size=16))
     path.write_bytes(path.read_bytes()[: dataset.samples[-1].offset + 10])
     assert dataset[6]["index"] == 0
     assert dataset.skipped == {f"{path}:p06.png": "unreadable"}
@@ -446,7 +449,7 @@ def test_a_shard_cut_short_after_indexing_skips_the_picture(tmp_path, folder):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_drops_bad_files_and_keeps_the_order(folder, workers):
     spoil(folder)
-    dataset = PhotoDataset(folder, size=16, augment=False, max_pixels=10_000)
+    dataset = PhotoDataset(folder, Crops(size=16, augment=False, max_pixels=10_000))
     result = list(iterate_eval(dataset, batch_size=3, num_workers=workers))
     assert [batch["name"] for batch in result] == [["p03.png", "p04.png", "p05.png"], ["p06.png"]]
     assert torch.cat([batch["index"] for batch in result]).tolist() == [3, 4, 5, 6]
@@ -469,7 +472,7 @@ def urls(tmp_path, folder):
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # small machines
 @pytest.mark.parametrize("workers", [0, 2, 3])
 def test_stream_sees_every_sample_once_an_epoch(urls, workers):
-    dataset = make_dataset(urls, size=16, scale=(16, 28), labels=True)
+    dataset = make_dataset(urls, Crops(size=16, scale=(16, 28)), labels=True)
     assert isinstance(dataset, StreamDataset)
     loader = make_loader(dataset, batch_size=1, num_workers=workers)
     seen = list(islice(loader, 24 if workers == 0 else 60))
@@ -483,10 +486,10 @@ def test_stream_sees_every_sample_once_an_epoch(urls, workers):
 
 
 def test_stream_evaluates_as_the_shards_do(urls, tmp_path):
-    local = PhotoDataset(tmp_path / "s-{0..1}.tar", size=16, augment=False, labels=True)
+    local = PhotoDataset(tmp_path / "s-{0..1}.tar", Crops(size=16, augment=False), labels=True)
     expected = list(iterate_eval(local, batch_size=5))
     for source in (urls, f"file://{tmp_path}/s-{{0..1}}.tar"):
-        remote = make_dataset(source, size=16, augment=False, labels=True)
+        remote = make_dataset(source, Crops(size=16, augment=False), labels=True)
         result = list(iterate_eval(remote, batch_size=5))
         for batch in (*result, *expected):
             batch.pop("index", None)
@@ -495,7 +498,7 @@ def test_stream_evaluates_as_the_shards_do(urls, tmp_path):
 
 def test_stream_is_seeded_and_split_by_rank(urls):
     def indices(seed=0, **place):
-        dataset = StreamDataset(urls, size=16, seed=seed)
+        dataset = StreamDataset(urls, Crops(size=16, seed=seed))
         return torch.cat([batch["index"] for batch in batches(dataset, 6, batch_size=2, **place)]).tolist()
 
     assert indices() == indices()
@@ -511,7 +514,7 @@ def test_stream_skips_bad_samples_and_shards(tmp_path, folder, caplog):
     spoil(folder)
     path = shard(tmp_path / "s.tar", folder)
     source = [f"pipe:cat {path}", f"pipe:cat {tmp_path}/none.tar 2>/dev/null"]
-    dataset = StreamDataset(source, size=16, max_pixels=10_000)
+    dataset = StreamDataset(source, Crops(size=16, max_pixels=10_000))
     indices = torch.cat([batch["index"] for batch in batches(dataset, 4, batch_size=3)])
     assert len(indices.unique()) == 4
     assert dataset.skipped_count == len(dataset.skipped) == 6
@@ -523,8 +526,8 @@ def test_stream_skips_bad_samples_and_shards(tmp_path, folder, caplog):
 def test_stream_without_pictures_is_an_error(tmp_path):
     source = f"pipe:cat {tmp_path}/none.tar 2>/dev/null"
     with pytest.raises(UserError, match="no usable picture found in pipe:cat"):
-        batches(StreamDataset(source, size=16), 1, batch_size=1)
+        batches(StreamDataset(source, Crops(size=16)), 1, batch_size=1)
     with pytest.raises(UserError, match="no usable picture found in pipe:cat"):
-        next(iterate_eval(StreamDataset(source, size=16, augment=False), batch_size=1))
+        next(iterate_eval(StreamDataset(source, Crops(size=16, augment=False)), batch_size=1))
     with pytest.raises(UserError, match="cache=True cannot be used"):
-        make_dataset(source, size=16, cache=True)
+        make_dataset(source, Crops(size=16), cache=True)

@@ -16,9 +16,9 @@ from PIL import Image
 
 from monobath import resources
 from monobath.cli import main
-from monobath.evaluation import report
-from monobath.evaluation.demo import PREVIEW, run_demo
-from monobath.images import open_image
+from monobath.evaluation.demo import PREVIEW, Reconstruction, run_demo
+from monobath.evaluation.tables import decibels
+from monobath.images import open_image, psnr
 
 
 @pytest.fixture(scope="module")
@@ -137,17 +137,17 @@ def test_samples_are_there_one_of_them_not_square():
 
 
 def test_psnr():
-    a = torch.zeros(3, 2, 5, dtype=torch.uint8)
-    assert report.psnr(a, a + 255) == 0
-    assert report.psnr(a, a + 1) == pytest.approx(10 * math.log10(255**2))
-    assert report.psnr(a, a) == math.inf
-    assert report.decibels(math.inf) == "identical"
+    a = torch.zeros(1, 3, 2, 5, dtype=torch.uint8)
+    assert psnr(a, a + 255) == 0
+    assert psnr(a, a + 1).item() == pytest.approx(10 * math.log10(255**2))
+    assert psnr(a, a) == math.inf
+    assert decibels(math.inf) == "identical"
 
 
 def test_difference_is_five_times_and_clipped():
     original = torch.tensor([0, 10, 200], dtype=torch.uint8).reshape(3, 1, 1)
     output = torch.tensor([3, 0, 100], dtype=torch.uint8).reshape(3, 1, 1)
-    row = report.Reconstruction(
+    row = Reconstruction(
         name="a", original=original, output=output, psnr=1, encode_ms=1, decode_ms=1, bits_kept=1
     )  # fmt: skip
     assert row.difference.flatten().tolist() == [15, 50, 255]

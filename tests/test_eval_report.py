@@ -14,7 +14,7 @@ import torch
 from monobath.evaluation import closeups, tables
 from monobath.evaluation.bench import Bench, BenchRow
 from monobath.evaluation.closeups import Closeup, choose, comparison_sheet, html_closeups, place_of_difference
-from monobath.evaluation.eval_report import LIMITS, bench_page, eval_page
+from monobath.evaluation.report import LIMITS, bench_page, eval_page
 from monobath.evaluation.results import Channel, Estimate, Evaluation, MetricInfo, Speed, SystemResult
 
 METRICS = [

@@ -23,12 +23,11 @@ pytest.importorskip("scipy")
 from monobath.data.transforms import center_crop
 from monobath.errors import UserError
 from monobath.evaluation import processes
-from monobath.evaluation.evaluate import evaluate, half_sample_estimate, mean_estimate
+from monobath.evaluation.compare import Settings, evaluate, half_sample_estimate, mean_estimate
 from monobath.evaluation.frechet import FeatureStatistics, frechet_distance
 from monobath.evaluation.metrics import PictureMetric, SetMetric
 from monobath.evaluation.results import MetricInfo
-from monobath.evaluation.system import Code, System
-from monobath.evaluation.systems import TokenizerSystem
+from monobath.evaluation.system import Code, System, TokenizerSystem
 from monobath.images import open_image, tensor_to_pil, to_float, to_uint8
 
 
@@ -122,7 +121,7 @@ def photos(tmp_path_factory):
 def compare(photos, systems=None, **changes):
     systems = systems or [Model("tiny"), Blur("sharp", 0.5, 0.02), Blur("soft", 2.0)]
     settings = {"size": 32, "metrics": ["psnr", "ssim", "mean_error", colours()], "batch_size": 3, "keep": 4} | changes
-    return evaluate(systems, photos, **settings)
+    return evaluate(systems, photos, Settings(**settings))
 
 
 def test_a_comparison_is_complete_and_in_order(photos):

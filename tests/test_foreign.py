@@ -20,11 +20,12 @@ from torch import nn
 from monobath import Tokenizer, UserError
 from monobath.autoencoders import as_encoder
 from monobath.cli import main
+from monobath.data import Crops, encoding
 from monobath.models import taesd
 from monobath.models.encoder import FAMILIES, EncoderConfig, Posterior
 from monobath.models.frozen import NO_SPREAD, ForeignEncoder
 from monobath.tokenizer import TokenizerConfig
-from monobath.training import latents, retrofit
+from monobath.training import retrofit
 from monobath.training.recipes import load_recipe
 
 diffusers = pytest.importorskip("diffusers")
@@ -389,7 +390,7 @@ def test_cached_latents_are_those_on_the_fly(folders, photos, tmp_path, capsys):
 
 def test_a_callable_from_python(photos, tmp_path):
     """Its latents are cached, and a decoder learns from the cache without it."""
-    facts = latents.cache_latents(as_encoder(pooled), str(photos), tmp_path / "cache", size=32, scale=(32, 40))
+    facts = encoding.cache_latents(as_encoder(pooled), str(photos), tmp_path / "cache", Crops(size=32, scale=(32, 40)))
     assert facts.encoder["factor"] == 16
     words = [word.removeprefix("--") for word in SMALL]
     overrides = [f"{key}={value}" for key, value in zip(words[::2], words[1::2], strict=True)]
@@ -509,10 +510,10 @@ def test_the_benchmark_of_windows(folders, photos, monkeypatch, capsys, kind):
 
 def test_the_benchmark(folders, photos, tmp_path, monkeypatch, capsys):
     """At tiny size: its rows, and that what is done is not done again."""
-    from monobath.evaluation import frechet, metrics
+    from monobath.evaluation import features, frechet
 
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "benchmarks"))
-    monkeypatch.setattr(metrics, "CROPS", 1)
+    monkeypatch.setattr(features, "CROPS", 1)
     monkeypatch.setattr(frechet, "HALVES", 3)
     run = importlib.import_module("retrofit").main
     out, given = ["--out", str(tmp_path / "out")], ["--encoder", spec(folders, "tiny"), "--data", str(photos)]

@@ -17,13 +17,15 @@ from test_docs import blocks
 
 from monobath import Tokenizer, UserError
 from monobath.cli import main
-from monobath.data import LatentDataset, find_samples
+from monobath.data import Crops, LatentDataset, find_samples
+from monobath.data.encoding import Caching, cache_latents
+from monobath.data.statistics import latent_statistics
 from monobath.generation import GenerationSampler, Generator, GeneratorConfig
 from monobath.models.dit import DiTConfig
+from monobath.models.identity import weights_sha256
 from monobath.training import loop
 from monobath.training.config import DataConfig, GenerationConfig, OptimizerConfig, Recipe, TrainingConfig
 from monobath.training.generation import GenerationObjective
-from monobath.training.latents import cache_latents, latent_statistics, weights_sha256
 from monobath.training.recipes import dump_recipe, load_recipe
 
 SIZE = 16
@@ -213,7 +215,7 @@ def test_for_generation_leaves_out_crops_and_other_classes(cache):
 
 def test_caches_without_labels(photos, model, tmp_path, cache):
     tokenizer = Tokenizer.from_pretrained(model)
-    facts = cache_latents(tokenizer, photos, tmp_path / "plain", size=SIZE, scale=(SIZE, SIZE))
+    facts = cache_latents(tokenizer, photos, tmp_path / "plain", Crops(size=SIZE, scale=(SIZE, SIZE)))
     assert facts.labels == []
     plain = LatentDataset(tmp_path / "plain")
     assert "label" not in plain[0]
@@ -222,7 +224,7 @@ def test_caches_without_labels(photos, model, tmp_path, cache):
     (tmp_path / "plain" / "latents.json").write_text(json.dumps(text))
     assert LatentDataset(tmp_path / "plain").facts == facts
     with pytest.raises(UserError, match=r"made otherwise \(labels \[3, 5, 9\] instead of \[\]\)"):
-        cache_latents(tokenizer, photos, tmp_path / "plain", size=SIZE, scale=(SIZE, SIZE), labels=True)
+        cache_latents(tokenizer, photos, tmp_path / "plain", Crops(size=SIZE, scale=(SIZE, SIZE)), Caching(labels=True))
     with pytest.raises(UserError, match=r"only one of .* has labels"):
         LatentDataset([cache, tmp_path / "plain"])
     with pytest.raises(UserError, match=r"has no labels: .* cache-latents --labels, .* generator.conditional to false"):
@@ -233,7 +235,7 @@ def test_caches_without_labels(photos, model, tmp_path, cache):
         (tmp_path / "bare").mkdir(exist_ok=True)
         (tmp_path / "bare" / picture.name).write_bytes(picture.read_bytes())
     with pytest.raises(UserError, match=r"has no label: put an integer into a .cls file"):
-        cache_latents(tokenizer, tmp_path / "bare", tmp_path / "none", size=SIZE, labels=True)
+        cache_latents(tokenizer, tmp_path / "bare", tmp_path / "none", Crops(size=SIZE), Caching(labels=True))
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
@@ -433,7 +435,7 @@ def test_samples_are_never_written_over(trained, tmp_path, capsys):
 
 
 def test_a_tokenizer_of_other_channels_is_refused(tmp_path, trained):
-    from monobath.cli.generating import check_fits
+    from monobath.generation.pictures import check_fits
 
     other = tiny_tokenizer(encoder={"latent_channels": 3}, decoder={"latent_channels": 3})
     with pytest.raises(UserError, match="decodes latents of 3 channels, but the generator makes 4"):

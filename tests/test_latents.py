@@ -17,21 +17,26 @@ from PIL import Image
 from test_training import same, tiny_recipe, weights
 
 from monobath import Tokenizer, UserError
-from monobath.data import LatentDataset, PhotoDataset, find_samples, iterate_eval, make_dataset, make_loader
-from monobath.data import latents as shards
+from monobath.data import (
+    Crops,
+    LatentDataset,
+    PhotoDataset,
+    encoding,
+    find_samples,
+    iterate_eval,
+    make_dataset,
+    make_loader,
+    statistics,
+)
+from monobath.data.cache import check_encoder
+from monobath.data.encoding import Caching, cache_latents
+from monobath.data.statistics import LatentMoments, latent_statistics, store_statistics
 from monobath.images import to_float
 from monobath.models.encoder import Posterior
+from monobath.models.identity import weights_sha256
 from monobath.tokenizer import SamplerConfig, TokenizerConfig
-from monobath.training import latents, loop
+from monobath.training import loop
 from monobath.training.config import LossConfig, TimesConfig
-from monobath.training.latents import (
-    LatentMoments,
-    cache_latents,
-    check_encoder,
-    latent_statistics,
-    store_statistics,
-    weights_sha256,
-)
 from monobath.training.objectives import AutoencoderObjective, Draws
 
 SIZE = 32
@@ -56,8 +61,10 @@ def tokenizer() -> Tokenizer:
 
 
 def cached(tokenizer: Tokenizer, photos: Path, out: Path, **changes) -> Path:
-    settings = {"size": SIZE, "scale": (SIZE, 40), "copies": 3, "seed": 5, "batch_size": 4}
-    cache_latents(tokenizer, photos, out, **(settings | changes))
+    crops = {"size": SIZE, "scale": (SIZE, 40), "seed": 5}
+    crops |= {name: changes.pop(name) for name in [*changes] if name in Crops.__dataclass_fields__}
+    options = Caching(**({"copies": 3, "batch_size": 4} | changes))
+    cache_latents(tokenizer, photos, out, Crops(**crops), options)
     return out
 
 
@@ -113,7 +120,7 @@ def test_statistics_of_pictures_do_not_depend_on_the_batches(tokenizer, photos):
         np.testing.assert_allclose(other.mean, found[0].mean, rtol=1e-5)
         np.testing.assert_allclose(other.std, found[0].std, rtol=1e-5)
     batch = torch.cat(
-        [part["image"] for part in iterate_eval(make_dataset(photos, size=28, augment=False), batch_size=8)]
+        [part["image"] for part in iterate_eval(make_dataset(photos, Crops(size=28, augment=False)), batch_size=8)]
     )
     posterior = tokenizer.encode(batch)
     np.testing.assert_allclose(found[0].mean, posterior.mean.mean((0, 2, 3)), rtol=1e-4)
@@ -167,18 +174,18 @@ def test_a_config_with_too_few_channels_is_refused():
 
 def test_packaged_and_remote_models_are_not_changed_in_place(tmp_path):
     with pytest.raises(UserError, match="default is packaged"):
-        latents.check_writable("default")
+        statistics.check_writable("default")
     with pytest.raises(UserError, match="not a model folder"):
-        latents.check_writable("user/repository")
+        statistics.check_writable("user/repository")
     with pytest.raises(UserError, match="not a model folder"):
-        latents.check_writable(str(tmp_path))
+        statistics.check_writable(str(tmp_path))
 
 
 # ---- the cache --------------------------------------------------------------------------------------------------
 
 
 def test_a_cache_holds_the_crops_of_training_and_their_moments(tokenizer, photos, cache):
-    live = PhotoDataset(photos, size=SIZE, scale=(SIZE, 40), seed=5)
+    live = PhotoDataset(photos, Crops(size=SIZE, scale=(SIZE, 40), seed=5))
     dataset = LatentDataset(cache)
     assert len(dataset) == len(live) == 9
     for epoch, index in itertools.product(range(5), range(9)):
@@ -222,7 +229,7 @@ def test_a_cache_is_plain_webdataset_shards(cache, photos):
 
 
 def test_an_interrupted_cache_goes_on_to_the_same_bytes(tokenizer, photos, cache, tmp_path, monkeypatch):
-    write, calls = latents.write_shard, itertools.count()
+    write, calls = encoding.write_shard, itertools.count()
 
     def die(path, samples):
         if next(calls) == 1:
@@ -230,7 +237,7 @@ def test_an_interrupted_cache_goes_on_to_the_same_bytes(tokenizer, photos, cache
             raise KeyboardInterrupt
         write(path, samples)
 
-    monkeypatch.setattr(latents, "write_shard", die)
+    monkeypatch.setattr(encoding, "write_shard", die)
     with pytest.raises(KeyboardInterrupt):
         cached(tokenizer, photos, tmp_path / "b", shard_mb=0.1)
     assert sorted(contents(tmp_path / "b")) == ["latents-000000.tar", "latents.json"]
@@ -262,7 +269,7 @@ def test_another_cache_in_the_folder_is_refused(photos, cache, tokenizer):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"size": 36}, "size=36 must be divisible by the encoder's factor 8"),
+        ({"size": 36, "scale": (36, 40)}, "size=36 must be divisible by the encoder's factor 8"),
         ({"copies": 0}, "copies is 0: it must be at least 1"),
         ({"shard_mb": 0}, "shard_mb is 0: it must be above 0"),
         ({"scale": (16, 40)}, r"scale=\(16, 40\) does not fit size=32"),
@@ -323,7 +330,7 @@ def test_several_caches_are_one(tokenizer, photos, cache, tmp_path):
 
 @pytest.mark.parametrize(("workers", "memory"), [(0, False), (2, False), (2, True)])
 def test_batches_are_those_of_the_pictures_for_any_number_of_workers(photos, cache, workers, memory):
-    live = islice(make_loader(PhotoDataset(photos, size=SIZE, scale=(SIZE, 40), seed=5), batch_size=4), 6)
+    live = islice(make_loader(PhotoDataset(photos, Crops(size=SIZE, scale=(SIZE, 40), seed=5)), batch_size=4), 6)
     expected = list(live)
     dataset = LatentDataset(cache, seed=5, cache=memory)
     found = list(islice(make_loader(dataset, batch_size=4, num_workers=workers), 6))
@@ -455,6 +462,8 @@ def test_recipes_that_ask_for_other_crops(start, tmp_path, section, name, value,
     model, cache = start
     recipe = from_cache(tmp_path / "run", cache, model, steps=1)
     setattr(getattr(recipe, section), name, value)
+    if name == "size":
+        recipe.data.scale = [value, value]
     with pytest.raises(UserError, match=words):
         loop.train(recipe)
     assert not (tmp_path / "run").exists()
@@ -513,5 +522,5 @@ def test_a_run_from_before_new_fields_of_the_model_goes_on(photos, tmp_path):
 def test_shard_files_are_written_alike(tmp_path):
     crop, moments = torch.zeros(3, 8, 8, dtype=torch.uint8), torch.full((8, 1, 1), 1.5)
     for name in ("a.tar", "b.tar"):
-        shards.write_shard(tmp_path / name, [(3, crop, moments, {"picture": "é"})])
+        encoding.write_shard(tmp_path / name, [(3, crop, moments, {"picture": "é"})])
     assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()

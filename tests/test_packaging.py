@@ -19,7 +19,7 @@ LAYERS = [
     "cli", "app", "integrations", "export", "evaluation", "training", "data", "generation", "tokenizer", "decoding",
     "autoencoders", "store", "decoders", "losses", "models", "scales", "tiles", "sampling", "flow",
 ]  # fmt: skip
-LEAVES = {"errors", "files", "images", "resources", "_version"}
+LEAVES = {"devices", "errors", "files", "images", "resources", "words", "_version"}
 ENTRY = {"__init__", "__main__"}
 MODULES = sorted(SOURCE.rglob("*.py"))
 

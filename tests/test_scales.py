@@ -936,7 +936,7 @@ def test_reconstruct_writes_previews(models, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("model", "options", "words"),
     [
-        ("single", ["--progressive"], ["--progressive", "has one scale"]),
+        ("single", ["--progressive"], ["--progressive", "has one stage"]),
         ("multi", ["--progressive", "--tile", "8"], ["tile=8", "at least"]),
         ("multi", ["--tile", "8"], ["tile=8"]),
         ("multi", ["--engine", "torch"], ["3 stages", "cannot be folded"]),

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from monobath.errors import UserError
 from monobath.evaluation.codecs import FORMATS, Bicubic, FileCodec
 from monobath.evaluation.peers import ARCHITECTURES, TaesdSystem, random_autoencoder
-from monobath.evaluation.systems import PEERS, TokenizerSystem, make_model, make_peer
-from monobath.evaluation.throughput import sample_images
+from monobath.evaluation.speed import sample_images
+from monobath.evaluation.system import PEERS, TokenizerSystem, make_peer
 from monobath.images import to_float, to_uint8
 from monobath.models import taesd
 from monobath.tiles import pad_to_multiple
@@ -65,11 +65,11 @@ def test_tokenizer_gives_what_the_tokenizer_gives(folder):
 
 
 def test_step_counts_and_noise_of_one_model(folder):
-    one, four = TokenizerSystem(folder), make_model(folder, 4)
+    one, four = TokenizerSystem(folder), TokenizerSystem(folder, steps=4)
     assert (one.name, four.name) == (folder, f"{folder}, 4 steps")
     assert one.family == four.family
     assert (one.steps, four.steps) == (1, 4)
-    zero = make_model(folder, noise="zero")
+    zero = TokenizerSystem(folder, noise="zero")
     assert zero.family != one.family
     x = rand_images(1, 3, *ODD)
     outputs = [s.decode(s.encode(x), [0]) for s in (one, four, zero)]
@@ -77,11 +77,11 @@ def test_step_counts_and_noise_of_one_model(folder):
     assert not torch.equal(outputs[0], outputs[2])
     assert torch.equal(outputs[2], zero.decode(zero.encode(x), [1]))
     with pytest.raises(UserError, match="steps is 0"):
-        make_model(folder, 0)
+        TokenizerSystem(folder, steps=0)
 
 
 def test_packaged_models_are_named_as_given_and_kept_under_their_versioned_name():
-    system = make_model("default")
+    system = TokenizerSystem("default")
     assert (system.name, system.family) == ("default", "default")
     assert system.weights != "default"
     assert system.decoder is not None

@@ -16,8 +16,7 @@ from torch import nn
 from monobath.errors import UserError
 from monobath.evaluation import bench as benchmark
 from monobath.evaluation.codecs import FileCodec
-from monobath.evaluation.systems import TokenizerSystem
-from monobath.evaluation.throughput import (
+from monobath.evaluation.speed import (
     Timing,
     conditions,
     count_flops,
@@ -26,6 +25,7 @@ from monobath.evaluation.throughput import (
     profile,
     system_speeds,
 )
+from monobath.evaluation.system import TokenizerSystem
 from monobath.models.attention import windowed_attention
 
 CPU = torch.device("cpu")
@@ -136,7 +136,7 @@ def test_peak_memory_sees_an_allocation_of_known_size():
 
 PASSING = """
 import torch
-from monobath.evaluation.throughput import peak_memory
+from monobath.evaluation.speed import peak_memory
 
 def passing():
     for _ in range(3):
@@ -157,7 +157,7 @@ def test_peak_memory_sees_what_was_freed_again_and_forgets_earlier_peaks():
 
 
 def test_peak_memory_is_unknown_where_linux_files_are_missing(monkeypatch, tmp_path):
-    monkeypatch.setattr("monobath.evaluation.throughput._CLEAR", tmp_path / "none" / "clear_refs")
+    monkeypatch.setattr("monobath.evaluation.speed._CLEAR", tmp_path / "none" / "clear_refs")
     calls = []
     assert peak_memory(lambda: calls.append(1), CPU) is None
     assert calls == [1]
@@ -214,9 +214,8 @@ def result(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("bench") / "mine"
     tiny_tokenizer().save_pretrained(folder)
-    return benchmark.run_bench(
-        sizes=[16, 24], decoders=["XS/4"], models=[str(folder)], repeats=2, command="monobath bench --sizes 16 24"
-    ), str(folder)
+    plan = benchmark.Plan(sizes=[16, 24], decoders=["XS/4"], models=[str(folder)], repeats=2)
+    return benchmark.run_bench(plan, command="monobath bench --sizes 16 24"), str(folder)
 
 
 def test_bench_measures_peers_decoders_and_models(result):
@@ -267,7 +266,7 @@ def test_bench_reports_itself(result):
 )
 def test_bench_refuses_what_it_cannot_measure(options, message):
     with pytest.raises(UserError, match=message):
-        benchmark.run_bench(**({"sizes": [16], "repeats": 1} | options))
+        benchmark.run_bench(benchmark.Plan(**({"sizes": [16], "repeats": 1} | options)))
 
 
 def test_default_decoders_cover_the_grid():

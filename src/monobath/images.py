@@ -134,6 +134,22 @@ def tensor_to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
+def psnr(output: Tensor, original: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each pair over all its 8-bit values, in dB, infinite where they are equal.
+
+    Args:
+        output, original: uint8 `(B, 3, H, W)`.
+
+    Returns:
+        float32 `(B,)`, equal to torchmetrics' to the last bit.
+    """
+    assert output.shape == original.shape, (output.shape, original.shape)
+    assert output.dtype == original.dtype == torch.uint8, (output.dtype, original.dtype)
+    gap = output.float() - original.float()
+    peak, ten = torch.tensor([255.0, 10.0], device=gap.device).log()
+    return (2 * peak - ((gap * gap).sum((1, 2, 3)) / gap[0].numel()).log()) * (10 / ten)
+
+
 def images_to_tensor(images: Images, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Pictures in any accepted form → float32 `(B, 3, H, W)` in [-1, 1]; see `Tokenizer.encode`."""
     if isinstance(images, Image.Image):

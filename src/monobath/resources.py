@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from importlib.resources import files
 from pathlib import Path
 
 from .errors import UserError
+from .words import did_you_mean
 
 _ROOT = Path(str(files("monobath")))
 
@@ -33,8 +33,7 @@ def recipe_path(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    near = difflib.get_close_matches(name, recipe_names(), n=1)
-    hint = f"did you mean {near[0]}?" if near else f"packaged are: {', '.join(recipe_names())}"
+    hint = did_you_mean(name, recipe_names(), f"packaged are: {', '.join(recipe_names())}")
     kind = "is a folder" if path.is_dir() else "is neither packaged nor an existing file"
     raise UserError(f"recipe {name!r} {kind}: {hint}")
 

@@ -7,7 +7,6 @@ Ctrl-C is one line and 130; anything else is a bug and keeps its traceback.
 from __future__ import annotations
 
 import argparse
-import difflib
 import inspect
 import logging
 import shlex
@@ -17,11 +16,12 @@ from typing import Any, TextIO
 
 from .._version import __version__
 from ..errors import UserError
+from ..words import did_you_mean
 from .arguments import in_one_sentence, parser_of, split_overrides, verb_name, with_underscores
 from .comparing import bench, eval_
 from .exporting import export
 from .generating import generate
-from .latents import cache_latents, import_ssdd, stats
+from .preparing import cache_latents, import_ssdd, stats
 from .verbs import decode, demo, distill, encode, info, reconstruct, train
 
 VERBS: dict[str, Callable[..., None]] = {
@@ -93,8 +93,7 @@ def _top(arguments: list[str]) -> None:
         raise UserError(f"no verb given: choose from {known}; monobath --help says more")
     if arguments[0].startswith("-"):
         parser.parse_args(arguments)
-    near = difflib.get_close_matches(arguments[0], VERBS, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"choose from {known}"
+    hint = did_you_mean(arguments[0], VERBS, f"choose from {known}")
     raise UserError(f"unknown verb {arguments[0]!r}: {hint}")
 
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import UserError
-from .exporting import EngineName, engine_networks
-from .shared import DType, checked_device, out_folder, plain, show, write
+from .exporting import EngineName
+from .shared import DType, check_options, out_folder, plain, print_table, write_lines
 
 if TYPE_CHECKING:
     from ..evaluation.results import Evaluation
     from ..evaluation.system import System
 
-DECODERS = [f"{size}/{patch}" for size in ("XS", "S", "B", "M") for patch in (1, 2, 4)] + ["CS/4", "CM/4", "CL/4"]
+WIDTH = 140
+"""Of tables, in columns, where stdout is not a terminal."""
 
 
 def eval_(
@@ -77,66 +77,42 @@ def eval_(
     if size is not None and sizes:
         raise UserError(f"--size {size} and --sizes {' '.join(map(str, sizes))} contradict one another: give one")
     sides = sorted(set(sizes or [256 if size is None else size]))
-    for name, value, least in (
-        *(("sizes" if sizes else "size", side, 8) for side in sides),
-        ("batch", batch, 1),
-        ("workers", workers, 0),
-        ("repeats", repeats, 0),
-        *(("speed_batches", number, 1) for number in speed_batches or []),
-    ):
-        if value < least:
-            raise UserError(f"--{name} is {value}: it must be at least {least}")
+    check_options(8, **{"sizes" if sizes else "size": sides[0]})
+    check_options(1, batch=batch)
+    check_options(0, workers=workers, repeats=repeats)
+    for number in speed_batches or []:
+        check_options(1, speed_batches=number)
     import torch
 
-    from ..evaluation import closeups, eval_report, processes
-    from ..evaluation.evaluate import evaluate
-    from ..evaluation.throughput import system_speeds
-    from ..files import write_file, write_text
+    from ..devices import usable_device
+    from ..evaluation import processes
+    from ..evaluation.compare import Settings, evaluate
+    from ..evaluation.report import write_evaluation
+    from ..evaluation.speed import add_speeds
+    from ..evaluation.system import make_baselines, make_models, make_peer
 
     kind = getattr(torch, dtype)
     with _Progress() as progress:
-        with processes.group(torch.device(checked_device(device))) as place:
-            systems = _models(model or ["default"], steps, str(place), kind, encoder)
-            systems += _peers(peer or [], str(place), kind)
+        with processes.group(torch.device(usable_device(device))) as place:
+            systems: list[System] = [*make_models(model or ["default"], steps, place, kind, encoder)]
+            systems += [make_peer(spec, place, kind) for spec in peer or []]
             if not no_baselines:
-                systems += _baselines(systems, sides[-1], bits_per_pixel, rates or [], str(place), kind)
-            found = [
-                evaluate(
-                    systems,
-                    data,
-                    size=side,
-                    short_side=sides[-1],
-                    metrics=metrics,
-                    limit=limit,
-                    batch_size=batch,
-                    num_workers=workers,
-                    seed=seed,
-                    progress=progress.pictures,
-                    command=command,
-                )
-                for side in sides
-            ]
+                systems += make_baselines(systems, sides[-1], bits_per_pixel, rates or [])
+            settings = Settings(
+                size=sides[-1], short_side=sides[-1], metrics=metrics, limit=limit, batch_size=batch,
+                num_workers=workers, seed=seed, progress=progress.pictures, command=command,
+            )  # fmt: skip
+            found = [evaluate(systems, data, replace(settings, size=side)) for side in sides]
             is_main = processes.is_main()
         if not is_main:
             return
         evaluations = [evaluation for evaluation, _ in found]
-        for evaluation in evaluations if repeats else []:
-            side = evaluation.size
-            speeds = system_speeds(
-                systems, (side, side), sorted(set(speed_batches or [1])), repeats=repeats, progress=progress.words
-            )
-            for result in evaluation.systems:
-                result.speed = speeds[result.name]
-    evaluation, kept = found[-1]
-    chosen = closeups.choose(kept.names, kept.originals, kept.outputs, closeups.shown_systems(evaluation))
-    files = [folder / "results.json", folder / "comparison.png", folder / "report.html"]
-    page = eval_report.eval_page(evaluations, chosen)
-    results = {"sizes": {str(e.size): e.as_dict() for e in evaluations}} if sizes else evaluation.as_dict()
-    write_text(files[0], json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-    write_file(files[1], closeups.comparison_sheet(chosen).save)
-    write_text(files[2], page)
+        if repeats:
+            batches = sorted(set(speed_batches or [1]))
+            add_speeds(evaluations, systems, batches, repeats=repeats, progress=progress.words)
+    files = write_evaluation(folder, evaluations, found[-1][1], by_size=bool(sizes))
     _print_tables(evaluations)
-    write("".join(f"{file}\n" for file in files))
+    write_lines(files)
 
 
 def bench(
@@ -176,91 +152,26 @@ def bench(
     if engine and not (cpu or device == "cpu"):
         raise UserError(f"--engine {' '.join(engine)} is timed on the CPU: add --cpu")
     folder = out_folder(out)
-    from ..evaluation.bench import run_bench
-    from ..evaluation.eval_report import bench_page
-    from ..files import write_text
+    from ..devices import usable_device
+    from ..evaluation.bench import Plan, run_bench
+    from ..evaluation.report import write_bench
 
+    given: dict[str, Any] = {"sizes": sizes, "decoders": decoders, "models": model}
+    plan = Plan(
+        device=usable_device("cpu" if cpu else device), dtype=dtype, repeats=repeats, batch=batch,
+        **{name: value for name, value in given.items() if value is not None},
+    )  # fmt: skip
     with _Progress() as progress:
-        result = run_bench(
-            device=checked_device("cpu" if cpu else device),
-            dtype=dtype,
-            sizes=sizes or [256, 512],
-            decoders=DECODERS if decoders is None else decoders,
-            models=model or [],
-            extra=engine_networks(model or [], engine, decoders or []) if engine else None,
-            repeats=repeats,
-            batch=batch,
-            progress=progress.words,
-            command=command,
-        )
-    files = [folder / "results.json", folder / "bench.md", folder / "report.html"]
-    page = bench_page(result)
-    write_text(files[0], json.dumps(result.as_dict(), indent=2, ensure_ascii=False) + "\n")
-    write_text(files[1], result.markdown())
-    write_text(files[2], page)
+        extra = None
+        if engine:
+            from ..export.bench import engine_networks
+
+            extra = engine_networks(model or [], engine, decoders or [])
+        result = run_bench(plan, extra=extra, progress=progress.words, command=command)
+    files = write_bench(folder, result)
     for size, rows in result.rows().items():
-        _print_table(result.head, rows, f"{size} × {size}")
-    write("".join(f"{note}\n" for note in result.notes))
-    write("".join(f"{file}\n" for file in files))
-
-
-# ---- systems ----------------------------------------------------------------------------------------------------
-
-
-def _models(
-    names: Sequence[str], steps: Sequence[int] | None, device: str, dtype: Any, encoder: str | None
-) -> list[System]:
-    from ..autoencoders import as_encoder
-    from ..evaluation.systems import make_model
-
-    labels = [_label(name) for name in names]
-    shared, used = None if encoder is None else as_encoder(encoder), False
-    systems: list[System] = []
-    for name, label in zip(names, labels, strict=True):
-        for count in dict.fromkeys(steps) if steps else [None]:
-            system = make_model(name, count, device, dtype)
-            if shared is not None and system.tokenizer.config.encoder.family:
-                system.attach_encoder(shared)
-                used = True
-            if labels.count(label) == 1:
-                system.name = system.name.replace(name, label, 1)
-                system.family = system.family.replace(name, label, 1)
-            systems.append(system)
-    if shared is not None and not used:
-        raise UserError(f"--encoder {encoder}: {', '.join(names)} has an encoder of its own; leave it out")
-    return systems
-
-
-def _label(name: str) -> str:
-    """What tables call a model: a folder's own name, or its run's if that says more."""
-    path = Path(name)
-    if not path.exists():
-        return name
-    path = path.resolve()
-    return path.parent.name if path.name == "model" and path.parent.name else path.name
-
-
-def _peers(specs: Sequence[str], device: str, dtype: Any) -> list[System]:
-    from ..evaluation.systems import make_peer
-
-    return [make_peer(spec, device, dtype) for spec in specs]
-
-
-def _baselines(
-    systems: Sequence[System], size: int, bits: float | None, rates: Sequence[float], device: str, dtype: Any
-) -> list[System]:
-    """Bicubic, and the codecs at the first system's bits a pixel and at further rates; none that is there already."""
-    import torch
-    from PIL import features
-
-    if bits is None:
-        with torch.no_grad():
-            code = systems[0].encode(torch.zeros(1, 3, size, size, device=systems[0].device))
-        bits = code.bits[0] / size**2
-    codecs = [codec for codec in ("jpeg", "webp", "avif") if features.check({"jpeg": "jpg"}.get(codec, codec))]
-    specs = ["bicubic=8"] + [f"{codec}={rate:g}" for codec in codecs for rate in dict.fromkeys([bits, *rates])]
-    found = {system.name: system for system in _peers(specs, device, dtype)}
-    return [found[name] for name in found if name not in {system.name for system in systems}]
+        print_table(result.head, rows, title=f"{size} × {size}", width=WIDTH)
+    write_lines([*result.notes, *files])
 
 
 # ---- what is printed ----------------------------------------------------------------------------------------------
@@ -295,25 +206,13 @@ def _print_tables(evaluations: Sequence[Evaluation]) -> None:
         return [["\n".join(filter(None, cell)) for cell in line] for line in lines]
 
     joined = tables.side_by_side(evaluations)
-    _print_table(tables.head(joined), text(tables.rows(joined)))
+    print_table(tables.head(joined), text(tables.rows(joined)), width=WIDTH)
     said: list[str] = []
     for evaluation in evaluations:
         at = f"at {evaluation.size}²" if len(evaluations) > 1 else ""
         if len(evaluation.systems) > 1:
-            labels = [metric.label for metric in tables.measured(evaluation)]
+            head = ["system", *(metric.label for metric in tables.measured(evaluation))]
             title = ", ".join(filter(None, [f"differences to {evaluation.systems[0].name}", "paired", at]))
-            _print_table(["system", *labels], text(tables.difference_rows(evaluation)), title)
+            print_table(head, text(tables.difference_rows(evaluation)), title=title, width=WIDTH)
         said += [f"{at.capitalize()}: {line}" if at else line for line in tables.verdict(evaluation)]
-    lines = [*said, *tables.absent(joined), *tables.footnotes(evaluations)]
-    write("".join(f"{line}\n" for line in lines))
-
-
-def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
-    from rich.table import Table
-
-    table = Table(title=title and plain(title))
-    for number, words in enumerate(head):
-        table.add_column(plain(words), justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*map(plain, row))
-    show(table, width=140)
+    write_lines([*said, *tables.absent(joined), *tables.footnotes(evaluations)])

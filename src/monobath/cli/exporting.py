@@ -1,25 +1,18 @@
-"""The verb `export`, and what other verbs need to decode with another engine."""
+"""The verb `export`, and the names of engines for other verbs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 from ..errors import UserError
-from .shared import MAX_PIXELS, load_tokenizer, open_pixels, out_folder, write
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..tokenizer import Tokenizer
+from .shared import find_pictures, load_tokenizer, out_folder, write
 
 # engines.Engine, which costs an import of torch (a test compares them)
 EngineName = Literal[
     "torch", "compile", "torch-export", "aotinductor", "onnxruntime", "openvino", "openvino-bf16", "openvino-int8"
 ]
 FileEngine = Literal["torch-export", "aotinductor", "onnxruntime", "openvino", "openvino-int8"]
-CALIBRATION_SIDE = 256
 
 
 def export(
@@ -46,75 +39,15 @@ def export(
     """
     folder = out_folder(out)
     from ..export.engines import onnx_bytes, write_export
+    from ..export.running import calibration_latents
 
     tokenizer = load_tokenizer(model, "cpu", "float32")
     if tokenizer.config.sampler.stages > 1:
         raise UserError(f"{model} decodes in {tokenizer.config.sampler.stages} stages: only one step can be exported")
     engines: Sequence[FileEngine] = list(dict.fromkeys(engine or ["onnxruntime", "openvino"]))
-    latents = calibration_latents(tokenizer, calibration) if "openvino-int8" in engines else []
+    pictures = find_pictures(calibration) if calibration else []
+    latents = calibration_latents(tokenizer, pictures) if "openvino-int8" in engines else []
     tokenizer.save_pretrained(folder)
     program = onnx_bytes(tokenizer) if set(engines) - {"torch-export", "aotinductor"} else None
     for name in engines:
         write(f"{write_export(tokenizer, name, folder, calibration=latents, program=program)}\n")
-
-
-def on_engine(tokenizer: Tokenizer, model: str, engine: str | None) -> Tokenizer:
-    """The tokenizer decoding with an engine, from the file beside the model where `monobath export` wrote one."""
-    if engine is None:
-        return tokenizer
-    if engine not in ("torch", "compile") and tokenizer.device.type != "cpu":
-        raise UserError(f"--engine {engine} runs on the CPU: add --device cpu, or choose torch or compile")
-    from ..export.engines import FILES, with_engine
-
-    folder = Path(model)
-    written = engine in FILES and (folder / FILES[engine]).is_file()
-    latents = calibration_latents(tokenizer) if engine == "openvino-int8" and not written else []
-    return with_engine(tokenizer, engine, folder=folder if written else None, calibration=latents)  # type: ignore[arg-type]
-
-
-def calibration_latents(tokenizer: Tokenizer, pictures: Sequence[str] | None = None) -> list[Tensor]:
-    """Latents of the centres of pictures (default: the packaged sample photos), 256² each."""
-    from .. import resources
-    from .shared import find_pictures
-
-    files = find_pictures(pictures) if pictures else resources.sample_paths()
-    return [tokenizer.encode(open_pixels(file, CALIBRATION_SIDE, MAX_PIXELS)).mode() for file in files]
-
-
-def engine_networks(
-    models: Sequence[str], engines: Sequence[str], decoders: Sequence[str] = ()
-) -> dict[str, tuple[Any, Any]]:
-    """For `monobath bench`: models, decoders and AutoencoderTiny with random weights, under each engine.
-
-    Returns:
-        By name: the network whose parameters count, and (batch, side) → a call that decodes that.
-    """
-    import torch
-
-    from ..decoders import decoder_config, make_decoder
-    from ..decoders.folded import OneStepCall, folded
-    from ..evaluation.bench import CHANNELS, TINY, random_latents, tokenizer_maker
-    from ..evaluation.peers import random_autoencoder
-    from ..export.engines import engine_call
-
-    found: dict[str, tuple[Any, Any]] = {}
-    shapes = {name: decoder_config({"size": name, "latent_channels": CHANNELS}) for name in decoders}
-    networks = {name: make_decoder(shape).eval() for name, shape in shapes.items()}
-    calls = {name: OneStepCall(folded(network, "zero")).eval() for name, network in networks.items()}
-    peer = random_autoencoder("tiny").eval().decoder
-    example = torch.zeros(2, CHANNELS, 18, 26)
-    samples = [{"latent": random_latents(1, CALIBRATION_SIDE).numpy()}]
-    for engine in engines:
-        for model in models:
-            tokenizer = load_tokenizer(model, "cpu", "float32")
-            maker = tokenizer_maker(on_engine(tokenizer, model, engine))
-            found[f"{model}, {engine}"] = (tokenizer.decoder, maker)
-        for name, network in [*calls.items(), (TINY, peer)]:
-            run = engine_call(network, {"latent": example}, engine, samples)  # type: ignore[arg-type]
-
-            def make(batch: int, side: int, run: Any = run) -> Any:
-                z = random_latents(batch, side).numpy()
-                return lambda: run({"latent": z})
-
-            found[f"{name}, {engine}"] = (networks.get(name, peer), make)
-    return found

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from .shared import DType, checked_device, lasting_name, load_tokenizer, out_folder, write
-from .shared import count as counted
+from ..words import count as counted
+from .shared import DType, check_options, lasting_name, load_tokenizer, out_folder, write
 
 if TYPE_CHECKING:
     import torch
-
-    from ..generation import Generator
-    from ..tokenizer import Tokenizer
 
 
 def generate(
@@ -57,17 +53,17 @@ def generate(
         device: cpu, cuda, cuda:1 …; auto: a GPU if there is one.
         dtype: Arithmetic.
     """
-    for name, value in (("count", count), ("batch", batch), ("steps", steps), ("decoder_steps", decoder_steps)):
-        if value is not None and value < 1:
-            raise UserError(f"--{name} is {value}: it must be at least 1")
+    check_options(1, count=count, batch=batch, steps=steps, decoder_steps=decoder_steps)
     folder = out_folder(out)
     if (folder / "samples").exists():
         raise UserError(f"{folder / 'samples'} is there already: choose another --out, or delete that folder")
     import torch
 
+    from ..devices import usable_device
     from ..generation import Generator
+    from ..generation.pictures import check_fits, in_turn, sampled
 
-    generator = Generator.from_pretrained(model, device=checked_device(device), dtype=getattr(torch, dtype))
+    generator = Generator.from_pretrained(model, device=usable_device(device), dtype=getattr(torch, dtype))
     name = tokenizer or generator.config.tokenizer
     decoder = load_tokenizer(name, device, dtype)
     check_fits(generator, decoder, name)
@@ -96,89 +92,12 @@ def generate(
     )
 
 
-def in_turn(generator: Generator, classes: Sequence[int] | None, count: int) -> list[int | None]:
-    """The class of each sample: the given ones, or all that the generator knows, over and over; None where it has none.
-
-    Raises:
-        UserError: a class that the generator does not know.
-    """
-    known: list[int | None] = list(classes or generator.config.labels) or [None]
-    generator.class_numbers(known)
-    return [known[i % len(known)] for i in range(count)]
-
-
-def check_fits(generator: Generator, tokenizer: Tokenizer, name: str) -> None:
-    """Refuse a tokenizer of another latent space.
-
-    Raises:
-        UserError: it has another encoder than the one that made the generator's training data, or other channels.
-    """
-    from ..training.latents import weights_sha256
-
-    config, encoder = generator.config, tokenizer.encoder
-    made_by = config.tokenizer or "of an unnamed model"
-    if tokenizer.config.encoder.latent_channels != config.dit.latent_channels:
-        raise UserError(
-            f"{name} decodes latents of {tokenizer.config.encoder.latent_channels} channels, but the generator makes "
-            f"{config.dit.latent_channels} ({made_by}): choose another --tokenizer"
-        )
-    # A foreign encoder's weights need not be here: then channels are all that can be compared.
-    own = weights_sha256(encoder) if next(encoder.parameters(), None) is not None else ""
-    if own and config.encoder_sha256 and own != config.encoder_sha256:
-        raise UserError(
-            f"{name} has the encoder {own[:12]}, but the generator was trained on latents of "
-            f"{config.encoder_sha256[:12]} ({made_by}): choose a --tokenizer with that encoder"
-        )
-
-
-def decoder_seeds(seeds: Sequence[int]) -> list[int]:
-    """Seeds of the decoder's noise, for samples of such seeds: another stream than the latents'."""
-    return [(seed + 2**31) % 2**32 for seed in seeds]
-
-
-def sampled(
-    generator: Generator,
-    tokenizer: Tokenizer,
-    labels: Sequence[int | None],
-    options: dict[str, Any],
-    decoder_steps: int | None,
-    *,
-    seed: int,
-    batch: int,
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """uint8 pictures `(N, 3, H, W)` on the CPU, and the seconds that generator and decoder took."""
-    import torch
-
-    found, seconds = [], {"generator": 0.0, "decoder": 0.0}
-    for start in range(0, len(labels), batch):
-        own = labels[start : start + batch]
-        seeds = [seed + start + i for i in range(len(own))]
-        began = time.perf_counter()
-        z = generator.sample(own, seed=seeds, **options)
-        _wait(generator.device)
-        between = time.perf_counter()
-        pictures = tokenizer.decode(z, seed=decoder_seeds(seeds), steps=decoder_steps, output="uint8")
-        found.append(pictures.cpu())
-        seconds["generator"] += between - began
-        seconds["decoder"] += time.perf_counter() - between
-    return torch.cat(found), seconds
-
-
-def _wait(device: torch.device) -> None:
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _write(
     folder: Path, pictures: torch.Tensor, labels: Sequence[int | None], facts: dict[str, Any], *, columns: int
 ) -> None:
-    from json import dumps
-
     from torchvision.utils import make_grid
 
-    from ..files import write_file, write_folder, write_text
+    from ..files import write_file, write_folder, write_json
     from ..images import tensor_to_pil
 
     def samples(partial: Path) -> None:
@@ -189,4 +108,4 @@ def _write(
 
     write_folder(folder / "samples", samples)
     write_file(folder / "grid.png", tensor_to_pil(make_grid(pictures, nrow=min(columns, len(pictures)))).save)
-    write_text(folder / "generate.json", dumps(facts, indent=2) + "\n")
+    write_json(folder / "generate.json", facts)

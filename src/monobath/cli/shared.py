@@ -1,4 +1,4 @@
-"""What several verbs need: finding files, loading models, writing latents and tables. Imports stay lazy."""
+"""What several verbs need: finding files, loading models, printing. Imports stay lazy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import UserError
+from ..errors import UserError, check_least
 
 if TYPE_CHECKING:
     import torch
@@ -24,31 +24,19 @@ def load_tokenizer(name: str, device: str, dtype: str, encoder: str | None = Non
     """A model on a checked device; `encoder`, KIND=WHERE, is for a model of foreign latents."""
     import torch
 
+    from ..devices import usable_device
     from ..tokenizer import Tokenizer
 
-    device = checked_device(device)
-    return Tokenizer.from_pretrained(name, encoder=encoder, device=device, dtype=getattr(torch, dtype))
+    place = usable_device(device)
+    return Tokenizer.from_pretrained(name, encoder=encoder, device=place, dtype=getattr(torch, dtype))
 
 
 def read_encoder(encoder: str, device: str) -> ForeignEncoder:
     """A foreign encoder, KIND=WHERE, alone."""
     from ..autoencoders import as_encoder
+    from ..devices import usable_device
 
-    return as_encoder(encoder).to(checked_device(device))
-
-
-def checked_device(device: str) -> str:
-    """What --device means here; a mistake of the user's where it cannot be used."""
-    import torch
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"--device {device} cannot be used here ({reason}): choose cpu, or leave it out") from None
-    return device
+    return as_encoder(encoder).to(usable_device(device))
 
 
 @contextmanager
@@ -135,45 +123,6 @@ def open_pixels(path: Path, size: int | None, max_pixels: int) -> torch.Tensor:
     return center_crop(image, size=size)
 
 
-LATENT_FORMAT = "monobath-latent-1"
-
-
-def write_latent(path: Path, latent: torch.Tensor, facts: dict[str, str]) -> None:
-    from safetensors.torch import save
-
-    from ..files import write_file
-
-    data = save({"latent": latent.cpu().contiguous()}, metadata={"format": LATENT_FORMAT, **facts})
-    write_file(path, lambda partial: partial.write_bytes(data))
-
-
-def read_latent(path: Path) -> tuple[torch.Tensor, tuple[int, int], int, str]:
-    """(latent (c, h, w), (H, W), factor, model)."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as opened:
-            facts = opened.metadata() or {}
-            if facts.get("format") != LATENT_FORMAT or "latent" not in opened.keys():  # noqa: SIM118
-                raise UserError(
-                    f"{path} is not a latent file (format {facts.get('format')!r}, expected {LATENT_FORMAT!r})"
-                )
-            latent = opened.get_tensor("latent")
-        height, width = map(int, facts["size"].split("x"))
-        factor, model = int(facts["factor"]), facts["model"]
-    except UserError:
-        raise
-    except KeyError as error:
-        raise UserError(f"{path} lacks the metadata {error}: write it again with monobath encode") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(
-            f"{path} is not a readable latent file ({error}): write it again with monobath encode"
-        ) from None
-    if latent.ndim != 3 or not latent.is_floating_point():
-        raise UserError(f"{path} holds {latent.dtype} {tuple(latent.shape)}: expected a float latent (c, h, w)")
-    return latent, (height, width), factor, model
-
-
 def lasting_name(model: str) -> str:
     """A model's name that means the same tomorrow and elsewhere on this machine."""
     from .. import resources
@@ -184,21 +133,39 @@ def lasting_name(model: str) -> str:
     return str(Path(model).resolve()) if Path(model).exists() else model
 
 
-def count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def in_words(value: Any) -> str:
-    if isinstance(value, list):
-        return (" × " if all(isinstance(v, int) for v in value) else ", ").join(map(str, value))
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
 def plain(text: str) -> Any:
     """Text for a table, safe from markup: a file may be called [bold].png."""
     from rich.text import Text
 
     return Text(text, overflow="fold")
+
+
+def print_table(
+    head: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    title: str | None = None,
+    foot: Sequence[str] = (),
+    width: int | None = None,
+) -> None:
+    """Print a table, its first column left-aligned text, the others figures.
+
+    Args:
+        head: headings.
+        rows: cells.
+        title: above the table.
+        foot: cells of a last line.
+        width: in columns, where stdout is not a terminal.
+    """
+    from rich.table import Table
+
+    table = Table(title=title and plain(title), show_footer=bool(foot))
+    for number, words in enumerate(head):
+        footer = plain(foot[number]) if foot else ""
+        table.add_column(plain(words), footer, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*map(plain, row))
+    show(table, width=width)
 
 
 def show(table: Any, *, width: int | None = None) -> None:
@@ -210,3 +177,13 @@ def show(table: Any, *, width: int | None = None) -> None:
 
 def write(text: str) -> None:
     sys.stdout.write(text)
+
+
+def write_lines(lines: Iterable[object]) -> None:
+    """A line on stdout for each."""
+    write("".join(f"{line}\n" for line in lines))
+
+
+def check_options(least: int, **options: int | None) -> None:
+    """A mistake of the user's for the first option that is below `least`."""
+    check_least(least, {f"--{name}": value for name, value in options.items()})

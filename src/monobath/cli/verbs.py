@@ -7,26 +7,24 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from ..errors import UserError
-from .exporting import EngineName, on_engine
-from .previews import check_progressive, with_previews
+from ..words import count, in_words
+from .exporting import EngineName
 from .shared import (
     MAX_PIXELS,
     DType,
-    count,
     explained,
     find_files,
     find_pictures,
-    in_words,
     lasting_name,
     load_tokenizer,
     open_pixels,
     out_folder,
     plain,
-    read_latent,
+    print_table,
     show,
     target_paths,
     write,
-    write_latent,
+    write_lines,
 )
 
 if TYPE_CHECKING:
@@ -178,35 +176,39 @@ def reconstruct(
     """
     pictures = find_pictures(photo)
     targets = target_paths(out, pictures, ".png")
-    from rich.table import Table
+    from functools import partial
 
-    from ..evaluation import report
+    from ..evaluation.demo import reconstruct as reconstructed
+    from ..evaluation.previews import check_progressive, with_previews
+    from ..evaluation.tables import decibels
     from ..files import write_file
     from ..images import tensor_to_pil
 
-    tokenizer = on_engine(load_tokenizer(model, device, dtype, encoder), model, engine)
+    tokenizer = load_tokenizer(model, device, dtype, encoder)
+    if engine is not None:
+        from ..export.running import on_engine
+
+        tokenizer = on_engine(tokenizer, model, engine)
     if progressive:
         check_progressive(tokenizer, model)
     taken = {path.resolve() for path in (*pictures, *targets)}
-    table = Table("picture", "size", "PSNR", "encode ms", "decode ms")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    rows = []
     try:
         for picture, target in zip(pictures, targets, strict=True):
             pixels = open_pixels(picture, size, max_pixels)
+            whole = partial(tokenizer.decode, tile=tile)
+            decode = with_previews(tokenizer, target, taken) if progressive else whole
+            decode = partial(decode, steps=steps, seed=[seed], noise=noise)
             with explained(picture):
-                row = report.reconstruct(
-                    tokenizer, pixels, target.name, steps=steps, seed=seed, noise=noise, tile=tile,
-                    decode=with_previews(tokenizer, target, taken) if progressive else None, max_pixels=max_pixels,
-                )  # fmt: skip
+                row = reconstructed(tokenizer, pixels, target.name, tile=tile, decode=decode, max_pixels=max_pixels)
             write_file(target, tensor_to_pil(row.output).save)
             h, w = row.size
-            figures = (f"{w}×{h}", report.decibels(row.psnr), f"{row.encode_ms:.1f}", f"{row.decode_ms:.1f}")
-            table.add_row(plain(target.name), *figures)
+            figures = (f"{w}×{h}", decibels(row.psnr), f"{row.encode_ms:.1f}", f"{row.decode_ms:.1f}")
+            rows.append((target.name, *figures))
     finally:
-        if table.row_count:
-            show(table)
-            write(f"{count(table.row_count, 'picture')} in {out}\n")
+        if rows:
+            print_table(("picture", "size", "PSNR", "encode ms", "decode ms"), rows)
+            write(f"{count(len(rows), 'picture')} in {out}\n")
 
 
 def encode(
@@ -244,6 +246,8 @@ def encode(
     targets = target_paths(out, pictures, ".safetensors")
     import torch
 
+    from ..data.latent_file import LatentFile
+
     tokenizer = load_tokenizer(model, device, dtype, encoder)
     for picture, target in zip(pictures, targets, strict=True):
         pixels = open_pixels(picture, size, max_pixels)
@@ -251,9 +255,8 @@ def encode(
             posterior = tokenizer.encode(pixels, tile=tile, max_pixels=max_pixels)
         generator = torch.Generator().manual_seed(seed)
         latent = posterior.sample(generator) if sample else posterior.mode()
-        h, w = posterior.size
-        facts = {"size": f"{h}x{w}", "factor": str(tokenizer.factor), "model": lasting_name(model)}
-        write_latent(target, latent[0], facts)
+        found = LatentFile(latent=latent[0], size=posterior.size, factor=tokenizer.factor, model=lasting_name(model))
+        found.write(target)
     write(f"{count(len(targets), 'latent')} in {out}\n")
 
 
@@ -284,21 +287,24 @@ def decode(
     """
     sources = find_files(latent, (".safetensors",), "latents", "monobath encode writes them")
     targets = target_paths(out, sources, ".png")
+    from ..data.latent_file import LatentFile
     from ..files import write_file
 
     tokenizers: dict[str, Tokenizer] = {}
     for source, target in zip(sources, targets, strict=True):
-        z, size, factor, made_by = read_latent(source)
-        name = model or made_by
+        found = LatentFile.read(source)
+        name = model or found.model
         if name not in tokenizers:
             tokenizers[name] = load_tokenizer(name, device, dtype)
         tokenizer = tokenizers[name]
-        if tokenizer.factor != factor:
-            raise UserError(f"{source} has factor {factor}, but {name} has {tokenizer.factor}: choose its own model")
+        if tokenizer.factor != found.factor:
+            raise UserError(
+                f"{source} has factor {found.factor}, but {name} has {tokenizer.factor}: choose its own model"
+            )
         with explained(source):
             (picture,) = tokenizer.decode(
-                z[None], size=size, steps=steps, seed=[seed], noise=noise, tile=tile, output="pil"
-            )  # fmt: skip
+                found.latent[None], size=found.size, steps=steps, seed=[seed], noise=noise, tile=tile, output="pil"
+            )
         write_file(target, picture.save)
     write(f"{count(len(targets), 'picture')} in {out}\n")
 
@@ -313,7 +319,7 @@ def info(model: str | None = None, *, json: bool = False) -> None:
     from json import dumps
 
     from .. import resources
-    from ..evaluation.report import describe
+    from ..evaluation.facts import describe
 
     name = model or "default"
     facts = describe(load_tokenizer(name, "cpu", "float32"), name)
@@ -340,19 +346,11 @@ def demo(*, out: str = "runs/demo", model: str = "default") -> None:
         model: Packaged name, folder, or Hugging Face Hub id.
     """
     folder = out_folder(out)
-    from rich.table import Table
-
     from ..evaluation import demo as demonstration
-    from ..evaluation.report import decibels
+    from ..evaluation.tables import decibels
 
     result = demonstration.run_demo(folder, model)
-    table = Table(*demonstration.HEAD, show_footer=True)
-    table.columns[0].footer, table.columns[2].footer = "mean", decibels(demonstration.mean_psnr(result.rows))
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in result.rows:
-        table.add_row(*map(plain, demonstration.cells(row)))
-    show(table)
-    if result.preview:
-        write(demonstration.PREVIEW + "\n")
-    write("".join(f"{file}\n" for file in result.files) + f"{result.seconds:.1f} s in all\n")
+    foot = ("mean", "", decibels(demonstration.mean_psnr(result.rows)), "", "", "")
+    print_table(demonstration.HEAD, map(demonstration.cells, result.rows), foot=foot)
+    write_lines([*([demonstration.PREVIEW] if result.preview else []), *result.files])
+    write(f"{result.seconds:.1f} s in all\n")

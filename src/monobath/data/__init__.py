@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from .dataset import PhotoDataset, StreamDataset, make_dataset
-from .latents import LatentDataset
+from .cache import LatentDataset
 from .loader import SeededSampler, iterate_copies, iterate_eval, make_loader
+from .pictures import Crops, PhotoDataset, StreamDataset, make_dataset
 from .sources import Sample, Source, find_samples, is_remote
 
 __all__ = [
+    "Crops",
     "LatentDataset",
     "PhotoDataset",
     "Sample",

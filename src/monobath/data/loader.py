@@ -10,20 +10,22 @@ import logging
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ..errors import UserError
-from .dataset import Item, PhotoDataset, StreamDataset
-from .latents import LatentDataset
+from .cache import LatentDataset
+from .pictures import Item, PhotoDataset, StreamDataset
 from .transforms import mix_seed
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class SeededSampler(Sampler[list[tuple[int, int]]]):
     """Endless batches of `(epoch, index)`: epoch after epoch, each a seeded permutation, none cut short.
 
@@ -43,28 +45,20 @@ class SeededSampler(Sampler[list[tuple[int, int]]]):
         UserError: length or batch_size below 1, start_sample below 0, or rank outside 0…world_size-1.
     """
 
-    def __init__(
-        self,
-        length: int,
-        *,
-        batch_size: int,
-        seed: int = 0,
-        start_sample: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        if length < 1 or batch_size < 1 or start_sample < 0 or not 0 <= rank < world_size:
+    length: int
+    batch_size: int
+    seed: int = 0
+    start_sample: int = 0
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.length < 1 or self.batch_size < 1 or self.start_sample < 0 or not 0 <= self.rank < self.world_size:
             raise UserError(
-                f"length={length} and batch_size={batch_size} must be at least 1, "
-                f"start_sample={start_sample} at least 0, and rank={rank} at least 0 and below "
-                f"world_size={world_size}"
+                f"length={self.length} and batch_size={self.batch_size} must be at least 1, "
+                f"start_sample={self.start_sample} at least 0, and rank={self.rank} at least 0 and below "
+                f"world_size={self.world_size}"
             )
-        self.length = length
-        self.batch_size = batch_size
-        self.seed = seed
-        self.start_sample = start_sample
-        self.rank = rank
-        self.world_size = world_size
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         current, order = -1, torch.empty(0, dtype=torch.int64)
@@ -90,7 +84,6 @@ def make_loader(
     rank: int = 0,
     world_size: int = 1,
     pin_memory: bool = False,
-    prefetch_factor: int | None = None,
 ) -> DataLoader[Any]:
     """Endless loader of training batches.
 
@@ -108,21 +101,14 @@ def make_loader(
         start_sample: samples that all processes together have already seen (steps × batch_size × world_size).
         rank, world_size: this process, and how many there are.
         pin_memory: page-locked batches, for fast copies to a GPU.
-        prefetch_factor: batches that each worker keeps ready; default: torch's.
 
     Raises:
         UserError: an evaluation dataset, or bad numbers.
     """
     if not dataset.augment:
         raise UserError("make_loader is for training: use iterate_eval with an augment=False dataset")
-    common: dict[str, Any] = {
-        "num_workers": num_workers,
-        "pin_memory": pin_memory,
-        "persistent_workers": num_workers > 0,
-        "prefetch_factor": prefetch_factor if num_workers else None,
-        "generator": torch.Generator().manual_seed(mix_seed(3, dataset.seed)),
-        "worker_init_fn": _init_worker,
-    }
+    common = _workers(num_workers, mix_seed(3, dataset.seed))
+    common |= {"pin_memory": pin_memory, "persistent_workers": num_workers > 0}
     if isinstance(dataset, StreamDataset):
         if start_sample:
             logger.info("streamed shards cannot resume at a sample: going on with fresh shuffles")
@@ -167,25 +153,12 @@ def iterate_eval(
     """
     if dataset.augment:
         raise UserError("iterate_eval needs a dataset made with augment=False")
-    loader: DataLoader[Any] = DataLoader(
-        dataset,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        collate_fn=_usable,
-        generator=torch.Generator(),
-        worker_init_fn=_init_worker,
-    )
+    loader: DataLoader[Any] = DataLoader(dataset, batch_size, collate_fn=_usable, **_workers(num_workers))
     items = islice((item for batch in loader for item in batch), limit)
     seen = False
     while group := list(islice(items, batch_size)):
         seen = True
-        batch: Item = {
-            "image": torch.stack([item["image"] for item in group]),
-            "index": torch.tensor([item["index"] for item in group]),
-            "name": [item["name"] for item in group],
-        }
-        if dataset.labels:
-            batch["label"] = torch.tensor([item["label"] for item in group])
+        batch: Item = default_collate(group)
         yield batch
     if not seen and limit != 0:
         if isinstance(dataset, PhotoDataset):
@@ -208,12 +181,7 @@ def iterate_copies(
         UserError: no picture is usable.
     """
     loader: DataLoader[Any] = DataLoader(
-        _Copies(dataset, copies),
-        batch_size=None,
-        sampler=pictures,
-        num_workers=num_workers,
-        generator=torch.Generator(),
-        worker_init_fn=_init_worker,
+        _Copies(dataset, copies), batch_size=None, sampler=pictures, **_workers(num_workers)
     )
     for items in loader:
         if isinstance(items, UserError):
@@ -232,13 +200,19 @@ class _Copies(Dataset[list[Item] | UserError]):
 
     def __getitem__(self, index: int) -> list[Item] | UserError:
         try:
-            return self.dataset.crops(index, range(self.copies))
+            return self.dataset.copies(index, range(self.copies))
         except UserError as error:
             return error
 
 
 def _usable(items: list[Item | None]) -> list[Item]:
     return [item for item in items if item is not None]
+
+
+def _workers(number: int, seed: int | None = None) -> dict[str, Any]:
+    """Arguments of a `DataLoader`: how many processes, and a generator of its own for their seeds."""
+    generator = torch.Generator() if seed is None else torch.Generator().manual_seed(seed)
+    return {"num_workers": number, "generator": generator, "worker_init_fn": _init_worker}
 
 
 def _init_worker(worker_id: int) -> None:

@@ -8,7 +8,6 @@ Remote shards cannot be indexed: `remote_urls` recognises them, `StreamDataset` 
 from __future__ import annotations
 
 import glob
-import io
 import logging
 import os
 import shlex
@@ -174,10 +173,6 @@ class SampleReader:
         if len(data) < sample.size:
             raise OSError(f"{sample.path} ends inside {sample.name}")
         return data
-
-    def open(self, sample: Sample) -> BinaryIO:
-        """The picture as an open binary file in memory; errors as `read`."""
-        return io.BytesIO(self.read(sample))
 
 
 def split_key(name: str) -> tuple[str, str]:

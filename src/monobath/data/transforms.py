@@ -15,8 +15,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import UserError
-
 
 def mix_seed(*values: int) -> int:
     """One 63-bit seed from several integers, the same on every machine."""
@@ -27,25 +25,6 @@ def mix_seed(*values: int) -> int:
 def sample_generator(*, seed: int, epoch: int, index: int) -> np.random.Generator:
     """The random stream of one sample in one epoch; it depends on nothing else."""
     return np.random.default_rng(mix_seed(0, seed, epoch, index))
-
-
-def check_crop(size: int, scale: tuple[int, int] | None) -> tuple[int, int]:
-    """Validated `(lo, hi)` of the short side before a crop of `size`; `scale=None` means `(size, size)`.
-
-    Raises:
-        UserError: `size` is below 1, or not `size <= lo <= hi`.
-    """
-    if size < 1:
-        raise UserError(f"size={size} must be at least 1 pixel")
-    if scale is None:
-        return size, size
-    lo, hi = scale
-    if not size <= lo <= hi:
-        raise UserError(
-            f"scale=({lo}, {hi}) does not fit size={size}: the short side is resized to lo…hi pixels before "
-            "the crop, so size <= lo <= hi must hold"
-        )
-    return lo, hi
 
 
 def resized_size(width: int, height: int, short: int) -> tuple[int, int]:

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from ..decoders import PixelDecoder, decoder_config, make_decoder
-from ..errors import UserError
+from ..errors import UserError, check_least
 from ..sampling import draw_noise, euler
 from ..tiles import pad_to_multiple
 from ..tokenizer import Tokenizer
+from .facts import machine
 from .peers import coding_parts, placed, random_autoencoder
-from .report import machine
-from .tables import NONE
-from .throughput import Work, conditions, measure, profile
+from .speed import Work, conditions, measure, profile
+from .tables import NONE, parameters
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class BenchRow:
     """Side of the decoded square, in pixels."""
     parameters: int
     gflop: float | None
-    """10⁹ operations a call (a multiply-add counts two); see `throughput.count_flops` for what is left out. None:
+    """10⁹ operations a call (a multiply-add counts two); see `speed.count_flops` for what is left out. None:
     computed outside PyTorch, where they are not counted."""
     ms: float
     """Median milliseconds a call."""
@@ -93,22 +93,24 @@ class Bench:
 
     def rows(self) -> dict[int, list[list[str]]]:
         """By size: the table's rows, peers first."""
-        tables: dict[int, list[list[str]]] = {size: [] for size in self.sizes}
-        for row in self.results:
-            tables[row.size].append(
-                [
-                    row.name,
-                    f"{row.parameters / 1e6:.2f} M",
-                    NONE if row.gflop is None else f"{row.gflop:.4g}",
-                    f"{row.ms:.4g}",
-                    f"{row.ms_low:.4g}–{row.ms_high:.4g}",
-                    NONE if row.gflop_per_second is None else f"{row.gflop_per_second:.3g}",
-                    NONE if row.peak_mb is None else f"{row.peak_mb:.0f}",
-                    f"{row.speed_to_kl:.3g}×",
-                    f"{row.speed_to_tiny:.3g}×",
-                ]
-            )
-        return tables
+
+        def text(value: float | None, form: str) -> str:
+            return NONE if value is None else format(value, form)
+
+        def cells(row: BenchRow) -> list[str]:
+            return [
+                row.name,
+                parameters(row.parameters),
+                text(row.gflop, ".4g"),
+                f"{row.ms:.4g}",
+                f"{row.ms_low:.4g}–{row.ms_high:.4g}",
+                text(row.gflop_per_second, ".3g"),
+                text(row.peak_mb, ".0f"),
+                f"{row.speed_to_kl:.3g}×",
+                f"{row.speed_to_tiny:.3g}×",
+            ]
+
+        return {size: [cells(row) for row in self.results if row.size == size] for size in self.sizes}
 
     @property
     def notes(self) -> list[str]:
@@ -140,75 +142,92 @@ class Bench:
         return "\n\n".join(parts) + "\n"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is timed, and how.
+
+    Raises:
+        UserError: a size, batch, number of rounds or number type that cannot be.
+    """
+
+    device: str = "cpu"
+    """cpu, cuda …"""
+    dtype: str = "float32"
+    """float32, bfloat16 or float16, of weights and arithmetic."""
+    sizes: Sequence[int] = (256, 512)
+    """Sides of the decoded squares, in pixels, multiples of 8."""
+    decoders: Sequence[str] = tuple(DECODERS)
+    """`SIZE/PATCH`, with random weights."""
+    models: Sequence[str] = ()
+    """Packaged names, folders or Hub ids of tokenizers whose decoder is timed too."""
+    repeats: int = 5
+    """Timed rounds."""
+    batch: int = 1
+    """Pictures a call."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise UserError(f"dtype {self.dtype!r} is unknown: choose float32, bfloat16 or float16")
+        for size in self.sizes:
+            if size < FACTOR or size % FACTOR:
+                raise UserError(f"size {size} cannot be benchmarked: give multiples of {FACTOR} pixels")
+        check_least(1, {"batch": self.batch, "repeats": self.repeats})
+
+
 def run_bench(
+    plan: Plan,
     *,
-    device: str = "cpu",
-    dtype: str = "float32",
-    sizes: Sequence[int] = (256, 512),
-    decoders: Sequence[str] = tuple(DECODERS),
-    models: Sequence[str] = (),
     extra: Mapping[str, tuple[nn.Module, Maker]] | None = None,
-    repeats: int = 5,
-    batch: int = 1,
     progress: Callable[[str], None] | None = None,
     command: str = "",
 ) -> Bench:
     """Time the decoders next to diffusers' `AutoencoderKL` and `AutoencoderTiny`, all in this process, interleaved.
 
     Args:
-        device: cpu, cuda …
-        dtype: float32, bfloat16 or float16, of weights and arithmetic.
-        sizes: sides of the decoded squares, in pixels, multiples of 8.
-        decoders: `SIZE/PATCH`, with random weights.
-        models: packaged names, folders or Hub ids of tokenizers whose decoder is timed too.
+        plan: what is timed, and how.
         extra: further decoders by name: the network whose parameters count, and how it is called.
-        repeats: timed rounds.
         progress: told in words what comes next.
         command: what the user typed, kept with the results.
 
     Raises:
-        UserError: diffusers is not installed, an unknown name, or a size, batch or number of rounds that cannot be.
+        UserError: diffusers is not installed, or an unknown name.
     """
     start = time.perf_counter()
-    _check(sizes, batch, repeats, dtype)
     say = progress or logger.info
-    place, kind = torch.device(device), getattr(torch, dtype)
-    networks = _networks(decoders, models, place, kind) | dict(extra or {})
+    place, kind = torch.device(plan.device), getattr(torch, plan.dtype)
+    networks = _networks(plan.decoders, plan.models, place, kind) | dict(extra or {})
     results: list[BenchRow] = []
     with torch.no_grad():  # libraries load at the first call, whose memory is not the decoders'
         for name, (_, make) in networks.items():
             say(f"warming up {name}")
             make(1, 64)()
-    for size in sizes:
+    for size in plan.sizes:
         works, costs = {}, {}
         for name, (_, make) in networks.items():
             say(f"{size} × {size}: counting operations and memory of {name}")
-            works[name] = make(batch, size)
+            works[name] = make(plan.batch, size)
             costs[name] = profile(works[name], place)
-        say(f"{size} × {size}: {repeats} rounds of {len(works)} decoders")
+        say(f"{size} × {size}: {plan.repeats} rounds of {len(works)} decoders")
         # That was a whole warm-up for a CPU; a GPU's clocks take longer.
-        timings = measure(works, repeats=repeats, warmup=0 if place.type == "cpu" else 2, device=place)
+        timings = measure(works, repeats=plan.repeats, warmup=0 if place.type == "cpu" else 2, device=place)
         for name, timing in timings.items():
             gflop, peak = costs[name]
-            low, high = timing.quartiles
             results.append(
                 BenchRow(
                     name=name,
                     size=size,
                     parameters=sum(p.numel() for p in networks[name][0].parameters()),
                     gflop=gflop or None,
-                    ms=timing.median,
-                    ms_low=low,
-                    ms_high=high,
                     peak_mb=peak,
                     speed_to_kl=timings[KL].median / timing.median,
                     speed_to_tiny=timings[TINY].median / timing.median,
+                    **timing.figures,
                 )
             )
     return Bench(
         command=command,
-        batch=batch,
-        repeats=repeats,
+        batch=plan.batch,
+        repeats=plan.repeats,
         conditions=conditions(place, kind),
         machine=machine(place),
         results=results,
@@ -282,14 +301,3 @@ def tokenizer_maker(tokenizer: Tokenizer) -> Maker:
         return lambda: tokenizer.decode(z, size=(side, side))
 
     return make
-
-
-def _check(sizes: Sequence[int], batch: int, repeats: int, dtype: str) -> None:
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"dtype {dtype!r} is unknown: choose float32, bfloat16 or float16")
-    for size in sizes:
-        if size < FACTOR or size % FACTOR:
-            raise UserError(f"size {size} cannot be benchmarked: give multiples of {FACTOR} pixels")
-    for name, value in (("batch", batch), ("repeats", repeats)):
-        if value < 1:
-            raise UserError(f"{name} is {value}: it must be at least 1")

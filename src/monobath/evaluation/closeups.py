@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..images import tensor_to_pil
-from .page import picture_uri
+from ..images import psnr, tensor_to_pil
+from .page import picture_uri, sheet
 from .plots import group_of
-from .report import decibels, psnr
 from .results import Evaluation, SystemResult
+from .tables import decibels
 
 SIDE, ZOOM, BOX = 64, 3, 7
 """Side of the enlarged square and of the box filter before the comparison, in pixels."""
@@ -152,28 +152,25 @@ def _versions(closeup: Closeup) -> list[tuple[str, Tensor, str]]:
     """(title, pixels, caption) of the original and every system."""
     found = [("original", closeup.original, f"{closeup.original.shape[2]} × {closeup.original.shape[1]}")]
     for name, pixels in closeup.outputs.items():
-        found.append((name, pixels, decibels(psnr(closeup.original, pixels))))
+        found.append((name, pixels, decibels(psnr(pixels[None], closeup.original[None]).item())))
     return found
 
 
 def comparison_sheet(closeups: Sequence[Closeup]) -> Image.Image:
     """One picture of everything: a row a picture, a column a system, enlarged squares below."""
-    gap, label, font = 8, 36, ImageFont.load_default(14)
+    gap, label = 8, 36
     rows = [(closeup, _versions(closeup)) for closeup in closeups]
     _, height, width = closeups[0].original.shape
     zoom = ZOOM * closeups[0].side
     cell, tall = max(width, zoom) + gap, height + zoom + label + 2 * gap
-    sheet = Image.new("RGB", (gap + cell * len(rows[0][1]), gap + tall * len(rows)), "white")
-    draw = ImageDraw.Draw(sheet)
+    labels, pictures = [], []
     for row, (closeup, versions) in enumerate(rows):
+        frame = (closeup.left, closeup.top, closeup.left + closeup.side - 1, closeup.top + closeup.side - 1)
         for column, (system, pixels, caption) in enumerate(versions):
             x, y = gap + column * cell, gap + row * tall
-            title = f"{closeup.name}, {system}" if column == 0 else system
-            words = f"{title}\n{caption}".replace("×", "x").replace("÷", "/")  # the font lacks these
-            draw.text((x, y), words, fill="black", font=font)
-            sheet.paste(tensor_to_pil(pixels), (x, y + label))
+            labels.append(((x, y), f"{f'{closeup.name}, ' if column == 0 else ''}{system}\n{caption}"))
+            whole = tensor_to_pil(pixels)
             enlarged = tensor_to_pil(closeup.crop(pixels)).resize((zoom, zoom), Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (x, y + label + height + gap))
-            box = (closeup.left, closeup.top, closeup.left + closeup.side - 1, closeup.top + closeup.side - 1)
-            draw.rectangle([x + box[0], y + label + box[1], x + box[2], y + label + box[3]], outline="white", width=1)
-    return sheet
+            ImageDraw.Draw(whole).rectangle(frame, outline="white", width=1)
+            pictures += [((x, y + label), whole), ((x, y + label + height + gap), enlarged)]
+    return sheet((gap + cell * len(rows[0][1]), gap + tall * len(rows)), labels, pictures)

@@ -1,35 +1,35 @@
-"""`monobath demo`: a model on the packaged sample photos → table, comparison.png, results.json, report.html."""
+"""Single reconstructions, and `monobath demo`: a model on the packaged sample photos.
+
+A demo writes comparison.png, results.json and report.html.
+"""
 
 from __future__ import annotations
 
 import html
-import json
 import math
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from PIL import Image
+from torch import Tensor
 
 from .. import resources
-from ..files import write_file, write_text
-from ..images import MAX_PIXELS, open_image, pil_to_tensor
+from ..files import write_file, write_json, write_text
+from ..images import MAX_PIXELS, open_image, pil_to_tensor, psnr, tensor_to_pil
 from ..tokenizer import Tokenizer
-from .page import html_facts, html_table, page
-from .report import (
-    Reconstruction,
-    comparison,
-    decibels,
-    describe,
-    full_name,
-    html_pictures,
-    is_preview,
-    machine,
-    reconstruct,
-)
+from ..words import in_words
+from .facts import describe, full_name, is_preview, machine
+from .page import html_facts, html_table, made_by, page, picture_uri, sheet
+from .speed import measure
+from .tables import decibels
+
+T = TypeVar("T")
 
 HEAD = ("picture", "size", "PSNR", "encode ms", "decode ms", "bits kept")
 REPEATS = 3
@@ -43,6 +43,114 @@ LIMITS = (
     "A reconstruction is a guess: small text, faces and fine texture may come out plausible but wrong, so do not use "
     "it where details are evidence. Times depend on the machine named below and on what else it was doing."
 )
+
+
+@dataclass(kw_only=True)
+class Reconstruction:
+    """A picture, what became of it, and the figures."""
+
+    name: str
+    original: Tensor
+    """uint8 `(3, H, W)`."""
+    output: Tensor
+    """uint8 `(3, H, W)`."""
+    psnr: float
+    """dB, over 8-bit values; infinite where both are equal."""
+    encode_ms: float
+    decode_ms: float
+    bits_kept: float
+    """Latent numbers at 16 bit each, as a fraction of 24 bit a pixel."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W)."""
+        return self.original.shape[1], self.original.shape[2]
+
+    @property
+    def difference(self) -> Tensor:
+        """Absolute difference × 5, clipped: uint8 `(3, H, W)`."""
+        gap = (self.original.int() - self.output.int()).abs()
+        return (5 * gap).clamp(max=255).to(torch.uint8)
+
+
+def timed(work: Callable[[], T], device: torch.device, repeats: int = 1) -> tuple[T, float]:
+    """(result, milliseconds) of a call, the median over `repeats`; waits for the device."""
+    results: list[T] = []
+    timings = measure({"": lambda: results.append(work())}, repeats=repeats, warmup=0, device=device)
+    return results[-1], timings[""].median
+
+
+def reconstruct(
+    tokenizer: Tokenizer,
+    original: Tensor,
+    name: str,
+    *,
+    repeats: int = 1,
+    tile: int | None = None,
+    decode: Callable[..., Tensor] | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> Reconstruction:
+    """Encode and decode one uint8 `(3, H, W)` picture, timed.
+
+    Args:
+        repeats: timed calls.
+        tile: as in `Tokenizer.encode`.
+        decode: takes the arguments of `Tokenizer.decode`, and is called instead of it.
+        max_pixels: larger pictures are refused.
+    """
+    decode, device = decode or partial(tokenizer.decode, seed=[0]), tokenizer.device
+    posterior, encode_ms = timed(
+        lambda: tokenizer.encode(original, tile=tile, max_pixels=max_pixels), device, repeats
+    )  # fmt: skip
+    latent = posterior.mode()
+    pixels, decode_ms = timed(lambda: decode(latent, size=posterior.size, output="uint8"), device, repeats)
+    output = pixels[0].cpu()
+    return Reconstruction(
+        name=name,
+        original=original,
+        output=output,
+        psnr=psnr(output[None], original[None]).item(),
+        encode_ms=encode_ms,
+        decode_ms=decode_ms,
+        bits_kept=16 * latent.numel() / (24 * original.shape[1] * original.shape[2]),
+    )
+
+
+def comparison(rows: Sequence[Reconstruction]) -> Image.Image:
+    """original | reconstruction | difference × 5 of every picture, labelled; pixels are shown one to one.
+
+    Pictures flow from left to right and wrap, so that two small ones share a line with room for a wide one.
+    """
+    gap, label = 8, 24
+    widths = [3 * (row.size[1] + gap) for row in rows]
+    limit = max(max(widths), 2 * min(widths))
+    places, x, y, line = [], 0, 0, 0
+    for row, width in zip(rows, widths, strict=True):
+        if x + width > limit:
+            x, y, line = 0, y + line, 0
+        places.append((gap + x, gap + y))
+        x, line = x + width, max(line, row.size[0] + label + gap)
+    labels, pictures = [], []
+    for row, (left, top) in zip(rows, places, strict=True):
+        titles = (row.name, f"reconstruction, {decibels(row.psnr)}", "absolute difference, times 5")
+        for title, pixels in zip(titles, (row.original, row.output, row.difference), strict=True):
+            labels.append(((left, top + 2), title))
+            pictures.append(((left, top + label), tensor_to_pil(pixels)))
+            left += row.size[1] + gap
+    return sheet((gap + limit, gap + y + line), labels, pictures)
+
+
+def html_pictures(row: Reconstruction) -> str:
+    """Escaped figure of one picture: original, reconstruction, difference × 5."""
+    parts = {"original": row.original, "reconstruction": row.output, "difference × 5": row.difference}
+    h, w = row.size
+    figures = "".join(
+        f'<figure><img src="{picture_uri(pixels)}" width="{w}" height="{h}" alt="{html.escape(f"{row.name}, {what}")}">'
+        f"<figcaption>{what}</figcaption></figure>"
+        for what, pixels in parts.items()
+    )
+    title = f"{html.escape(row.name)} <small>{w} × {h}, {decibels(row.psnr)}</small>"
+    return f'<h3>{title}</h3>\n<div class="row">{figures}</div>'
 
 
 @dataclass(kw_only=True)
@@ -69,8 +177,8 @@ def run_demo(out: Path, model: str = "default", *, pictures: Sequence[Path] | No
         (path.stem, pil_to_tensor(open_image(path)))
         for path in (resources.sample_paths() if pictures is None else pictures)
     ]
-    reconstruct(tokenizer, photos[0][1], "warm-up", max_pixels=MAX_PIXELS)
-    rows = [reconstruct(tokenizer, photo, name, repeats=REPEATS, max_pixels=MAX_PIXELS) for name, photo in photos]
+    reconstruct(tokenizer, photos[0][1], "warm-up")
+    rows = [reconstruct(tokenizer, photo, name, repeats=REPEATS) for name, photo in photos]
     command = shlex.join(["monobath", "demo", "--model", model, "--out", str(out)])
     facts = {
         "command": command,
@@ -95,7 +203,7 @@ def run_demo(out: Path, model: str = "default", *, pictures: Sequence[Path] | No
     image, report = comparison(rows), _report(rows, facts)
     files = [out / "comparison.png", out / "results.json", out / "report.html"]
     write_file(files[0], image.save)
-    write_text(files[1], json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    write_json(files[1], facts)
     write_text(files[2], report)
     return Demo(rows=rows, files=files, seconds=time.perf_counter() - began, preview=is_preview(model))
 
@@ -123,7 +231,7 @@ def _report(rows: Sequence[Reconstruction], facts: dict[str, Any]) -> str:
     training = model.pop("training", None)
     if training:
         model |= {f"training: {k}": v for k, v in training.items() if v is not None}
-    shown = {key.replace("_", " "): _shown(value) for key, value in model.items()}
+    shown = {key.replace("_", " "): in_words(value) for key, value in model.items()}
     note = f'<p class="note">{html.escape(PREVIEW)}</p>' if facts["preview"] else ""
     foot = ("mean", "", decibels(mean_psnr(rows)), "", "", "")
     return page(
@@ -139,21 +247,11 @@ def _report(rows: Sequence[Reconstruction], facts: dict[str, Any]) -> str:
             html_facts(shown),
             "<h2>Limits</h2>",
             f"<p>{html.escape(LIMITS)}</p>",
-            "<h2>How this was made</h2>",
-            f"<pre>{html.escape(facts['command'])}</pre>",
-            html_facts({key.replace("_", " "): value for key, value in facts["machine"].items()}),
+            *made_by(facts["command"], facts["machine"]),
             "<p><small>The sample photos are CC0 or in the public domain; samples/SOURCES.md in the package says "
             "whose they are.</small></p>",
         ],
     )
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {v}" for k, v in value.items())
-    if isinstance(value, list):
-        return " × ".join(map(str, value))
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _json_number(value: float) -> float | None:

@@ -9,25 +9,25 @@ reason; it never has a figure.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import huggingface_hub.constants
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.transforms import mix_seed
+from .. import images
 from ..errors import UserError
 from ..images import tensor_to_pil, to_float
 from ..losses.grid import grid_energy
-from ..losses.perceptual import SIDES, EffLiteDistance, LpipsDistance, load_efficientnet_lite, pooled_features
+from ..losses.perceptual import SIDES, EffLiteDistance, LpipsDistance
+from ..words import did_you_mean
+from .features import CROP_SIDE, CROPS, EffLiteFeatures
 from .frechet import HALVES
 from .results import MetricInfo
 
@@ -37,8 +37,6 @@ RESAMPLES = 2000
 """Bootstrap resamples behind the interval of a mean."""
 MAX_PSNR = 100.0
 """Identical pictures have an infinite PSNR, which no mean survives: figures are cut here, in dB."""
-CROPS, CROP_SIDE = 8, 128
-"""Random crops a picture that FD-EffLite sees, and their side in pixels."""
 SSIM_WINDOW = 11
 CHANNELS = ("red", "green", "blue")
 
@@ -115,8 +113,7 @@ def load_metrics(
         if key in chosen[:place]:
             continue
         if key not in METRICS:
-            near = difflib.get_close_matches(key, METRICS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(METRICS)}"
+            hint = did_you_mean(key, METRICS, f"there are {', '.join(METRICS)}")
             raise UserError(f"metric {key!r} is unknown: {hint}")
         info, load = METRICS[key]
         info = dataclasses.replace(info)
@@ -133,17 +130,12 @@ def load_metrics(
     return infos, loaded
 
 
-# ---- metrics of pictures and channels ----------------------------------------------------------------------------
+# ---- what measures them -----------------------------------------------------------------------------------------
 
 
 def psnr(output: Tensor, original: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each pair over all its 8-bit values, in dB, at most `MAX_PSNR`: float `(B,)`."""
-    from torchmetrics.functional.image import peak_signal_noise_ratio
-
-    figures = peak_signal_noise_ratio(
-        output.float(), original.float(), data_range=255.0, reduction="none", dim=(1, 2, 3)
-    )
-    return figures.reshape(-1).clamp(max=MAX_PSNR)
+    """`images.psnr` of each uint8 pair `(B, 3, H, W)`, in dB, at most `MAX_PSNR`: float `(B,)`."""
+    return images.psnr(output, original).clamp(max=MAX_PSNR)
 
 
 def ssim(output: Tensor, original: Tensor) -> Tensor:
@@ -196,112 +188,37 @@ def grid(output: Tensor, original: Tensor, period: int) -> Tensor:
     return (grid_energy(error, p) / error.square().mean((2, 3)).clamp(min=torch.finfo(error.dtype).tiny)).mean(1)
 
 
-def _load_psnr(info: MetricInfo, setting: Setting) -> Metric:
-    _need("torchmetrics", "'monobath[eval]'")
-    return PictureMetric(info=info, measure=psnr)
+# ---- what there is, and what it is ------------------------------------------------------------------------------
 
 
-def _load_ssim(info: MetricInfo, setting: Setting) -> Metric:
-    _need("torchmetrics", "'monobath[eval]'")
-    return PictureMetric(info=info, measure=ssim)
+Loader = Callable[[MetricInfo, Setting], Metric]
+METRICS: dict[str, tuple[MetricInfo, Loader]] = {}
+"""By key: what a metric is, and the function that loads it."""
+
+_MEAN = f"95 % percentile bootstrap interval of the mean over pictures, {RESAMPLES:,} resamples; differences are paired"
+_FRECHET = (
+    f"± 2 standard deviations over {HALVES} half-samples of the pictures, drawn without replacement, whose spread "
+    "estimates the standard error of the whole set's figure; differences are paired half-sample by half-sample"
+)
 
 
-def _load_mean_error(info: MetricInfo, setting: Setting) -> Metric:
-    return ChannelMetric(info=info, measure=mean_error)
+def _metric(
+    *,
+    key: str,
+    label: str,
+    details: str,
+    better: Literal["higher", "lower"] = "lower",
+    kind: Literal["picture", "channels", "set"] = "picture",
+    interval: str = _MEAN,
+) -> Callable[[Loader], Loader]:
+    """Enter the decorated function into `METRICS`; arguments as in `MetricInfo`."""
+    info = MetricInfo(key=key, label=label, details=details, better=better, kind=kind, interval=interval)
 
+    def enter(load: Loader) -> Loader:
+        METRICS[key] = (info, load)
+        return load
 
-def _load_grid(info: MetricInfo, setting: Setting, period: int) -> Metric:
-    return PictureMetric(info=info, measure=functools.partial(grid, period=period))
-
-
-def _load_efflite(info: MetricInfo, setting: Setting) -> Metric:
-    network = EffLiteDistance("lite2").to(setting.device).to(memory_format=torch.channels_last)
-    return PictureMetric(info=info, measure=lambda a, b: network(to_float(a), to_float(b)))
-
-
-def _load_lpips(info: MetricInfo, setting: Setting) -> Metric:
-    _need("lpips", "lpips")
-    _need_weights("vgg16-397923af.pth", setting, "lpips")
-    network = LpipsDistance("vgg").to(setting.device)
-    return PictureMetric(info=info, measure=lambda a, b: network(to_float(a), to_float(b)))
-
-
-def _load_dreamsim(info: MetricInfo, setting: Setting) -> Metric:
-    _need("dreamsim", "dreamsim")
-    folder = Path(torch.hub.get_dir()) / "dreamsim"
-    if not (folder / "ensemble_lora").is_dir() and not setting.download:
-        raise UserError(f"the weights are not in the torch hub cache (folder dreamsim): {_remedy('dreamsim')}")
-    folder.mkdir(parents=True, exist_ok=True)
-    from dreamsim import dreamsim
-
-    network, preprocess = dreamsim(pretrained=True, device=str(setting.device), cache_dir=str(folder))
-
-    def prepare(images: Tensor) -> Tensor:
-        return torch.cat([preprocess(tensor_to_pil(image)) for image in images]).to(setting.device)
-
-    return PictureMetric(info=info, measure=lambda a, b: network(prepare(a), prepare(b)))
-
-
-# ---- metrics of sets --------------------------------------------------------------------------------
-
-
-def random_crops(images: Tensor, indices: Sequence[int], *, seed: int = 0) -> Tensor:
-    """`CROPS` crops of each picture: `(B, 3, H, W)` → `(B, CROPS, 3, side, side)`, side = min(CROP_SIDE, H, W).
-
-    Where they lie depends on (seed, index, H, W) alone: an output is cropped as its original is.
-    """
-    height, width = images.shape[2:]
-    side = min(CROP_SIDE, height, width)
-    crops = []
-    for image, index in zip(images, indices, strict=True):
-        generator = np.random.default_rng(mix_seed(4, seed, index))
-        tops = generator.integers(0, height - side + 1, CROPS)
-        lefts = generator.integers(0, width - side + 1, CROPS)
-        crops += [image[:, y : y + side, x : x + side] for y, x in zip(tops, lefts, strict=True)]
-    return torch.stack(crops).unflatten(0, (len(images), CROPS))
-
-
-class EffLiteFeatures:
-    """Pooled features of ImageNet-trained EfficientNet-Lite2 of random crops, for FD-EffLite."""
-
-    dim = 1280
-
-    def __init__(self, device: torch.device, seed: int = 0) -> None:
-        self.network = load_efficientnet_lite("lite2").to(device, memory_format=torch.channels_last)
-        for module in self.network.modules():
-            if isinstance(module, torch.nn.ReLU6):
-                module.inplace = True  # the same numbers, less memory
-        self.chunk = 8 if device.type == "cpu" else 128  # crops at once: on a CPU, what its caches hold
-        self.seed = seed
-
-    def __call__(self, images: Tensor, indices: Sequence[int]) -> Tensor:
-        """uint8 `(B, 3, H, W)` → float32 `(B, CROPS, 1280)`."""
-        crops = random_crops(images, indices, seed=self.seed).flatten(0, 1)
-        found = [self.pooled(part) for part in crops.split(self.chunk)]
-        return torch.cat(found).unflatten(0, (len(images), CROPS))
-
-    @torch.no_grad()
-    def pooled(self, crops: Tensor) -> Tensor:
-        """uint8 `(B, 3, H, W)`, taken whole → float32 `(B, 1280)`."""
-        return pooled_features(self.network, to_float(crops), SIDES["lite2"])
-
-
-def _load_fd_efflite(info: MetricInfo, setting: Setting) -> Metric:
-    features = EffLiteFeatures(setting.device, setting.seed)
-    return SetMetric(info=info, features=features, dim=features.dim)
-
-
-def _load_rfid(info: MetricInfo, setting: Setting) -> Metric:
-    _need("torchmetrics", "'monobath[eval]'")
-    _need("torch_fidelity", "torch-fidelity")
-    _need_weights("weights-inception-2015-12-05-6726825d.pth", setting, "rfid")
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
-    network: Any = FrechetInceptionDistance(feature=2048).inception.to(setting.device)
-    return SetMetric(info=info, features=lambda images, indices: network(images)[:, None], dim=2048)
-
-
-# ---- what is there, and what it is ------------------------------------------------------------------
+    return enter
 
 
 def _need(module: str, package: str) -> None:
@@ -318,111 +235,128 @@ def _remedy(key: str) -> str:
     return f"name the metric (--metrics {key}) while online to download them"
 
 
-_MEAN = f"95 % percentile bootstrap interval of the mean over pictures, {RESAMPLES:,} resamples; differences are paired"
-_FRECHET = (
-    f"± 2 standard deviations over {HALVES} half-samples of the pictures, drawn without replacement, whose spread "
-    "estimates the standard error of the whole set's figure; differences are paired half-sample by half-sample"
+@_metric(
+    key="psnr",
+    label="PSNR (dB)",
+    better="higher",
+    details="8-bit RGB, data range 255, no network, features: pixel values; mean of the pictures' own figures; "
+    f"cut at {MAX_PSNR:g} dB, since identical pictures would be infinite",
 )
-_picture = functools.partial(MetricInfo, kind="picture", interval=_MEAN)
-_set = functools.partial(MetricInfo, kind="set", interval=_FRECHET, better="lower")
-_INFOS: list[tuple[MetricInfo, Callable[[MetricInfo, Setting], Metric]]] = [
-    (
-        _picture(
-            key="psnr",
-            label="PSNR (dB)",
-            better="higher",
-            details="8-bit RGB, data range 255, no network, features: pixel values; mean of the pictures' own figures; "
-            f"cut at {MAX_PSNR:g} dB, since identical pictures would be infinite",
-        ),
-        _load_psnr,
-    ),
-    (
-        _picture(
-            key="ssim",
-            label="SSIM",
-            better="higher",
-            details="8-bit RGB, data range 1 (in [0, 1]), no network, features: Gaussian windows of "
-            f"{SSIM_WINDOW}×{SSIM_WINDOW} pixels, σ = 1.5, wholly inside the picture; mean over channels",
-        ),
-        _load_ssim,
-    ),
-    (
-        MetricInfo(
-            key="mean_error",
-            label="mean error (in [-1, 1])",
-            better="lower",
-            kind="channels",
-            interval=f"{_MEAN}; cut at 0",
-            details="output − original, 8-bit RGB, data range [-1, 1], no network, features: pixel values; mean over "
-            "places and pictures of the channel whose mean is farthest from 0, without its sign",
-        ),
-        _load_mean_error,
-    ),
-    *(
-        (
-            _picture(
-                key=f"grid{p}",
-                label=f"grid {p}×{p} (white: {1 - 1 / p**2:.2f})",
-                better="lower",
-                details="8-bit RGB, any data range, no network, features: pixel values; the share of the error that "
-                f"repeats every {p} pixels, times the number of {p}×{p} squares: 1 − 1/{p}² if the error is white, 0 "
-                "if there is none; mean over channels; what repeats counts the more, the larger the pictures are",
-            ),
-            functools.partial(_load_grid, period=p),
-        )
-        for p in (4, 8)
-    ),
-    (
-        _picture(
-            key="efflite",
-            label="EffLite distance (EfficientNet-Lite2)",
-            better="lower",
-            details="8-bit RGB, data range [-1, 1] scaled to the network's, network: EfficientNet-Lite2 (ImageNet), "
-            "features: after the stem and the last blocks at strides 4, 8, 16, channel-normalised",
-        ),
-        _load_efflite,
-    ),
-    (
-        _set(
-            key="fd_efflite",
-            label="FD-EffLite (EfficientNet-Lite2)",
-            details="Fréchet distance; not FID. 8-bit RGB, data range [0, 1] scaled to the network's, network: "
-            f"EfficientNet-Lite2 (ImageNet), features: 1280, pooled, of {CROPS} random {CROP_SIDE}² crops a picture "
-            f"(smaller pictures: their short side) resized to {SIDES['lite2']}², bicubic with antialias",
-        ),
-        _load_fd_efflite,
-    ),
-    (
-        _picture(
-            key="lpips",
-            label="LPIPS (VGG)",
-            better="lower",
-            details="8-bit RGB, data range [-1, 1], network: VGG-16 (ImageNet) with LPIPS 0.1's linear layers, "
-            "features: five ReLU layers, channel-normalised",
-        ),
-        _load_lpips,
-    ),
-    (
-        _set(
-            key="rfid",
-            label="rFID (Inception-v3)",
-            details="Fréchet distance. 8-bit RGB, data range 255, network: Inception-v3 (torch-fidelity's weights, "
-            "through torchmetrics), features: 2048, pooled, of whole pictures resized to 299² as torchmetrics does",
-        ),
-        _load_rfid,
-    ),
-    (
-        _picture(
-            key="dreamsim",
-            label="DreamSim (ensemble)",
-            better="lower",
-            details="8-bit RGB, data range [0, 1], network: DreamSim's ensemble of DINO, CLIP and OpenCLIP ViT-B/16, "
-            "features: embeddings of the whole picture resized to 224², bicubic; cosine distance",
-        ),
-        _load_dreamsim,
-    ),
-]
-METRICS: dict[str, tuple[MetricInfo, Callable[[MetricInfo, Setting], Metric]]] = {
-    entry[0].key: entry for entry in _INFOS
-}
-"""By key: what a metric is, and the function that loads it."""
+def _load_psnr(info: MetricInfo, setting: Setting) -> Metric:
+    return PictureMetric(info=info, measure=psnr)
+
+
+@_metric(
+    key="ssim",
+    label="SSIM",
+    better="higher",
+    details="8-bit RGB, data range 1 (in [0, 1]), no network, features: Gaussian windows of "
+    f"{SSIM_WINDOW}×{SSIM_WINDOW} pixels, σ = 1.5, wholly inside the picture; mean over channels",
+)
+def _load_ssim(info: MetricInfo, setting: Setting) -> Metric:
+    _need("torchmetrics", "'monobath[eval]'")
+    return PictureMetric(info=info, measure=ssim)
+
+
+@_metric(
+    key="mean_error",
+    label="mean error (in [-1, 1])",
+    kind="channels",
+    interval=f"{_MEAN}; cut at 0",
+    details="output − original, 8-bit RGB, data range [-1, 1], no network, features: pixel values; mean over "
+    "places and pictures of the channel whose mean is farthest from 0, without its sign",
+)
+def _load_mean_error(info: MetricInfo, setting: Setting) -> Metric:
+    return ChannelMetric(info=info, measure=mean_error)
+
+
+def _load_grid(info: MetricInfo, setting: Setting) -> Metric:
+    return PictureMetric(info=info, measure=functools.partial(grid, period=int(info.key.removeprefix("grid"))))
+
+
+for _p in (4, 8):
+    _metric(
+        key=f"grid{_p}",
+        label=f"grid {_p}×{_p} (white: {1 - 1 / _p**2:.2f})",
+        details="8-bit RGB, any data range, no network, features: pixel values; the share of the error that repeats "
+        f"every {_p} pixels, times the number of {_p}×{_p} squares: 1 − 1/{_p}² if the error is white, 0 if there is "
+        "none; mean over channels; what repeats counts the more, the larger the pictures are",
+    )(_load_grid)
+
+
+@_metric(
+    key="efflite",
+    label="EffLite distance (EfficientNet-Lite2)",
+    details="8-bit RGB, data range [-1, 1] scaled to the network's, network: EfficientNet-Lite2 (ImageNet), "
+    "features: after the stem and the last blocks at strides 4, 8, 16, channel-normalised",
+)
+def _load_efflite(info: MetricInfo, setting: Setting) -> Metric:
+    network = EffLiteDistance("lite2").to(setting.device).to(memory_format=torch.channels_last)
+    return PictureMetric(info=info, measure=lambda a, b: network(to_float(a), to_float(b)))
+
+
+@_metric(
+    kind="set",
+    interval=_FRECHET,
+    key="fd_efflite",
+    label="FD-EffLite (EfficientNet-Lite2)",
+    details="Fréchet distance; not FID. 8-bit RGB, data range [0, 1] scaled to the network's, network: "
+    f"EfficientNet-Lite2 (ImageNet), features: 1280, pooled, of {CROPS} random {CROP_SIDE}² crops a picture "
+    f"(smaller pictures: their short side) resized to {SIDES['lite2']}², bicubic with antialias",
+)
+def _load_fd_efflite(info: MetricInfo, setting: Setting) -> Metric:
+    features = EffLiteFeatures(setting.device, setting.seed)
+    return SetMetric(info=info, features=features, dim=features.dim)
+
+
+@_metric(
+    key="lpips",
+    label="LPIPS (VGG)",
+    details="8-bit RGB, data range [-1, 1], network: VGG-16 (ImageNet) with LPIPS 0.1's linear layers, "
+    "features: five ReLU layers, channel-normalised",
+)
+def _load_lpips(info: MetricInfo, setting: Setting) -> Metric:
+    _need("lpips", "lpips")
+    _need_weights("vgg16-397923af.pth", setting, "lpips")
+    network = LpipsDistance("vgg").to(setting.device)
+    return PictureMetric(info=info, measure=lambda a, b: network(to_float(a), to_float(b)))
+
+
+@_metric(
+    kind="set",
+    interval=_FRECHET,
+    key="rfid",
+    label="rFID (Inception-v3)",
+    details="Fréchet distance. 8-bit RGB, data range 255, network: Inception-v3 (torch-fidelity's weights, "
+    "through torchmetrics), features: 2048, pooled, of whole pictures resized to 299² as torchmetrics does",
+)
+def _load_rfid(info: MetricInfo, setting: Setting) -> Metric:
+    _need("torchmetrics", "'monobath[eval]'")
+    _need("torch_fidelity", "torch-fidelity")
+    _need_weights("weights-inception-2015-12-05-6726825d.pth", setting, "rfid")
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    network: Any = FrechetInceptionDistance(feature=2048).inception.to(setting.device)
+    return SetMetric(info=info, features=lambda images, indices: network(images)[:, None], dim=2048)
+
+
+@_metric(
+    key="dreamsim",
+    label="DreamSim (ensemble)",
+    details="8-bit RGB, data range [0, 1], network: DreamSim's ensemble of DINO, CLIP and OpenCLIP ViT-B/16, "
+    "features: embeddings of the whole picture resized to 224², bicubic; cosine distance",
+)
+def _load_dreamsim(info: MetricInfo, setting: Setting) -> Metric:
+    _need("dreamsim", "dreamsim")
+    folder = Path(torch.hub.get_dir()) / "dreamsim"
+    if not (folder / "ensemble_lora").is_dir() and not setting.download:
+        raise UserError(f"the weights are not in the torch hub cache (folder dreamsim): {_remedy('dreamsim')}")
+    folder.mkdir(parents=True, exist_ok=True)
+    from dreamsim import dreamsim
+
+    network, preprocess = dreamsim(pretrained=True, device=str(setting.device), cache_dir=str(folder))
+
+    def prepare(images: Tensor) -> Tensor:
+        return torch.cat([preprocess(tensor_to_pil(image)) for image in images]).to(setting.device)
+
+    return PictureMetric(info=info, measure=lambda a, b: network(prepare(a), prepare(b)))

@@ -5,12 +5,18 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..images import tensor_to_pil
+
+Place = tuple[int, int]
+"""x, y in pixels."""
+Cell = str | tuple[str, str] | tuple[str, str, str]
+"""Text, what stands small below it, and a CSS class."""
 
 
 def page(title: str, sections: Sequence[str], *, style: str = "") -> str:
@@ -34,15 +40,33 @@ def page(title: str, sections: Sequence[str], *, style: str = "") -> str:
 """
 
 
-def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], foot: Sequence[str] = ()) -> str:
+def html_table(head: Sequence[str], rows: Sequence[Sequence[Cell]], foot: Sequence[str] = ()) -> str:
     """Escaped HTML table; the first column is left-aligned text, the others are figures."""
 
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+    def line(cells: Sequence[Cell], tag: str) -> str:
+        return f"<tr>{''.join(_cell(cell, tag) for cell in cells)}</tr>"
 
     body = "".join(line(row, "td") for row in rows)
     end = f"<tfoot>{line(foot, 'td')}</tfoot>" if foot else ""
     return f'<div class="wide"><table><thead>{line(head, "th")}</thead><tbody>{body}</tbody>{end}</table></div>'
+
+
+def _cell(cell: Cell, tag: str) -> str:
+    text, small, style = (cell, "", "") if isinstance(cell, str) else (*cell, "")[:3]
+    below = f"<small>{html.escape(small)}</small>" if small else ""
+    return f"<{tag}{f' class={style}' if style else ''}>{html.escape(text)}{below}</{tag}>"
+
+
+def html_list(lines: Sequence[str], style: str) -> str:
+    """Escaped list of a CSS class; "" without lines."""
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+    return f'<ul class="{style}">{items}</ul>' if items else ""
+
+
+def made_by(command: str, facts: dict[str, Any]) -> list[str]:
+    """The last section of a report: the command, and the machine it ran on."""
+    named = {name.replace("_", " "): value for name, value in facts.items()}
+    return ["<h2>How this was made</h2>", f"<pre>{html.escape(command)}</pre>", html_facts(named)]
 
 
 def html_facts(facts: dict[str, Any]) -> str:
@@ -56,6 +80,19 @@ def picture_uri(pixels: Tensor, kind: Literal["PNG", "WEBP"] = "PNG") -> str:
     buffer = io.BytesIO()
     tensor_to_pil(pixels).save(buffer, kind, **({"lossless": True} if kind == "WEBP" else {}))
     return f"data:image/{kind.lower()};base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def sheet(
+    size: tuple[int, int], labels: Iterable[tuple[Place, str]], pictures: Iterable[tuple[Place, Image.Image]]
+) -> Image.Image:
+    """One white picture of `size` = (width, height) with labels and pictures, each at (x, y) of its corner."""
+    made, font = Image.new("RGB", size, "white"), ImageFont.load_default(14)
+    draw = ImageDraw.Draw(made)
+    for place, text in labels:
+        draw.text(place, text.replace("×", "x").replace("÷", "/"), fill="black", font=font)  # which the font lacks
+    for place, picture in pictures:
+        made.paste(picture, place)
+    return made
 
 
 _STYLE = """

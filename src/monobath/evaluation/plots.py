@@ -8,7 +8,7 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -157,18 +157,17 @@ def _prepare(axes: Axes, points: Sequence[Point], x: Axis, y: Axis) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     ends = [end for p in points for end in (p.interval or ())]
-    for axis, given, values, room in (
-        (axes.xaxis, x, [p.x for p in points], 0.14),
-        (axes.yaxis, y, [*(p.y for p in points), *ends], 0.12),
+    for name, given, values, room in (
+        ("x", x, [p.x for p in points], 0.14),
+        ("y", y, [*(p.y for p in points), *ends], 0.12),
     ):
-        set_scale: Callable[[str], Any] = axes.set_xscale if axis is axes.xaxis else axes.set_yscale
-        set_limits: Callable[[float, float], Any] = axes.set_xlim if axis is axes.xaxis else axes.set_ylim
+        axis = getattr(axes, f"{name}axis")
         shown = [math.log10(v) for v in values if v > 0] if given.log else values
         low, high = min(shown), max(shown)
         margin = room * (high - low) or (0.3 if given.log else 0.05 * abs(high) or 1)
         low, high = low - margin, high + margin
-        set_scale("log" if given.log else "linear")
-        set_limits(10**low, 10**high) if given.log else set_limits(low, high)
+        limits = (10**low, 10**high) if given.log else (low, high)
+        axes.set(**{f"{name}scale": "log" if given.log else "linear", f"{name}lim": limits})
         if given.ticks:
             axis.set_major_locator(FixedLocator(list(given.ticks)))
         elif given.log:
@@ -200,10 +199,15 @@ def _draw_front(axes: Axes, front: Sequence[Point]) -> list[Place]:
 
 
 def _draw_series(axes: Axes, points: Sequence[Point]) -> None:
-    for series in dict.fromkeys(p.series for p in points if p.series):
-        joined = sorted((p for p in points if p.series == series), key=lambda p: p.x)
+    for joined in _series(points):
         colour = COLOURS[joined[0].group]
         axes.plot([p.x for p in joined], [p.y for p in joined], color=colour, linewidth=1.4, alpha=0.6)
+
+
+def _series(points: Sequence[Point]) -> Iterator[list[Point]]:
+    """The points of each series, in the order of x."""
+    for series in dict.fromkeys(p.series for p in points if p.series):
+        yield sorted((p for p in points if p.series == series), key=lambda p: p.x)
 
 
 def _place_labels(figure: Figure, axes: Axes, points: Sequence[Point], steps: Sequence[tuple[float, float]]) -> None:
@@ -240,8 +244,7 @@ def _place_labels(figure: Figure, axes: Axes, points: Sequence[Point], steps: Se
 def _segments(points: Sequence[Point], steps: Sequence[Place]) -> Iterator[tuple[Place, Place]]:
     """Ends of every straight piece of the front and of the joined series."""
     yield from itertools.pairwise(steps)
-    for series in {p.series for p in points if p.series}:
-        joined = sorted((p for p in points if p.series == series), key=lambda p: p.x)
+    for joined in _series(points):
         yield from itertools.pairwise((p.x, p.y) for p in joined)
 
 

@@ -1,14 +1,26 @@
-"""What is compared: a system that turns images into codes and back."""
+"""What is compared: a system that turns images into codes and back. Ours, and, by name, the peers."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from PIL import features
 from torch import Tensor, nn
+
+from .. import resources
+from ..autoencoders import Foreign, as_encoder
+from ..errors import UserError
+from ..models.frozen import ForeignEncoder
+from ..sampling import Noise
+from ..tokenizer import Tokenizer
+from ..words import count, did_you_mean
+
+T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
@@ -43,3 +55,177 @@ class System(ABC):
     @abstractmethod
     def decode(self, code: Code, seeds: Sequence[int]) -> Tensor:
         """Code → float images `(B, 3, H, W)` in [-1, 1], clipped. `seeds`: one a picture, for those that draw noise."""
+
+
+class TokenizerSystem(System):
+    """One of our tokenizers.
+
+    Args:
+        name: packaged weights, a path, or a Hub id.
+        steps: Euler steps; default: what the checkpoint was made for.
+        noise: "gaussian" or "zero"; default: what the checkpoint was made for.
+        encoder: of a model of foreign latents: what makes them; see `Tokenizer.attach_encoder`.
+    """
+
+    kind = "monobath"
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        steps: int | None = None,
+        noise: Noise | None = None,
+        encoder: Foreign | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if steps is not None and steps < 1:
+            raise UserError(f"steps is {steps}: sampling needs at least one step")
+        self.tokenizer = Tokenizer.from_pretrained(name, encoder=encoder, device=device, dtype=dtype)
+        sampler = self.tokenizer.config.sampler
+        self.steps = sampler.steps if steps is None else steps
+        self.noise: Noise = sampler.noise if noise is None else noise
+        packaged = resources.weights_path(name)
+        self.weights = name if packaged is None else packaged.name
+        # A curve over steps joins what differs in nothing else.
+        self.family = name if noise in (None, sampler.noise) else f"{name}, {noise} noise"
+        self.name = self.family if steps in (None, sampler.steps) else f"{self.family}, {count(steps, 'step')}"
+        self.encoder = _network(self.tokenizer)
+        self.decoder, self.device = self.tokenizer.decoder, self.tokenizer.device
+
+    def attach_encoder(self, encoder: Foreign) -> None:
+        """See `Tokenizer.attach_encoder`."""
+        self.encoder = _network(self.tokenizer.attach_encoder(encoder))
+
+    def encode(self, images: Tensor) -> Code:
+        """Float images `(B, 3, H, W)` in [-1, 1] → the posterior's mode."""
+        posterior = self.tokenizer.encode(images)
+        z = posterior.mode()
+        return Code(payload=z, size=posterior.size, bits=[16 * z[0].numel()] * len(z))
+
+    def decode(self, code: Code, seeds: Sequence[int]) -> Tensor:
+        """Latents → float images `(B, 3, H, W)` in [-1, 1]."""
+        return self.tokenizer.decode(code.payload, size=code.size, steps=self.steps, seed=list(seeds), noise=self.noise)
+
+
+def _network(tokenizer: Tokenizer) -> nn.Module | None:
+    """What encodes, for its parameters; None: no module, or there is nothing that encodes."""
+    encoder = tokenizer.encoder
+    if not isinstance(encoder, ForeignEncoder):
+        return encoder
+    return encoder.network if isinstance(encoder.network, nn.Module) else None
+
+
+def make_models(
+    names: Sequence[str],
+    steps: Sequence[int] | None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    encoder: str | None = None,
+) -> list[TokenizerSystem]:
+    """Tokenizers as systems, named briefly, each step count a system of its own.
+
+    Args:
+        names: packaged names, folders or Hub ids.
+        steps: sampler steps; None: what each was made for.
+        device: of the networks.
+        dtype: arithmetic.
+        encoder: KIND=WHERE: what makes the latents of models of foreign latents.
+
+    Raises:
+        UserError: an encoder that no model needs, or as `TokenizerSystem`.
+    """
+    labels = [_label(name) for name in names]
+    shared, used = None if encoder is None else as_encoder(encoder), False
+    systems: list[TokenizerSystem] = []
+    for name, label in zip(names, labels, strict=True):
+        for number in dict.fromkeys(steps) if steps else [None]:
+            system = TokenizerSystem(name, steps=number, device=device, dtype=dtype)
+            if shared is not None and system.tokenizer.config.encoder.family:
+                system.attach_encoder(shared)
+                used = True
+            if labels.count(label) == 1:
+                system.name = system.name.replace(name, label, 1)
+                system.family = system.family.replace(name, label, 1)
+            systems.append(system)
+    if shared is not None and not used:
+        raise UserError(f"--encoder {encoder}: {', '.join(names)} has an encoder of its own; leave it out")
+    return systems
+
+
+def _label(name: str) -> str:
+    """What tables call a model: a folder's own name, or its run's if that says more."""
+    path = Path(name)
+    if not path.exists():
+        return name
+    path = path.resolve()
+    return path.parent.name if path.name == "model" and path.parent.name else path.name
+
+
+@torch.no_grad()
+def make_baselines(systems: Sequence[System], size: int, bits: float | None, rates: Sequence[float]) -> list[System]:
+    """Bicubic, and the codecs at the first system's bits a pixel and at further rates; none that is there already.
+
+    Args:
+        systems: what is compared.
+        size: side of the pictures, in pixels.
+        bits: a pixel; None: the first system's.
+        rates: more of them.
+    """
+    if bits is None:
+        bits = systems[0].encode(torch.zeros(1, 3, size, size, device=systems[0].device)).bits[0] / size**2
+    from .codecs import FORMATS  # it imports this module
+
+    codecs = [codec for codec, found in FORMATS.items() if features.check(found.feature)]
+    specs = ["bicubic=8"] + [f"{codec}={rate:g}" for codec in codecs for rate in dict.fromkeys([bits, *rates])]
+    found = {system.name: system for system in (make_peer(spec, systems[0].device) for spec in specs)}
+    return [found[name] for name in found if name not in {system.name for system in systems}]
+
+
+PEERS = {
+    "kl": "diffusers' AutoencoderKL: a folder, a Hub id, or random",
+    "tiny": "diffusers' AutoencoderTiny: likewise",
+    "dc": "diffusers' AutoencoderDC: likewise",
+    "consistency": "diffusers' ConsistencyDecoderVAE: likewise",
+    "flux2": "diffusers' AutoencoderKLFlux2: likewise",
+    "taef2": "TAEF2: the folder with taef2_encoder.safetensors and taef2_decoder.safetensors",
+    "jpeg": "JPEG: bits a pixel",
+    "webp": "WebP: bits a pixel",
+    "avif": "AVIF: bits a pixel",
+    "bicubic": "scaling down and up: the factor",
+}
+"""Kinds of peers, and what follows the equals sign."""
+
+
+def make_peer(spec: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> System:
+    """`KIND=WHERE` → a system: `taef2=FOLDER`, `kl=FOLDER`, `kl=user/repository`, `kl=random`, `jpeg=1.0`, ….
+
+    Raises:
+        UserError: an unknown kind (the message names the nearest), or what the kind says about the rest.
+    """
+    # They import this module.
+    from .codecs import FORMATS, Bicubic, FileCodec
+    from .peers import DiffusersSystem, TaesdSystem
+
+    kind, _, where = spec.partition("=")
+    kind, where = kind.strip(), where.strip()
+    if kind not in PEERS:
+        hint = did_you_mean(kind, PEERS, f"choose {', '.join(PEERS)}", most=2)
+        raise UserError(f"peer {spec!r} is of an unknown kind: {hint}")
+    if not where:
+        raise UserError(f"peer {spec!r} lacks what follows {kind}=: {PEERS[kind]}")
+    if kind in FORMATS:
+        return FileCodec(kind, _number(float, spec))
+    if kind == "bicubic":
+        return Bicubic(_number(int, spec), device)
+    if kind == "taef2":
+        return TaesdSystem(kind, where, device, dtype)
+    return DiffusersSystem(kind, where, device, dtype)
+
+
+def _number(kind: Callable[[str], T], spec: str) -> T:
+    name, _, value = spec.partition("=")
+    try:
+        return kind(value.strip())
+    except ValueError:
+        raise UserError(f"peer {spec!r}: {value!r} is not a number as it should be ({PEERS[name.strip()]})") from None

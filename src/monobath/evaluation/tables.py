@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from ..words import count
 from .results import Estimate, Evaluation, MetricInfo, Speed, SystemResult
 
 NONE = "–"
@@ -129,8 +130,8 @@ def verdict(evaluation: Evaluation) -> list[str]:
     first, metrics = evaluation.systems[0], measured(evaluation)
     if not metrics:
         return ["No metric could be measured."]
-    count = f"{len(evaluation.names)} picture{'' if len(evaluation.names) == 1 else 's'}"
-    said = [f"Of {len(evaluation.systems)} systems on {count}, {_winners(evaluation, evaluation.systems)}."]
+    pictures = count(len(evaluation.names), "picture")
+    said = [f"Of {len(evaluation.systems)} systems on {pictures}, {_winners(evaluation, evaluation.systems)}."]
     frugal = [s for s in evaluation.systems if _no_more_bits(s, first)]
     if len(frugal) < len(evaluation.systems):
         bits = f"{first.bits_per_pixel:.2f} bits a pixel"
@@ -232,9 +233,9 @@ def number(value: float | None) -> str:
     return f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
 
 
-def parameters(count: int | None) -> str:
+def parameters(number: int | None) -> str:
     """A number of parameters, for people."""
-    return NONE if count is None else f"{count / 1e6:.2f} M"
+    return NONE if number is None else f"{number / 1e6:.2f} M"
 
 
 def decimals(estimates: Sequence[Estimate]) -> int:
@@ -258,3 +259,8 @@ def estimate_cell(estimate: Estimate | None, places: int, *, signed: bool = Fals
 
     has_width = math.isfinite(estimate.high - estimate.low) and estimate.high > estimate.low
     return text(estimate.value), f"{text(estimate.low)} to {text(estimate.high)}" if has_width else ""
+
+
+def decibels(value: float) -> str:
+    """A PSNR for people."""
+    return "identical" if math.isinf(value) else f"{value:.2f} dB"

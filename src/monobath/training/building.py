@@ -15,12 +15,12 @@ from ..decoders import PixelDecoder
 from ..decoders.taef2 import Taef2Decoder
 from ..errors import UserError
 from ..models.encoder import FAMILIES
+from ..models.identity import weights_sha256
 from ..models.loading import load_strictly
 from ..tokenizer import Tokenizer
 from . import checkpoints
 from .config import Recipe
 from .distillation import DistillationObjective, SampleCache
-from .latents import weights_sha256
 from .objectives import AutoencoderObjective
 from .retrofit import fit_to_latents, slim_to_latents
 from .scales import ScaleDistillation, ScalesObjective, UnionObjective

@@ -17,16 +17,16 @@ from torchvision.utils import make_grid
 
 from .. import flow
 from ..data import LatentDataset
-from ..data.latents import NO_LABELS
+from ..data.cache import NO_LABELS, check_encoder, open_cache
+from ..data.statistics import LatentMoments
 from ..errors import UserError
 from ..generation import Generator, GeneratorConfig
 from ..models.dit import DiTConfig
 from ..models.encoder import Posterior
 from ..tokenizer import Tokenizer
 from .config import Recipe
-from .latents import LatentMoments, check_encoder, open_cache
 from .objectives import Draws
-from .tasks import Place, Task
+from .tasks import Place, Task, crops_of
 
 _DROPPING = 1 << 31
 """Turns the seed of a batch into that of the classes that are dropped."""
@@ -68,7 +68,7 @@ class GenerationTask(Task):
     def __init__(self, recipe: Recipe, place: Place) -> None:
         super().__init__(recipe, place)
         ours, folder = recipe.generator, recipe.data.source[0]
-        cache = open_cache(recipe.data, seed=recipe.training.seed, train_encoder=False)
+        cache = open_cache(recipe.data.source, crops_of(recipe), memory=recipe.data.cache)
         if ours.conditional and not cache.labels:
             raise UserError(f"{folder} has no labels: {NO_LABELS}; or set generator.conditional to false")
         self.dataset = cache.for_generation(ours.classes)

@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import LatentDataset, PhotoDataset, StreamDataset, make_loader
+from ..data.cache import stored_moments
+from ..data.statistics import LatentMoments
 from ..decoders.taef2 import Taef2Decoder
 from ..images import to_float
 from ..models.blocks import Padding
 from ..models.encoder import Posterior
 from ..models.frozen import without_spread
 from ..tokenizer import Tokenizer
-from .latents import LatentMoments, stored_moments
 
 CROPS, POSITIONS = 32, 4096
 """Of the run's first crops, at least so many are looked at, and so many latent positions."""

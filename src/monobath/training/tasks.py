@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
-from ..data import LatentDataset, PhotoDataset, StreamDataset, iterate_eval, make_dataset
+from ..data import Crops, LatentDataset, PhotoDataset, StreamDataset, iterate_eval, make_dataset
+from ..data.cache import check_encoder, open_cache, stored_moments
 from ..errors import UserError
 from ..images import to_float
 from ..tokenizer import TokenizerConfig
 from .building import make_objective, make_samples, make_tokenizer
 from .config import Recipe
-from .latents import check_encoder, open_cache, stored_moments
 from .objectives import Draws
 
 
@@ -104,12 +104,14 @@ class TokenizerTask(Task):
         super().__init__(recipe, place)
         data, training = recipe.data, recipe.training
         if data.latents:
-            self.dataset = open_cache(data, seed=training.seed, train_encoder=training.train_encoder, windows=True)
+            if training.train_encoder:
+                raise UserError(
+                    "data.latents is true with training.train_encoder true: cached latents are those of a frozen "
+                    "encoder; set training.train_encoder to false, or data.latents to false"
+                )
+            self.dataset = open_cache(data.source, crops_of(recipe), memory=data.cache, windows=True)
         else:
-            self.dataset = make_dataset(
-                data.source, size=data.size, scale=(data.scale[0], data.scale[1]), flip=data.flip, seed=training.seed,
-                max_pixels=data.max_pixels, min_side=data.min_side, cache=data.cache,
-            )  # fmt: skip
+            self.dataset = make_dataset(data.source, crops_of(recipe), cache=data.cache)
         self.examples = self._examples() if place.main and training.sample_every else None
 
     def build(self) -> None:
@@ -167,10 +169,7 @@ class TokenizerTask(Task):
     def _examples(self) -> Tensor:
         """uint8 `(n, 3, size, size)`: what the sample grids show."""
         data = self.recipe.data
-        fixed = make_dataset(
-            data.validation or data.source, size=data.size, augment=False, max_pixels=data.max_pixels,
-            min_side=data.min_side,
-        )  # fmt: skip
+        fixed = make_dataset(data.validation or data.source, crops_of(self.recipe).centred())
         parts = iterate_eval(fixed, batch_size=8, limit=self.recipe.training.samples)
         return torch.cat([part["image"] for part in parts])
 
@@ -179,6 +178,15 @@ class TokenizerTask(Task):
             return (len(x), moments.shape[1] // 2, *moments.shape[2:])
         encoder = self.recipe.model.encoder
         return (len(x), encoder.latent_channels, x.shape[2] // encoder.factor, x.shape[3] // encoder.factor)
+
+
+def crops_of(recipe: Recipe) -> Crops:
+    """The crops that a recipe trains on."""
+    data = recipe.data
+    return Crops(
+        size=data.size, scale=(data.scale[0], data.scale[1]), flip=data.flip, seed=recipe.training.seed,
+        max_pixels=data.max_pixels, min_side=data.min_side,
+    )  # fmt: skip
 
 
 def same_model(task: Task, before: Any) -> bool:

@@ -1,27 +1,27 @@
-"""`monobath reconstruct --progressive`: every stage's picture is written as soon as it exists."""
+"""Previews of a multi-scale decoder: every stage's picture is written as soon as it exists."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from ..errors import UserError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..tokenizer import Tokenizer
+from ..files import write_file
+from ..images import tensor_to_pil
+from ..tokenizer import Tokenizer
 
 
 def check_progressive(tokenizer: Tokenizer, model: str) -> None:
-    """Refuse what --progressive cannot do.
+    """Refuse what previews cannot be had with.
 
     Raises:
-        UserError: the model has one scale, or --engine is given.
+        UserError: the model has one stage, or --engine is given.
     """
     if tokenizer.config.decoder.stages == 1:
-        raise UserError(f"--progressive needs a multi-scale model, and {model} has one scale: leave it out")
+        raise UserError(f"--progressive needs a multi-scale model, and {model} has one stage: leave it out")
     if tokenizer.decoder.fixed is not None:
         raise UserError("--engine with --progressive: engines run one step at full resolution; leave one of them out")
 
@@ -33,8 +33,6 @@ def with_previews(tokenizer: Tokenizer, target: Path, taken: set[Path]) -> Calla
         taken: resolved paths that no preview may have: the inputs, all finished pictures, and previews so far, to
             which this picture's are added.
     """
-    from ..files import write_file
-    from ..images import tensor_to_pil
 
     def decode(z: Tensor, **options: Any) -> Tensor:
         last = tokenizer.config.decoder.stages - 1

@@ -1,4 +1,4 @@
-"""The verbs `import-ssdd`, `stats` and `cache-latents`: foreign weights, and latents of whole data sets."""
+"""The verbs `import-ssdd`, `stats` and `cache-latents`, which prepare models and latents for others."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from ..words import count
 from .shared import (
     MAX_PIXELS,
     DType,
-    count,
+    check_options,
     explained,
     lasting_name,
     load_tokenizer,
     out_folder,
+    print_table,
     read_encoder,
-    show,
     write,
 )
 
@@ -93,16 +94,14 @@ def stats(
         max_pixels: Larger pictures are left out, in pixels.
         device: cpu, cuda, cuda:1 …; auto: a GPU if there is one.
     """
-    _at_least(1, size=size, limit=limit, batch=batch)
-    _at_least(0, workers=workers)
+    check_options(1, size=size, limit=limit, batch=batch)
+    check_options(0, workers=workers)
     if out is not None and in_place:
         raise UserError(f"--out {out} and --in_place contradict one another: give one of them")
     folder = None if out is None else out_folder(out)
     if folder is not None and (folder / "model.safetensors").exists():
         raise UserError(f"--out {out} holds a model already: choose a new folder, or --in_place for the model's own")
-    from rich.table import Table
-
-    from ..training.latents import check_writable, latent_statistics, store_statistics
+    from ..data.statistics import check_writable, latent_statistics, store_statistics
 
     if in_place:
         folder = check_writable(model)
@@ -112,14 +111,9 @@ def stats(
             tokenizer, data, size=size, limit=limit, batch_size=batch, workers=workers, max_pixels=max_pixels,
             progress=progress,
         )  # fmt: skip
-    table = Table("latents", "mean", "std")
-    for column in table.columns[1:]:
-        column.justify = "right"
     rows = [("all", statistics.overall_mean, statistics.overall_std)]
     rows += [(f"channel {i}", *v) for i, v in enumerate(zip(statistics.mean, statistics.std, strict=True))]
-    for name, mean, std in rows:
-        table.add_row(name, f"{mean:.6f}", f"{std:.6f}")
-    show(table)
+    print_table(("latents", "mean", "std"), [(name, f"{mean:.6f}", f"{std:.6f}") for name, mean, std in rows])
     write(
         f"{count(statistics.pictures, 'picture')} at {size}²; std² = variance of posterior means + mean of posterior "
         f"variances\nshift_factor {statistics.overall_mean:.6f}, scaling_factor {1 / statistics.overall_std:.6f}\n"
@@ -176,14 +170,16 @@ def cache_latents(
         device: cpu, cuda, cuda:1 …; auto: a GPU if there is one.
         dtype: Arithmetic of the encoder.
     """
-    _at_least(1, size=size, copies=copies, batch=batch)
-    _at_least(0, workers=workers)
+    check_options(1, size=size, copies=copies, batch=batch)
+    check_options(0, workers=workers)
     if scale is not None and len(scale) != 2:
         raise UserError(f"--scale is {' '.join(map(str, scale))}: give two lengths, LOW HIGH")
     folder = out_folder(out)
     import torch
 
-    from ..training.latents import cache_latents as write_cache
+    from ..data import Crops
+    from ..data.encoding import Caching
+    from ..data.encoding import cache_latents as write_cache
 
     source: Tokenizer | ForeignEncoder
     if encoder is not None and model is None:
@@ -192,20 +188,17 @@ def cache_latents(
         name = model or "default"
         source = load_tokenizer(name, device, "float32", encoder)
     with _progress("crops") as progress:
-        facts = write_cache(
-            source, data, folder, size=size, scale=None if scale is None else (scale[0], scale[1]), copies=copies,
-            seed=seed, flip=not no_flip, shard_mb=shard_mb, batch_size=batch, workers=workers, max_pixels=max_pixels,
-            min_side=min_side, model=lasting_name(name), dtype=getattr(torch, dtype), labels=labels,
-            progress=progress,
+        crops = Crops(
+            size=size, scale=None if scale is None else (scale[0], scale[1]), flip=not no_flip, seed=seed,
+            max_pixels=max_pixels, min_side=min_side,
         )  # fmt: skip
-    crops, pictures, shards = facts.pictures * facts.copies, facts.pictures, facts.shards
-    write(f"{count(crops, 'crop')} of {count(pictures, 'picture')} in {count(shards, 'shard')}: {folder}\n")
-
-
-def _at_least(least: int, **options: int | None) -> None:
-    for name, value in options.items():
-        if value is not None and value < least:
-            raise UserError(f"--{name} is {value}: it must be at least {least}")
+        options = Caching(
+            copies=copies, labels=labels, model=lasting_name(name), shard_mb=shard_mb, batch_size=batch,
+            workers=workers, dtype=getattr(torch, dtype), progress=progress,
+        )  # fmt: skip
+        facts = write_cache(source, data, folder, crops, options)
+    made, pictures, shards = facts.pictures * facts.copies, facts.pictures, facts.shards
+    write(f"{count(made, 'crop')} of {count(pictures, 'picture')} in {count(shards, 'shard')}: {folder}\n")
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Cached latents: crops with what the encoder made of them, as webdataset shards.
 
-A cache is a folder that `monobath cache-latents` writes (`training/latents.py` does the encoding):
+A cache is a folder that `monobath cache-latents` writes (`encoding.py` does the encoding):
 
     latents.json            what made it: encoder, crops, counts
     latents-000000.tar …    a sample is N.webp (the crop, lossless), N.moments.npy (float16 `(2c, h, w)`, mean and
@@ -18,7 +18,7 @@ import dataclasses
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..errors import UserError
-from ..files import write_file
-from .dataset import Item
+from ..models.encoder import EncoderConfig
+from ..models.frozen import ForeignEncoder, without_spread
+from ..models.identity import weights_sha256
+from .pictures import Crops, Item
 from .sources import Sample, SampleReader, Source, is_remote, parse_label
 
 FORMAT = "monobath-latents-1"
@@ -47,7 +49,7 @@ class CacheFacts:
     encoder: dict[str, Any]
     """The encoder's configuration."""
     encoder_sha256: str
-    """Of the encoder's weights: see `training.latents.weights_sha256`."""
+    """Of the encoder's weights: see `models.identity.weights_sha256`."""
     model: str
     """What the user called the model."""
     dtype: str
@@ -103,12 +105,6 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"latents-{number:06d}.tar"
 
 
-def write_facts(folder: Path, facts: CacheFacts) -> None:
-    """Write `latents.json`, atomically."""
-    text = json.dumps({"format": FORMAT, **dataclasses.asdict(facts)}, indent=2, ensure_ascii=False) + "\n"
-    write_file(folder / FACTS_FILE, lambda partial: partial.write_text(text, encoding="utf-8"))
-
-
 def read_facts(folder: Path) -> CacheFacts | None:
     """What `latents.json` says, or None where there is none.
 
@@ -125,43 +121,6 @@ def read_facts(folder: Path) -> CacheFacts | None:
         return CacheFacts(**values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is corrupt or of another version ({error}): write the cache anew") from None
-
-
-def write_shard(path: Path, samples: Iterable[tuple[int, Tensor, Tensor, dict[str, Any]]]) -> None:
-    """Write a shard, atomically and the same to the byte for the same samples.
-
-    Args:
-        path: of the `.tar` file.
-        samples: (number, crop uint8 `(3, size, size)`, moments `(2c, h, w)` to be stored in half precision, facts);
-            the fact "label", if there is one, is also written as webdataset has it, in N.cls.
-
-    Raises:
-        UserError: the file cannot be written, or the webdataset package is missing.
-    """
-    try:
-        from webdataset import TarWriter
-    except ImportError:
-        raise UserError("writing shards needs webdataset: pip install 'monobath[train]'") from None
-
-    def write(partial: Path) -> None:
-        with open(partial, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
-            for number, crop, moments, facts in samples:
-                picture, array = io.BytesIO(), io.BytesIO()
-                # Effort 0 of 6 costs a tenth of the time of the default, for files 8 % larger.
-                Image.fromarray(crop.permute(1, 2, 0).numpy()).save(picture, "WEBP", lossless=True, quality=0, method=0)
-                np.save(array, moments.half().numpy())
-                label = {"cls": str(facts["label"]).encode()} if "label" in facts else {}
-                tar.write(
-                    {
-                        "__key__": f"{number:09d}",
-                        "webp": picture.getvalue(),
-                        "moments.npy": array.getvalue(),
-                        "json": json.dumps(facts, ensure_ascii=False).encode(),
-                        **label,
-                    }
-                )
-
-    write_file(path, write)
 
 
 class LatentDataset(Dataset[Item]):
@@ -369,3 +328,63 @@ def _index(folder: Path, facts: CacheFacts) -> np.ndarray:
                 "monobath cache-latents command again"
             )
     return found
+
+
+# ---- training from it -------------------------------------------------------------------------------------------
+
+
+def open_cache(source: Source, crops: Crops, *, memory: bool = False, windows: bool = False) -> LatentDataset:
+    """The data set of a recipe with `data.latents`.
+
+    Args:
+        crops: what the recipe asks for.
+        memory: keep every decoded sample in memory.
+        windows: the cached crops may be larger than `crops.size`: then the items are windows of them.
+
+    Raises:
+        UserError: no finished cache, or one of other crops.
+    """
+    dataset = LatentDataset(source, seed=crops.seed, cache=memory)
+    larger = windows and crops.size < dataset.facts.size and crops.size % dataset.facts.factor == 0
+    if larger:
+        dataset.window = crops.size
+    asked = {"size": crops.size, "scale": list(crops.lengths), "flip": crops.flip}
+    for name in ("scale", "flip") if larger else asked:
+        ours, theirs = asked[name], getattr(dataset.facts, name)
+        if ours != theirs:
+            raise UserError(
+                f"data.{name} is {ours}, but {dataset.folders[0]} holds crops of {name} {theirs}: "
+                f'add --data.{name} "{json.dumps(theirs)}", or cache others'
+            )
+    return dataset
+
+
+def stored_moments(batch: Mapping[str, Tensor]) -> Tensor | None:
+    """Moments `(B, 2c, h, w)` that a batch of a cache has, or those of its features; None: it is of pictures alone."""
+    if "features" in batch:
+        return without_spread(batch["features"])
+    return batch.get("moments")
+
+
+def check_encoder(dataset: LatentDataset, encoder: nn.Module) -> None:
+    """Refuse latents of another encoder. Without one, training from a cache needs none: then factor and channels count.
+
+    Raises:
+        UserError: the hashes differ; the message names both, and the remedy.
+    """
+    facts = dataset.facts
+    if isinstance(encoder, ForeignEncoder) and encoder.network is None:
+        cached = EncoderConfig(**facts.encoder)
+        if (cached.name, cached.family) != (encoder.config.name, encoder.config.family):
+            raise UserError(
+                f"{dataset.folders[0]} holds latents of {cached.title}, but this run's are of {encoder.config.title}: "
+                "choose another cache"
+            )
+        return
+    own = weights_sha256(encoder)
+    if own != facts.encoder_sha256:
+        raise UserError(
+            f"{dataset.folders[0]} holds latents of the encoder {facts.encoder_sha256[:12]} "
+            f"({facts.model or 'of an unnamed model'}), but this run's encoder is {own[:12]}: start from that model "
+            "(init), or run monobath cache-latents with the model this run starts from"
+        )

@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .. import resources
+from ..devices import synchronize
 from ..errors import UserError
 from ..images import open_image, pil_to_tensor, to_float
-from .results import Speed
+from .results import Evaluation, Speed
 from .system import System
 
 Work = Callable[[], object]
@@ -49,6 +50,12 @@ class Timing:
             return self.times[0], self.times[0]
         low, _, high = statistics.quantiles(self.times, n=4, method="inclusive")
         return low, high
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Median and quartiles by the names that results have for them."""
+        low, high = self.quartiles
+        return {"ms": self.median, "ms_low": low, "ms_high": high}
 
 
 def measure(
@@ -119,11 +126,11 @@ def peak_memory(work: Work, device: torch.device) -> float | None:
     """
     with torch.no_grad():
         if device.type == "cuda":
-            torch.cuda.synchronize(device)
+            synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
             work()
-            torch.cuda.synchronize(device)
+            synchronize(device)
             return (torch.cuda.max_memory_allocated(device) - before) / 1e6
         before_call = _reset_peak() if device.type == "cpu" else None
         work()
@@ -179,7 +186,7 @@ def system_speeds(
         x = images[torch.arange(batch) % len(images)]
         for part in parts:
             works: dict[str, Work] = {}
-            costs: dict[str, tuple[float | None, float | None]] = {}
+            costs: dict[str, dict[str, float | None]] = {}
             for system in systems:
                 if progress is not None:
                     progress(f"{system.name}: {part} {batch} × {size[0]} × {size[1]}")
@@ -187,23 +194,28 @@ def system_speeds(
                 works[system.name]()
                 gflop, peak = profile(works[system.name], system.device)
                 network = system.encoder if part == "encode" else system.decoder
-                costs[system.name] = (gflop if network is not None else None, peak)
+                costs[system.name] = {"gflop": None if network is None else gflop, "peak_mb": peak}
             device = next((s.device for s in systems if s.device.type != "cpu"), None)
             for name, timing in measure(works, repeats=repeats, warmup=0, device=device).items():
-                found[name].append(
-                    Speed(
-                        part=part,
-                        size=size,
-                        batch=batch,
-                        ms=timing.median,
-                        ms_low=timing.quartiles[0],
-                        ms_high=timing.quartiles[1],
-                        repeats=repeats,
-                        gflop=costs[name][0],
-                        peak_mb=costs[name][1],
-                    )
-                )
+                facts: dict[str, Any] = {**timing.figures, **costs[name]}
+                found[name].append(Speed(part=part, size=size, batch=batch, repeats=repeats, **facts))
     return found
+
+
+def add_speeds(
+    evaluations: Iterable[Evaluation],
+    systems: Sequence[System],
+    batches: Sequence[int],
+    *,
+    repeats: int,
+    progress: Callable[[str], None] | None = None,
+) -> None:
+    """Measure the systems at the size of each evaluation, and put the figures into it; arguments as `system_speeds`."""
+    for evaluation in evaluations:
+        size = (evaluation.size, evaluation.size)
+        speeds = system_speeds(systems, size, batches, repeats=repeats, progress=progress)
+        for result in evaluation.systems:
+            result.speed = speeds[result.name]
 
 
 def _work(system: System, part: Part, x: Tensor) -> Work:
@@ -233,11 +245,3 @@ def conditions(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "memory_format": "contiguous",
         "tf32": device.type == "cuda" and torch.backends.cudnn.allow_tf32,
     }
-
-
-def synchronize(device: torch.device | None) -> None:
-    """Wait for the device's queue; nothing to do on a CPU."""
-    if device is not None and device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device is not None and device.type == "mps":
-        torch.mps.synchronize()

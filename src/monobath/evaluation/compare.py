@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data import PhotoDataset, Source, StreamDataset, iterate_eval, make_dataset
-from ..data.dataset import Item
+from ..data import Crops, PhotoDataset, Source, StreamDataset, iterate_eval, make_dataset
+from ..data.pictures import Item
 from ..data.transforms import centre, mix_seed
 from ..errors import UserError
 from ..images import to_float, to_uint8
 from . import processes
+from .facts import machine
 from .frechet import Gaussian, HalfSampled, frechet_distance
 from .metrics import CHANNELS, RESAMPLES, ChannelMetric, Metric, PictureMetric, SetMetric, load_metrics
-from .report import machine
 from .results import Channel, Estimate, Evaluation, SystemResult
 from .system import System
 
@@ -45,86 +45,83 @@ class Kept:
     """By system name: uint8 `(n, 3, H, W)`, on the CPU."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How systems are compared."""
+
+    size: int
+    """The centre size × size of each picture is what systems encode and decode."""
+    short_side: int | None = None
+    """What the short side is resized to before, bicubic with antialias; default: size."""
+    metrics: Sequence[str | Metric] | None = None
+    """Keys of `METRICS`, or metrics of your own; None: all that can be had without a download."""
+    limit: int | None = None
+    """At most so many pictures."""
+    batch_size: int = 8
+    """Pictures at once, in one process."""
+    num_workers: int = 0
+    """Processes that decode pictures; 0: this one does."""
+    seed: int = 0
+    """Of noise (for a picture: seed + its index), crops, half-samples, bootstrap and kept pictures."""
+    keep: int = 16
+    """How many pictures to return."""
+    progress: Progress | None = None
+    """Called after every batch."""
+    command: str = ""
+    """What led here, for the record."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.keep < 1 or (self.limit is not None and self.limit < 1):
+            raise UserError(f"batch_size={self.batch_size}, keep={self.keep} and limit={self.limit} must be at least 1")
+        if self.resized < self.size:
+            raise UserError(
+                f"short_side={self.resized} holds no square of size={self.size}: it must be at least as long"
+            )
+
+    @property
+    def resized(self) -> int:
+        """Length of the short side before cropping."""
+        return self.size if self.short_side is None else self.short_side
+
+
 @torch.no_grad()
-def evaluate(
-    systems: Sequence[System],
-    data: Source,
-    *,
-    size: int,
-    short_side: int | None = None,
-    metrics: Sequence[str | Metric] | None = None,
-    limit: int | None = None,
-    batch_size: int = 8,
-    num_workers: int = 0,
-    seed: int = 0,
-    keep: int = 16,
-    progress: Progress | None = None,
-    command: str = "",
-) -> tuple[Evaluation, Kept]:
+def evaluate(systems: Sequence[System], data: Source, settings: Settings) -> tuple[Evaluation, Kept]:
     """Compare systems side by side on the same pictures; outputs are quantised to 8 bit before any metric.
 
     Args:
         systems: of different names. The first is the one that differences are taken from, so it has none itself;
             metrics are computed on its device.
         data: pictures, as `data.make_dataset` takes them; unusable ones are left out and counted.
-        size: the centre size × size of each picture is what systems encode and decode.
-        short_side: what the short side is resized to before, bicubic with antialias; default: size.
-        metrics: keys of `METRICS`, or metrics of your own; None: all that can be had without a download.
-        limit: at most so many pictures.
-        batch_size: pictures at once, in one process.
-        num_workers: processes that decode pictures; 0: this one does.
-        seed: of noise (for a picture: seed + its index), crops, half-samples, bootstrap and kept pictures.
-        keep: how many pictures to return.
-        progress: called after every batch.
-        command: that led here, for the record.
+        settings: size, metrics and the like.
 
     Returns:
         (results, kept pictures), the same on every process. `SystemResult.speed` is left empty.
 
     Raises:
-        UserError: no system, equal names, a short side below the size, too few pictures, an unknown metric, or a
-            system that gives NaN or infinity.
+        UserError: no system, equal names, too few pictures, an unknown metric, or a system that gives NaN or infinity.
     """
     start = time.perf_counter()
     names = [system.name for system in systems]
     if not systems or len(set(names)) < len(names):
         raise UserError(f"systems are {names}: give at least one, each with a name of its own")
-    if batch_size < 1 or keep < 1 or (limit is not None and limit < 1):
-        raise UserError(f"batch_size={batch_size}, keep={keep} and limit={limit} must be at least 1")
-    short_side = size if short_side is None else short_side
-    if short_side < size:
-        raise UserError(f"short_side={short_side} holds no square of size={size}: it must be at least as long")
-    infos, loaded = load_metrics(metrics, device=systems[0].device, seed=seed)
-    dataset = make_dataset(data, size=short_side, augment=False)
-    comparison = _Comparison(
-        dataset=dataset,
-        size=size,
-        of_pictures=[metric for metric in loaded if isinstance(metric, PictureMetric)],
-        of_channels=[metric for metric in loaded if isinstance(metric, ChannelMetric)],
-        of_sets=[metric for metric in loaded if isinstance(metric, SetMetric)],
-        device=systems[0].device,
-        limit=limit,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        seed=seed,
-        keep=keep,
-        progress=progress,
-    )
+    infos, loaded = load_metrics(settings.metrics, device=systems[0].device, seed=settings.seed)
+    dataset = make_dataset(data, Crops(size=settings.resized, augment=False))
+    comparison = _Comparison(dataset, settings, loaded, systems[0].device)
     passes = [comparison.measure(system) for system in systems]
     first = passes[0]
-    for system, found in zip(systems, passes, strict=True):
+    for name, found in zip(names, passes, strict=True):
         if found.names != first.names:
-            raise UserError(f"{data} gave other pictures to {system.name} than to {names[0]}: use a fixed set of files")
+            raise UserError(f"{data} gave other pictures to {name} than to {names[0]}: use a fixed set of files")
     for metric in comparison.of_sets:
         comparison.state_sample(metric, dict(zip(names, passes, strict=True)))
     return Evaluation(
-        command=command,
+        command=settings.command,
         data=str(data) if isinstance(data, (str, PathLike)) else " ".join(map(str, data)),
-        size=size,
-        short_side=short_side,
+        size=settings.size,
+        short_side=settings.resized,
         names=first.names,
         metrics=infos,
-        systems=[_result(s, f, first, size, seed) for s, f in zip(systems, passes, strict=True)],
+        systems=[_result(s, found, first, settings) for s, found in zip(systems, passes, strict=True)],
         machine=machine(systems[0].device),
         seconds=time.perf_counter() - start,
         skipped=dataset.skipped_count,
@@ -143,8 +140,8 @@ class _Row:
     position: int
     name: str
     bits: int
-    figures: dict[str, float]
-    channels: dict[str, list[float]]
+    figures: dict[str, float | list[float]]
+    """By metric key; a list where the metric is of channels."""
 
 
 @dataclass(kw_only=True)
@@ -172,47 +169,39 @@ class _Pass:
         return [row.name for row in self.rows]
 
 
-@dataclass(kw_only=True)
 class _Comparison:
     """What the passes of all systems share."""
 
-    dataset: PhotoDataset | StreamDataset
-    size: int
-    of_pictures: list[PictureMetric]
-    of_channels: list[ChannelMetric]
-    of_sets: list[SetMetric]
-    device: torch.device
-    limit: int | None
-    batch_size: int
-    num_workers: int
-    seed: int
-    keep: int
-    progress: Progress | None
-    originals: dict[str, list[Gaussian]] = field(default_factory=dict)
-    """By key of a set's metric: features of the originals, whole set and half-samples; found in the first pass."""
+    def __init__(
+        self, dataset: PhotoDataset | StreamDataset, settings: Settings, metrics: Sequence[Metric], device: torch.device
+    ) -> None:
+        self.dataset, self.settings, self.device = dataset, settings, device
+        self.of_pictures: list[PictureMetric | ChannelMetric] = [m for m in metrics if isinstance(m, PictureMetric)]
+        self.of_pictures += [m for m in metrics if isinstance(m, ChannelMetric)]
+        self.of_sets = [metric for metric in metrics if isinstance(metric, SetMetric)]
+        self.originals: dict[str, list[Gaussian]] = {}
+        """By key of a set's metric: features of the originals, whole set and half-samples; found in the first pass."""
 
     def measure(self, system: System) -> _Pass:
         """One system, over all pictures and processes."""
-        found = _Pass()
+        found, seed = _Pass(), self.settings.seed
         outputs = {metric.info.key: self._statistics(metric) for metric in self.of_sets}
         references = {} if self.originals else {metric.info.key: self._statistics(metric) for metric in self.of_sets}
         for start, batch in self._batches(system):
             names, indices = batch["name"], batch["index"].tolist()
             positions = range(start, start + len(names))
-            images = centre(batch["image"], self.size)
-            output, bits = _reconstruct(system, images, names, [self.seed + index for index in indices])
+            images = centre(batch["image"], self.settings.size)
+            output, bits = _reconstruct(system, images, names, [seed + index for index in indices])
             original, output = images.to(self.device), output.to(self.device)
             figures = {m.info.key: m.measure(output, original).tolist() for m in self.of_pictures}
-            channels = {m.info.key: m.measure(output, original).tolist() for m in self.of_channels}
             for metric in self.of_sets:
                 outputs[metric.info.key].update(metric.features(output, indices), positions)
                 if references:
                     references[metric.info.key].update(metric.features(original, indices), positions)
             for i, (position, name) in enumerate(zip(positions, names, strict=True)):
                 row = {key: values[i] for key, values in figures.items()}
-                signed = {key: values[i] for key, values in channels.items()}
-                found.rows.append(_Row(position=position, name=name, bits=bits[i], figures=row, channels=signed))
-                draw = mix_seed(5, self.seed, indices[i])
+                found.rows.append(_Row(position=position, name=name, bits=bits[i], figures=row))
+                draw = mix_seed(5, seed, indices[i])
                 pair = {"original": original[i].to("cpu", copy=True), "output": output[i].to("cpu", copy=True)}
                 found.samples.append(_Sample(draw=draw, position=position, name=name, **pair))
             found.samples = self._lowest(found.samples)
@@ -244,25 +233,24 @@ class _Comparison:
 
     def _batches(self, system: System) -> Iterator[tuple[int, Item]]:
         """This process's batches, each with the position of its first picture among the usable ones."""
+        limit, size = self.settings.limit, self.settings.batch_size
         total = len(self.dataset) if isinstance(self.dataset, PhotoDataset) else None
-        if total is not None and self.limit is not None:
-            total = min(total, self.limit)
-        stream = iterate_eval(
-            self.dataset, batch_size=self.batch_size, num_workers=self.num_workers, limit=self.limit
-        )  # fmt: skip
+        if total is not None and limit is not None:
+            total = min(total, limit)
+        stream = iterate_eval(self.dataset, batch_size=size, num_workers=self.settings.num_workers, limit=limit)
         for number, batch in enumerate(stream):
-            start = number * self.batch_size
+            start = number * size
             if number % processes.world_size() == processes.rank():
                 yield start, batch
-            if self.progress and processes.is_main():
-                self.progress(system.name, start + len(batch["name"]), total)
+            if self.settings.progress and processes.is_main():
+                self.settings.progress(system.name, start + len(batch["name"]), total)
 
     def _statistics(self, metric: SetMetric) -> HalfSampled:
         device = self.device if self.device.type == "cuda" else torch.device("cpu")  # others may lack float64
-        return HalfSampled(metric.dim, seed=self.seed, device=device)
+        return HalfSampled(metric.dim, seed=self.settings.seed, device=device)
 
     def _lowest(self, samples: list[_Sample]) -> list[_Sample]:
-        return sorted(samples, key=lambda sample: (sample.draw, sample.position))[: self.keep]
+        return sorted(samples, key=lambda sample: (sample.draw, sample.position))[: self.settings.keep]
 
 
 def mean_estimate(values: Sequence[float] | np.ndarray, seed: int = 0) -> Estimate:
@@ -309,42 +297,43 @@ def _reconstruct(system: System, images: Tensor, names: list[str], seeds: list[i
     return to_uint8(output), code.bits
 
 
-def _result(system: System, found: _Pass, first: _Pass, size: int, seed: int) -> SystemResult:
+def _result(system: System, found: _Pass, first: _Pass, settings: Settings) -> SystemResult:
     result = SystemResult(
         name=system.name,
         kind=system.kind,
         weights=system.weights,
         family=system.family,
         steps=system.steps,
-        bits_per_pixel=float(np.mean([row.bits for row in found.rows])) / size**2,
+        bits_per_pixel=float(np.mean([row.bits for row in found.rows])) / settings.size**2,
         encoder_parameters=_parameters(system.encoder),
         decoder_parameters=_parameters(system.decoder),
     )
+    seed = settings.seed
     for key in found.rows[0].figures:
-        values = [row.figures[key] for row in found.rows]
-        result.pictures[key] = values
-        result.figures[key] = mean_estimate(values, seed)
+        own, others = (np.array([row.figures[key] for row in each.rows]) for each in (found, first))
+        signed = own.ndim == 2
+        if signed:
+            result.channels[key] = {
+                name: Channel(mean=mean_estimate(values, seed), pictures=values)
+                for name, values in zip(CHANNELS, own.T.tolist(), strict=True)
+            }
+            own, others = _largest_channel(own), _largest_channel(others)
+        else:
+            result.pictures[key] = own.tolist()
+        estimate = mean_estimate(own, seed)
+        result.figures[key] = _from_zero(estimate) if signed else estimate
         if found is not first:
-            gaps = [row.figures[key] - other.figures[key] for row, other in zip(found.rows, first.rows, strict=True)]
-            result.differences[key] = mean_estimate(gaps, seed)
-    for key in found.rows[0].channels:
-        of_channels = np.array([row.channels[key] for row in found.rows])
-        result.channels[key] = {
-            name: Channel(mean=mean_estimate(values, seed), pictures=values)
-            for name, values in zip(CHANNELS, of_channels.T.tolist(), strict=True)
-        }
-        largest = _largest_channel(of_channels)
-        estimate = mean_estimate(largest, seed)
-        result.figures[key] = dataclasses.replace(estimate, low=max(0.0, estimate.low))
-        if found is not first:
-            others = _largest_channel(np.array([row.channels[key] for row in first.rows]))
-            result.differences[key] = mean_estimate(largest - others, seed)
+            result.differences[key] = mean_estimate(own - others, seed)
     for key, distances in found.distances.items():
-        estimate = half_sample_estimate(distances)
-        result.figures[key] = dataclasses.replace(estimate, low=max(0.0, estimate.low))
+        result.figures[key] = _from_zero(half_sample_estimate(distances))
         if found is not first:
             result.differences[key] = half_sample_estimate(distances - first.distances[key])
     return result
+
+
+def _from_zero(estimate: Estimate) -> Estimate:
+    """The estimate of a figure that is never negative, nor is its interval."""
+    return dataclasses.replace(estimate, low=max(0.0, estimate.low))
 
 
 def _largest_channel(values: np.ndarray) -> np.ndarray:

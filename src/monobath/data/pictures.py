@@ -16,6 +16,7 @@ import random
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from itertools import count, islice
 from typing import Any
 
@@ -36,7 +37,7 @@ from .sources import (
     picture_extension,
     remote_urls,
 )
-from .transforms import center_crop, check_crop, mix_seed, random_crop, sample_generator, shrink
+from .transforms import center_crop, mix_seed, random_crop, sample_generator, shrink
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ REASONS = ("", "unreadable", "too large", "tiny")
 Item = dict[str, Any]
 
 
-class _Unusable(Exception):
+class Unusable(Exception):
     """A picture that is to be skipped."""
 
     def __init__(self, code: int, message: str) -> None:
@@ -54,49 +55,96 @@ class _Unusable(Exception):
         self.code = code
 
 
-class _Pictures:
-    """What map-style and streamed datasets share: settings, decoding, cropping."""
+@dataclass(frozen=True, kw_only=True)
+class Crops:
+    """How a picture becomes a square crop, and which pictures are skipped.
 
-    def __init__(
-        self,
-        *,
-        size: int,
-        scale: tuple[int, int] | None,
-        augment: bool,
-        flip: bool,
-        seed: int,
-        max_pixels: int,
-        min_side: int,
-        labels: bool,
-    ) -> None:
-        if scale is not None and not augment:
-            raise UserError(f"scale={tuple(scale)} has no effect with augment=False: leave one of them out")
-        self.size = size
-        self.scale = check_crop(size, scale)
-        self.augment = augment
-        self.flip = flip
-        self.seed = seed
-        self.max_pixels = max_pixels
-        self.min_side = min_side
-        self.labels = labels
+    Raises:
+        UserError: a size below 1, not `size <= low <= high`, or a scale without augmentation.
+    """
 
-    def _decode(self, data: bytes, name: str) -> Image.Image:
+    size: int
+    """Side of the crops, in pixels."""
+    scale: tuple[int, int] | None = None
+    """The short side is first resized to a random integer in [low, high], low >= size. None: to `size` exactly."""
+    augment: bool = True
+    """Random scale, crop and flip; False: the centre crop (docs/evaluation.md)."""
+    flip: bool = True
+    """Mirror half of the crops."""
+    seed: int = 0
+    """Of scale, crop and flip."""
+    max_pixels: int = MAX_PIXELS
+    """Larger pictures are skipped."""
+    min_side: int = 16
+    """Pictures with a shorter side than this many pixels are skipped; other small ones are upsampled."""
+
+    def __post_init__(self) -> None:
+        if self.scale is not None and not self.augment:
+            raise UserError(f"scale={tuple(self.scale)} has no effect with augment=False: leave one of them out")
+        if self.size < 1:
+            raise UserError(f"size={self.size} must be at least 1 pixel")
+        low, high = self.lengths
+        if not self.size <= low <= high:
+            raise UserError(
+                f"scale=({low}, {high}) does not fit size={self.size}: the short side is resized to lo…hi pixels "
+                "before the crop, so size <= lo <= hi must hold"
+            )
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Range of the short side before cropping, in pixels."""
+        return self.scale or (self.size, self.size)
+
+    def centred(self) -> Crops:
+        """The centre crops of the same pictures."""
+        return replace(self, augment=False, scale=None)
+
+    def decode(self, data: bytes, name: str) -> Image.Image:
+        """The picture in a file's bytes; raises `Unusable` for one that is to be skipped."""
         try:
             image = open_image(io.BytesIO(data), max_pixels=self.max_pixels, name=name)
         except ImageTooLarge as error:
-            raise _Unusable(2, str(error)) from None
+            raise Unusable(2, str(error)) from None
         except UserError as error:
-            raise _Unusable(1, str(error)) from None
+            raise Unusable(1, str(error)) from None
         if min(image.size) < self.min_side:
-            raise _Unusable(3, f"{name} is {image.width}x{image.height}, below min_side={self.min_side}")
+            raise Unusable(3, f"{name} is {image.width}x{image.height}, below min_side={self.min_side}")
         return image
 
-    def _crop(self, image: Image.Image, epoch: int, index: int) -> Tensor:
+    def cut(self, image: Image.Image, epoch: int, index: int) -> Tensor:
         """uint8 `(3, size, size)`."""
         if not self.augment:
             return center_crop(image, size=self.size)
         generator = sample_generator(seed=self.seed, epoch=epoch, index=index)
-        return random_crop(image, size=self.size, scale=self.scale, flip=self.flip, generator=generator)
+        return random_crop(image, size=self.size, scale=self.lengths, flip=self.flip, generator=generator)
+
+
+class _Pictures:
+    """What map-style and streamed data sets share."""
+
+    def __init__(self, source: Source, crops: Crops, labels: bool, slots: int) -> None:
+        self.source, self.crops, self.labels = source, crops, labels
+        self.augment, self.seed = crops.augment, crops.seed
+        # Positions in REASONS, in memory shared with worker processes.
+        self._codes = torch.zeros(slots, dtype=torch.uint8).share_memory_()
+
+    @property
+    def skipped_count(self) -> int:
+        """Number of pictures (and shards, if streamed) found unusable so far, by any worker of this process."""
+        return int(torch.count_nonzero(self._codes))
+
+    def _skip(self, slot: int, code: int, message: str, what: str = "skipped") -> None:
+        if not self._codes.numpy()[slot]:
+            self._codes[slot] = code
+            logger.warning("%s (%s): %s", what, REASONS[code], message)
+
+    def _finished(self, image: Tensor, index: int, label: int | None, name: str) -> Item:
+        item: Item = {"image": image, "index": index}
+        if self.labels:
+            item["label"] = label
+        if not self.augment:
+            item["name"] = name
+        return item
 
 
 class PhotoDataset(_Pictures, Dataset[Item | None]):
@@ -111,17 +159,9 @@ class PhotoDataset(_Pictures, Dataset[Item | None]):
 
     Args:
         source: folders, shards, patterns, or a list of them: see `sources.Source`.
-        size: side of the square crops, in pixels.
-        scale: the short side is first resized to a random integer in [lo, hi], lo >= size.
-            None: to `size` exactly.
-        augment: random scale, crop and flip; False: the centre crop.
-        flip: mirror half of the crops.
-        seed: of scale, crop and flip.
-        max_pixels: larger pictures are skipped.
-        min_side: pictures with a shorter side than this many pixels are skipped; other small ones are
-            upsampled.
+        crops: how pictures are cropped, and which are skipped.
         cache: keep every decoded picture in memory, as uint8. Its short side is then first reduced to
-            `scale[1]` (bicubic, antialias) if it is longer, so that a random crop of a large picture is
+            `crops.scale[1]` (bicubic, antialias) if it is longer, so that a random crop of a large picture is
             resampled twice and a little softer than without; the evaluation view stays the same within
             rounding. Call `preload` before worker processes start, or each of them fills a cache of its own.
         labels: read class labels: see `sources.find_samples`.
@@ -130,37 +170,12 @@ class PhotoDataset(_Pictures, Dataset[Item | None]):
         UserError: as `sources.find_samples`, or settings that contradict each other.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        *,
-        size: int,
-        scale: tuple[int, int] | None = None,
-        augment: bool = True,
-        flip: bool = True,
-        seed: int = 0,
-        max_pixels: int = MAX_PIXELS,
-        min_side: int = 16,
-        cache: bool = False,
-        labels: bool = False,
-    ) -> None:
-        super().__init__(
-            size=size,
-            scale=scale,
-            augment=augment,
-            flip=flip,
-            seed=seed,
-            max_pixels=max_pixels,
-            min_side=min_side,
-            labels=labels,
-        )
-        self.source = source
+    def __init__(self, source: Source, crops: Crops, *, cache: bool = False, labels: bool = False) -> None:
         self.samples = find_samples(source, labels=labels)
+        super().__init__(source, crops, labels, slots=len(self.samples))
         self.cache = cache
         self._pictures: list[np.ndarray | None] = [None] * len(self.samples) if cache else []
         self._reader = SampleReader()
-        # One byte a picture, in memory shared with worker processes: a position in REASONS.
-        self._codes = torch.zeros(len(self.samples), dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -172,9 +187,9 @@ class PhotoDataset(_Pictures, Dataset[Item | None]):
         if not self.augment:
             picture = self._picture(index)
             return None if picture is None else self._item(picture, epoch, index, index)
-        return self.crops(index, [epoch])[0]
+        return self.copies(index, [epoch])[0]
 
-    def crops(self, index: int, epochs: Iterable[int]) -> list[Item]:
+    def copies(self, index: int, epochs: Iterable[int]) -> list[Item]:
         """`[dataset[epoch, index] for epoch in epochs]` of a training dataset, decoding the picture once."""
         for used in (*range(index, len(self)), *range(index)):
             picture = self._picture(used)
@@ -187,11 +202,6 @@ class PhotoDataset(_Pictures, Dataset[Item | None]):
         """Pictures found unusable so far, by any process: location → reason (one of `REASONS`)."""
         found = torch.nonzero(self._codes).flatten().tolist()
         return {self.samples[index].location: REASONS[int(self._codes[index])] for index in found}
-
-    @property
-    def skipped_count(self) -> int:
-        """Number of pictures found unusable so far, by any process."""
-        return int(torch.count_nonzero(self._codes))
 
     def preload(self, *, threads: int | None = None) -> None:
         """Decode everything into the cache now, with a pool of threads (default: one per core).
@@ -210,12 +220,8 @@ class PhotoDataset(_Pictures, Dataset[Item | None]):
         logger.info("cached %d pictures, %.0f MiB", len(self) - self.skipped_count, memory / 2**20)
 
     def _item(self, picture: Image.Image, epoch: int, index: int, used: int) -> Item:
-        item: Item = {"image": self._crop(picture, epoch, index), "index": used}
-        if self.labels:
-            item["label"] = self.samples[used].label
-        if not self.augment:
-            item["name"] = self.samples[used].name
-        return item
+        sample = self.samples[used]
+        return self._finished(self.crops.cut(picture, epoch, index), used, sample.label, sample.name)
 
     def _picture(self, index: int) -> Image.Image | None:
         """The decoded picture, or None if it is unusable."""
@@ -228,7 +234,7 @@ class PhotoDataset(_Pictures, Dataset[Item | None]):
 
     def _fill(self, index: int) -> np.ndarray | None:
         if self._pictures[index] is None and (picture := self._load(index)) is not None:
-            self._pictures[index] = np.asarray(shrink(picture, short=self.scale[1]))
+            self._pictures[index] = np.asarray(shrink(picture, short=self.crops.lengths[1]))
         return self._pictures[index]
 
     def _load(self, index: int) -> Image.Image | None:
@@ -237,19 +243,17 @@ class PhotoDataset(_Pictures, Dataset[Item | None]):
             try:
                 data = self._reader.read(sample)
             except OSError as error:
-                raise _Unusable(1, f"{sample.location} cannot be read ({error})") from None
-            return self._decode(data, sample.location)
-        except _Unusable as error:
-            if not self._codes.numpy()[index]:
-                self._codes[index] = error.code
-                logger.warning("picture skipped (%s): %s", REASONS[error.code], error)
+                raise Unusable(1, f"{sample.location} cannot be read ({error})") from None
+            return self.crops.decode(data, sample.location)
+        except Unusable as error:
+            self._skip(index, error.code, str(error), "picture skipped")
             return None
 
     def all_unusable(self) -> UserError:
-        first, reason = next(iter(self.skipped.items()))
+        crops, (first, reason) = self.crops, next(iter(self.skipped.items()))
         return UserError(
             f"none of the {len(self):,} pictures of {self.source} can be used "
-            f"(min_side={self.min_side}, max_pixels={self.max_pixels:,}); the first one, {first}, is {reason}"
+            f"(min_side={crops.min_side}, max_pixels={crops.max_pixels:,}); the first one, {first}, is {reason}"
         )
 
 
@@ -267,7 +271,7 @@ class StreamDataset(_Pictures, IterableDataset[Item]):
     Args:
         source: shard URLs, with braces or as a list.
         buffer: number of samples, undecoded, in the shuffle buffer of each worker.
-        size, scale, augment, flip, seed, max_pixels, min_side, labels: as in `PhotoDataset`.
+        crops, labels: as in `PhotoDataset`.
 
     Raises:
         UserError: bad settings; while iterating: a whole pass had no usable picture.
@@ -275,37 +279,13 @@ class StreamDataset(_Pictures, IterableDataset[Item]):
 
     _SLOTS = 2**20
 
-    def __init__(
-        self,
-        source: Source,
-        *,
-        size: int,
-        scale: tuple[int, int] | None = None,
-        augment: bool = True,
-        flip: bool = True,
-        seed: int = 0,
-        max_pixels: int = MAX_PIXELS,
-        min_side: int = 16,
-        labels: bool = False,
-        buffer: int = 1000,
-    ) -> None:
-        super().__init__(
-            size=size,
-            scale=scale,
-            augment=augment,
-            flip=flip,
-            seed=seed,
-            max_pixels=max_pixels,
-            min_side=min_side,
-            labels=labels,
-        )
-        self.source = source
+    def __init__(self, source: Source, crops: Crops, *, labels: bool = False, buffer: int = 1000) -> None:
+        # A hash set of names, so that those that several workers meet are counted once.
+        super().__init__(source, crops, labels, slots=self._SLOTS)
         self.urls = remote_urls(source)
         self.buffer = buffer
         self.skipped: dict[str, str] = {}
         """Pictures and shards found unusable by this process: name → reason (workers log theirs)."""
-        # A hash set of names in memory shared with worker processes, so that they are counted once.
-        self._codes = torch.zeros(self._SLOTS, dtype=torch.uint8).share_memory_()
         self._rank, self._world_size, self._start = 0, 1, 0
 
     def placed(self, *, rank: int, world_size: int, start_sample: int = 0) -> StreamDataset:
@@ -313,11 +293,6 @@ class StreamDataset(_Pictures, IterableDataset[Item]):
         other = copy.copy(self)
         other._rank, other._world_size, other._start = rank, world_size, start_sample
         return other
-
-    @property
-    def skipped_count(self) -> int:
-        """Number of pictures and shards found unusable so far, by any worker of this process."""
-        return int(torch.count_nonzero(self._codes))
 
     def __iter__(self) -> Iterator[Item]:
         for epoch in count() if self.augment else (0,):
@@ -363,70 +338,35 @@ class StreamDataset(_Pictures, IterableDataset[Item]):
             return None
         name = f"{sample['__url__']}:{key}.{extension}"
         try:
-            picture = self._decode(sample[extension], name)
-        except _Unusable as error:
-            self._skip(name, error.code, str(error))
+            picture = self.crops.decode(sample[extension], name)
+        except Unusable as error:
+            self._skip_name(name, error.code, str(error))
             return None
         index = zlib.crc32(key.encode())
-        item: Item = {"image": self._crop(picture, mix_seed(self._start, epoch), index), "index": index}
+        label = None
         if self.labels:
             if "cls" not in sample:
                 raise UserError(f"{name} has no label: each sample needs a .cls member that holds an integer")
-            item["label"] = parse_label(sample["cls"], name)
-        if not self.augment:
-            item["name"] = f"{key}.{extension}"
-        return item
+            label = parse_label(sample["cls"], name)
+        crop = self.crops.cut(picture, mix_seed(self._start, epoch), index)
+        return self._finished(crop, index, label, f"{key}.{extension}")
 
-    def _skip(self, name: str, code: int, message: str) -> None:
-        slot = zlib.crc32(name.encode()) % self._SLOTS
-        if not self._codes.numpy()[slot]:
-            self._codes[slot] = code
-            logger.warning("skipped (%s): %s", REASONS[code], message)
+    def _skip_name(self, name: str, code: int, message: str) -> None:
+        self._skip(zlib.crc32(name.encode()) % self._SLOTS, code, message)
         self.skipped[name] = REASONS[code]
 
     def _shard_failed(self, error: Exception) -> bool:
         url = next((str(arg) for arg in reversed(error.args) if str(arg) in self.urls), "a shard")
-        self._skip(url, 1, f"{url} ({error.args[0] if error.args else type(error).__name__})")
+        self._skip_name(url, 1, f"{url} ({error.args[0] if error.args else type(error).__name__})")
         return True
 
 
 def make_dataset(
-    source: Source,
-    *,
-    size: int,
-    scale: tuple[int, int] | None = None,
-    augment: bool = True,
-    flip: bool = True,
-    seed: int = 0,
-    max_pixels: int = MAX_PIXELS,
-    min_side: int = 16,
-    cache: bool = False,
-    labels: bool = False,
+    source: Source, crops: Crops, *, cache: bool = False, labels: bool = False
 ) -> PhotoDataset | StreamDataset:
     """`StreamDataset` for shard URLs, `PhotoDataset` for local paths; arguments and errors as theirs."""
-    if is_remote(source):
-        if cache:
-            raise UserError(f"cache=True cannot be used with streamed shards ({source}): leave it out")
-        return StreamDataset(
-            source,
-            size=size,
-            scale=scale,
-            augment=augment,
-            flip=flip,
-            seed=seed,
-            max_pixels=max_pixels,
-            min_side=min_side,
-            labels=labels,
-        )
-    return PhotoDataset(
-        source,
-        size=size,
-        scale=scale,
-        augment=augment,
-        flip=flip,
-        seed=seed,
-        max_pixels=max_pixels,
-        min_side=min_side,
-        cache=cache,
-        labels=labels,
-    )
+    if not is_remote(source):
+        return PhotoDataset(source, crops, cache=cache, labels=labels)
+    if cache:
+        raise UserError(f"cache=True cannot be used with streamed shards ({source}): leave it out")
+    return StreamDataset(source, crops, labels=labels)

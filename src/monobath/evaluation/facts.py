@@ -1,0 +1,122 @@
+"""What a model and a machine are, as plain values."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from safetensors import safe_open
+
+from .. import resources
+from .._version import __version__
+from ..models.encoder import FAMILIES
+from ..tokenizer import Tokenizer
+
+
+def describe(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
+    """What a model is, as plain values; `name` is what the user called it."""
+    config = tokenizer.config
+    encoder, decoder, sampler = config.encoder, config.decoder, config.sampler
+    side = math.ceil(256 / encoder.factor)
+    values = encoder.latent_channels * side * side
+    described = {
+        "name": full_name(name),
+        "encoder": encoder.name,
+        **({"encoder_of": FAMILIES[encoder.family], "encoder_source": encoder.source} if encoder.family else {}),
+        "decoder": decoder.title,
+        **({"decoder_patch": decoder.patch} if hasattr(decoder, "patch") else {}),
+        "padding": decoder.padding if encoder.family else {"encoder": encoder.padding, "decoder": decoder.padding},
+        "prediction": decoder.prediction,
+        "encoder_parameters": sum(p.numel() for p in tokenizer.encoder.parameters()),
+        "decoder_parameters": sum(p.numel() for p in tokenizer.decoder.parameters()),
+        "sampler": {"steps": sampler.steps, "noise": sampler.noise, "power": sampler.power}
+        | ({"stages": sampler.stages} if sampler.stages > 1 else {}),
+        "scaling_factor": config.scaling_factor,
+        "shift_factor": config.shift_factor,
+        "latent_of_256": [encoder.latent_channels, side, side],
+        "pixel_values_per_latent_value": round(3 * 256 * 256 / values, 2),
+        "bits_kept_percent": round(100 * 16 * values / (24 * 256 * 256), 2),
+    }
+    training = _training(name)
+    if training:
+        recipe = training.get("recipe") or {}
+        data, loop = recipe.get("data", {}), recipe.get("training", {})
+        described["training"] = {
+            "recipe": recipe.get("name"),
+            "steps": training.get("step"),
+            "batch_size": loop.get("batch_size"),
+            "crop": data.get("size"),
+            "started_from": recipe.get("init") or None,
+        }
+    return described
+
+
+def _training(name: str) -> dict[str, Any]:
+    """What `save_pretrained(extra=)` stored with a model that `from_pretrained(name)` just read."""
+    path = resources.weights_path(name) or Path(name)
+    if path.is_file():
+        with safe_open(path, framework="pt") as opened:
+            text = (opened.metadata() or {}).get("config", "{}")
+    else:
+        found = path / "config.json" if path.is_dir() else try_to_load_from_cache(name, "config.json")
+        text = Path(found).read_text(encoding="utf-8") if isinstance(found, (str, Path)) else "{}"
+    training = json.loads(text).get("training")
+    return training if isinstance(training, dict) else {}
+
+
+def full_name(name: str) -> str:
+    """The versioned name behind an alias of packaged weights; anything else as it is."""
+    packaged = resources.weights_path(name)
+    return name if packaged is None else packaged.name
+
+
+def is_preview(name: str) -> bool:
+    """Whether a model's own name says that it is a preview."""
+    return "preview" in full_name(name)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Versions and hardware, as plain values."""
+    facts: dict[str, Any] = {
+        "monobath": __version__,
+        "torch": torch.__version__,
+        "pillow": metadata.version("pillow"),
+        **{
+            name: version
+            for name in ("torchvision", "torchmetrics", "scipy", "diffusers")
+            if (version := _version(name))
+        },
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpu_cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "device": str(device),
+    }
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+    return facts
+
+
+def _version(package: str) -> str:
+    """Of an installed package; "" if it is not."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
