@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "monobath"
 LAYERS = [
     "cli", "app", "integrations", "export", "evaluation", "training", "data", "generation", "tokenizer", "decoding",
-    "autoencoders", "store", "decoders", "losses", "models", "scales", "tiles", "sampling", "flow",
+    "autoencoders", "store", "losses", "decoders", "models", "scales", "tiles", "sampling", "flow",
 ]  # fmt: skip
 LEAVES = {"devices", "errors", "files", "images", "resources", "words", "_version"}
 ENTRY = {"__init__", "__main__"}

@@ -21,7 +21,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from .. import resources
 from ..autoencoders import as_encoder
-from ..decoders import DecoderConfig, decoder_config
+from ..decoders import KINDS, DecoderConfig, decoder_config
 from ..errors import UserError
 from ..tokenizer import SHARED, Tokenizer
 from .config import Recipe
@@ -177,6 +177,7 @@ def _leaves(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
         hint = hints[field.name]
         if hint == DecoderConfig:  # one of its kinds, which the values tell: the keys of all of them
             keys = {key: kind for each in reversed(typing.get_args(hint)) for key, kind in _leaves(each)}
+            keys["kind"] = Literal[KINDS]
             yield from ((f"{prefix}{field.name}.{key}", kind) for key, kind in keys.items())
         elif dataclasses.is_dataclass(hint):
             yield from _leaves(typing.cast(type, hint), f"{prefix}{field.name}.")
