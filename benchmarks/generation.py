@@ -51,8 +51,8 @@ from monobath.evaluation.metrics import EffLiteFeatures, SetMetric, load_metrics
 from monobath.files import write_file, write_text
 from monobath.generation import Generator
 from monobath.images import tensor_to_pil
+from monobath.training import load_recipe
 from monobath.training.latents import cache_latents
-from monobath.training.recipes import load_recipe
 
 FEATURES: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {}
 """Networks of features by metric: uint8 pictures `(B, 3, H, W)` → `(B, dim)`, on the CPU."""

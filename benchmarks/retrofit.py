@@ -47,8 +47,8 @@ from monobath.evaluation.system import System
 from monobath.evaluation.systems import TokenizerSystem, make_peer
 from monobath.evaluation.throughput import system_speeds
 from monobath.files import write_text
+from monobath.training import load_recipe
 from monobath.training.latents import cache_latents
-from monobath.training.recipes import load_recipe
 
 OWN = "own"
 """Row of the family's own decoder."""
