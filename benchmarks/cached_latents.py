@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from monobath import Tokenizer, UserError, resources
-from monobath.data import Crops, make_loader
+from monobath.data import Crops
 from monobath.data.encoding import Caching, cache_latents
-from monobath.training.loop import _Run
-from monobath.training.recipes import load_recipe
+from monobath.training import Run, load_recipe
 
 NETWORKS = {
     "cpu-default": ("cpu-default", []),
@@ -92,25 +91,23 @@ def measure(networks: str, data: Sequence[str], folder: Path, given: Any) -> tup
     for latents in (False, True):
         recipe = load_recipe(name, [*common, f"data.latents={str(latents).lower()}", f"run={folder / str(latents)}"])
         recipe.data.source = [str(folder / "cache")] if latents else list(data)
-        run = _Run(recipe)
-        runs.append((run, iter(make_loader(run.dataset, batch_size=run.micro, seed=recipe.training.seed))))
-    for run, batches in runs:
-        _speed(run, batches, 2, given.batch)
-    rounds = [[_speed(run, batches, given.steps, given.batch) for run, batches in runs] for _ in range(given.rounds)]
+        runs.append(Run(recipe))
+    for run in runs:
+        _speed(run, 2)
+    rounds = [[_speed(run, given.steps) for run in runs] for _ in range(given.rounds)]
     return [live for live, _ in rounds], [cached for _, cached in rounds]
 
 
-def _speed(run: _Run, batches: Iterator[dict[str, Any]], steps: int, batch: int) -> float:
+def _speed(run: Run, steps: int) -> float:
     """Images/s of some optimizer steps."""
     if run.device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(steps):
-        run._step(batches)
-        run.step += 1
+        run.step()
     if run.device.type == "cuda":
         torch.cuda.synchronize()
-    return steps * batch / (time.perf_counter() - start)
+    return steps * run.recipe.training.batch_size / (time.perf_counter() - start)
 
 
 def _words(values: Sequence[float]) -> str:

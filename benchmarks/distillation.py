@@ -52,10 +52,10 @@ from monobath.training.config import (
     DistillConfig,
     LossConfig,
     OptimizerConfig,
-    Recipe,
     TimesConfig,
     TrainingConfig,
 )
+from monobath.training.recipe import DecoderRecipe, DistillationRecipe
 
 PLAIN = "undistilled-"
 """What names of (a) begin with."""
@@ -90,24 +90,24 @@ def common(args: argparse.Namespace, name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def undistilled(args: argparse.Namespace) -> Recipe:
+def undistilled(args: argparse.Namespace) -> DecoderRecipe:
     """(a): the start model goes on as it began. Its name says what it depends on, so that variants share it."""
     times, loss = own_objective(args.start)
     name = f"{PLAIN}{args.steps}-lr{args.lr:g}-crop{args.size}x{args.batch}-seed{args.seed}"
     config = Tokenizer.from_pretrained(args.start).config
-    return Recipe(**common(args, name), model=config, times=times, loss=loss)
+    return DecoderRecipe(**common(args, name), model=config, times=times, loss=loss)
 
 
-def student(args: argparse.Namespace) -> Recipe:
+def student(args: argparse.Namespace) -> DecoderRecipe:
     """(b): the student, or its control without a teacher."""
     config = Tokenizer.from_pretrained(args.start).config
     config.sampler = SamplerConfig(power=config.sampler.power, noise="zero" if args.zero_noise else "gaussian")
     loss = LossConfig(perceptual=args.perceptual, repa=args.repa)
     times = TimesConfig(ones=1.0, zero_noise=args.zero_noise)
     if args.no_teacher:
-        return Recipe(**common(args, args.name), model=config, times=times, loss=loss)
+        return DecoderRecipe(**common(args, args.name), model=config, times=times, loss=loss)
     cache = f"samples-{args.teacher_steps}-zero{args.zero_noise:g}-crop{args.size}x{args.batch}-seed{args.seed}"
-    return Recipe(
+    return DistillationRecipe(
         **common(args, args.name),
         model=config,
         times=times,
@@ -207,7 +207,7 @@ def show(args: argparse.Namespace) -> None:
     sys.stdout.write("\n" + markdown(["difference", *LABELS.values(), "ratio of distances", "ratio of FD"], lines))
 
 
-def _is_plain(student: Recipe, run: Path) -> bool:
+def _is_plain(student: DecoderRecipe, run: Path) -> bool:
     """Whether a run is (a) of a student: the same crops, steps and rates, its own objective."""
     other = recipe_of(run)
     alike = (student.training, student.optimizer, student.data.size) == (

@@ -55,7 +55,8 @@ from monobath.evaluation.speed import system_speeds
 from monobath.evaluation.system import TokenizerSystem
 from monobath.files import write_text
 from monobath.tokenizer import SamplerConfig, TokenizerConfig
-from monobath.training.config import DataConfig, LossConfig, OptimizerConfig, Recipe, TimesConfig, TrainingConfig
+from monobath.training.config import DataConfig, LossConfig, OptimizerConfig, TimesConfig, TrainingConfig
+from monobath.training.recipe import DecoderRecipe, TokenizerRecipe
 
 
 @dataclass(kw_only=True)
@@ -133,14 +134,14 @@ def model_of(row: Row, args: argparse.Namespace, source: TokenizerConfig) -> Tok
     return TokenizerConfig(encoder=encoder, decoder=decoder, sampler=SamplerConfig(steps=1, noise="zero"))
 
 
-def recipe_for(name: str, args: argparse.Namespace, *, lr: float, perceptual: float, seed: int) -> Recipe:
+def recipe_for(name: str, args: argparse.Namespace, *, lr: float, perceptual: float, seed: int) -> TokenizerRecipe:
     """The training of a row."""
     row = ROWS[name]
     label = args.name if name == "one-step" else name
     folder = f"{label}-{args.crops}-lr{lr:g}-p{perceptual:g}-seed{seed}"
     source = Tokenizer.from_pretrained(args.encoder).config
     steps = args.crops // args.batch
-    return Recipe(
+    return (TokenizerRecipe if row.factor else DecoderRecipe)(
         name=folder,
         run=str(args.out / folder),
         init="" if row.factor else frozen_encoder(args),

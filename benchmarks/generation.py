@@ -53,7 +53,7 @@ from monobath.files import write_file, write_text
 from monobath.generation import Generator
 from monobath.generation.pictures import check_fits, decoder_seeds, in_turn
 from monobath.images import tensor_to_pil
-from monobath.training.recipes import load_recipe
+from monobath.training import load_recipe
 
 FEATURES: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {}
 """Networks of features by metric: uint8 pictures `(B, 3, H, W)` → `(B, dim)`, on the CPU."""

@@ -46,8 +46,8 @@ from monobath.models.encoder import EncoderConfig
 from monobath.tokenizer import SamplerConfig, TokenizerConfig
 from monobath.training.config import LossConfig, OptimizerConfig, TimesConfig
 from monobath.training.ema import EMA
-from monobath.training.loop import learning_rate
-from monobath.training.objectives import AutoencoderObjective, Draws, draw_seed
+from monobath.training.objectives.base import AutoencoderObjective, Batch, Draws, draw_seed
+from monobath.training.optimizers import learning_rate
 
 CROP, BATCH, SIDE = 64, 16, 256
 
@@ -382,14 +382,14 @@ def train(lever: Lever, source: Tokenizer, loader_for: Callable[[int], Any], see
         latent = (BATCH, tokenizer.config.encoder.latent_channels, *(s // tokenizer.factor for s in x.shape[2:]))
         draws = Draws.make(draw_seed(seed, step), tuple(x.shape), latent, times, device=x.device)
         with torch.autocast("cpu", torch.bfloat16):
-            losses = objective(x, draws.t, draws.noise, draws.latent_noise)
+            losses = objective(Batch(images=x, draws=draws))
         optimizer.zero_grad(set_to_none=True)
-        losses["loss"].backward()
+        losses.total.backward()
         norm = nn.utils.clip_grad_norm_(parameters, 1.0)
         if torch.isfinite(norm):
             optimizer.step()
         ema.update(tokenizer)
-        history.append(losses["flow"].item())
+        history.append(losses.parts["flow"].item())
     facts = {
         "seconds": time.perf_counter() - clock,
         "cpu_seconds": time.process_time() - cpu,

@@ -52,8 +52,8 @@ from monobath.evaluation.system import TokenizerSystem
 from monobath.files import write_file, write_text
 from monobath.images import tensor_to_pil, to_float, to_uint8
 from monobath.sampling import Noise
-from monobath.training.config import Recipe
-from monobath.training.recipes import load_recipe
+from monobath.training import load_recipe
+from monobath.training.recipe import TokenizerRecipe
 
 FULL, MULTI, STUDENT = "full", "multi", "student"
 FIRST = "first preview of "
@@ -84,7 +84,7 @@ ROWS = [
 ]
 
 
-def recipes(args: argparse.Namespace) -> dict[str, Recipe]:
+def recipes(args: argparse.Namespace) -> dict[str, TokenizerRecipe]:
     """The three trainings, in order."""
     if not 0 < args.share < 1:
         raise UserError(f"--share is {args.share}: it is a fraction, above 0 and below 1")

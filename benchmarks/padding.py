@@ -43,9 +43,9 @@ from monobath.decoders import KLConfig, decoder_config
 from monobath.evaluation.system import TokenizerSystem
 from monobath.models import blocks, encoder
 from monobath.tokenizer import SamplerConfig
-from monobath.training.config import Recipe
-from monobath.training.objectives import AutoencoderObjective
-from monobath.training.recipes import load_recipe
+from monobath.training import load_recipe
+from monobath.training.objectives.base import AutoencoderObjective, Batch, Losses
+from monobath.training.recipe import TokenizerRecipe
 
 RIM = 16
 """Pixels around the crop that are context and outside the loss, in the row that has them."""
@@ -88,7 +88,7 @@ ROWS = {
 }
 
 
-def recipe_for(name: str, args: argparse.Namespace, *, seed: int, part: int = 0) -> Recipe:
+def recipe_for(name: str, args: argparse.Namespace, *, seed: int, part: int = 0) -> TokenizerRecipe:
     """The training of a row, or the part of it at another size of crops (0, 1, 2 of a row that grows)."""
     row, base = ROWS[name], load_recipe("cpu-default")
     size, crops = (row.size or args.size) + 2 * row.rim, args.crops
@@ -145,12 +145,13 @@ def reflected(x: Tensor, sides: tuple[int, int, int, int]) -> Tensor:
 def inside(rim: int, with_others: Any) -> Any:
     """`AutoencoderObjective._decoder_losses` of a one-step decoder, without what is within `rim` of the crop's edge."""
 
-    def losses_of(self: Any, x: Tensor, target: Tensor, t: Tensor, noise: Tensor, z: Tensor) -> dict[str, Tensor]:
+    def losses_of(self: Any, batch: Batch, z: Tensor) -> Losses:
         part = slice(rim, -rim)
-        clean = self.tokenizer.decoder(noise, t, z).float()[:, :, part, part]
-        x, target = x[:, :, part, part], target[:, :, part, part]
-        losses = {"flow": (clean - target.float()).square().mean()}
-        found: dict[str, Tensor] = with_others(self, losses, self.loss.flow * losses["flow"], clean, target, x)
+        clean = self.tokenizer.decoder(batch.draws.noise, batch.draws.t, z).float()[:, :, part, part]
+        x = batch.images[:, :, part, part]
+        flow = (clean - x.float()).square().mean()
+        losses = Losses(total=self.loss.flow * flow, parts={"flow": flow}, clean=clean, target=x, real=x)
+        found: Losses = with_others(self, losses, batch.judge)
         return found
 
     return losses_of

@@ -48,7 +48,7 @@ from monobath.data.encoding import Caching, cache_latents
 from monobath.evaluation.speed import system_speeds
 from monobath.evaluation.system import System, TokenizerSystem, make_peer
 from monobath.files import write_text
-from monobath.training.recipes import load_recipe
+from monobath.training import load_recipe
 
 OWN = "own"
 """Row of the family's own decoder."""

@@ -89,9 +89,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from monobath import Tokenizer, resources
-    from monobath.data import make_loader
-    from monobath.training.loop import _Run
-    from monobath.training.recipes import load_recipe
+    from monobath.training import Run, load_recipe
 
     stage = args.measure
     with tempfile.TemporaryDirectory() as folder:
@@ -106,13 +104,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         if start:
             torch.manual_seed(0)
             Tokenizer(recipe.model).save_pretrained(f"{folder}/model")
-        run = _Run(recipe)
-        batches = iter(make_loader(run.dataset, batch_size=run.micro, seed=recipe.training.seed))
+        run = Run(recipe)
         seconds, cpu = [], []
         for number in range(1 + args.steps):  # the first warms up
             clock, cpu_clock = time.perf_counter(), time.process_time()
-            run._step(batches)
-            run.step += 1
+            run.step()
             if run.device.type == "cuda":
                 torch.cuda.synchronize()
             if number:

@@ -30,10 +30,7 @@ from monobath.evaluation.results import Estimate
 from monobath.evaluation.system import System
 from monobath.files import write_text
 from monobath.images import to_float, to_uint8
-from monobath.training import checkpoints
-from monobath.training.config import Recipe
-from monobath.training.loop import Interrupted, train
-from monobath.training.recipes import load_recipe
+from monobath.training import Interrupted, Recipe, checkpoints, load_recipe, train
 
 FIGURES = {"psnr": 2, "ssim": 4, "efflite": 4, "fd_efflite": 1}
 """Metrics and the decimal places they are shown with."""

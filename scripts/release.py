@@ -6,7 +6,7 @@
 
 `train` first checks in seconds that everything works (one step, one checkpoint, one evaluation), then goes on from the
 newest of OUT/run and --state, for so many minutes, evaluates the averaged weights and leaves in OUT/back what is to be
-kept: figures.json, metrics.jsonl and the state in parts (`monobath.training.travel`). A foreign encoder is named by
+kept: figures.json, metrics.jsonl and the state in parts (`scripts/travel.py`). A foreign encoder is named by
 --encoder KIND=WHERE; with --encode-size 256 its latents of crops of 256² are cached in OUT/latents before, and the
 recipe's crops are windows of these. `export` makes a model folder
 of such a state, in bfloat16. `luggage` gathers what a machine without a network needs beside the repository: photos,
@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import travel
 from safetensors.torch import load_file
 
 from monobath import Tokenizer, UserError
@@ -40,10 +41,7 @@ from monobath.data.encoding import Caching, cache_latents
 from monobath.evaluation.compare import Settings, evaluate
 from monobath.evaluation.system import TokenizerSystem
 from monobath.files import write_text
-from monobath.training import checkpoints, travel
-from monobath.training.config import Recipe
-from monobath.training.loop import Interrupted, train
-from monobath.training.recipes import load_recipe
+from monobath.training import Interrupted, Recipe, checkpoints, load_recipe, train
 
 PACKAGES = [
     "jsonargparse", "webdataset", "braceexpand", "schedulefree", "efficientnet-lite-pytorch",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
@@ -15,6 +17,8 @@ from monobath.decoders import DecoderConfig, PixelDecoder, decoder_config, make_
 from monobath.decoding import Decoding, SamplerConfig, pictures
 from monobath.models.encoder import Encoder, EncoderConfig
 from monobath.tokenizer import Tokenizer, TokenizerConfig
+from monobath.training import Recipe
+from monobath.training.objectives.base import Batch, Draws, Judge, Losses
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +103,20 @@ def packaged(tmp_path, monkeypatch) -> None:
     aliases = '{"default": {"weights": "wide"}, "f8c4": {"weights": "narrow"}}'
     (tmp_path / "packaged/weights/aliases.json").write_text(aliases)
     monkeypatch.setattr(resources, "_ROOT", tmp_path / "packaged")
+
+
+def losses_of(
+    objective: nn.Module, x: Tensor, t: Tensor, noise: Tensor, latent_noise: Tensor, moments: Tensor | None = None,
+    *, judge: Judge | None = None, **draws: Any,
+) -> Losses:  # fmt: skip
+    """What an objective makes of images, times and noises."""
+    drawn = Draws(t, noise, latent_noise, **draws)
+    return objective(Batch(images=x, draws=drawn, moments=moments, judge=judge))
+
+
+def of_kind(kind: type[Recipe], recipe: Recipe, **more: Any) -> Any:
+    """A recipe as one of another kind, with what that one has besides."""
+    return kind(**{field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)} | more)
 
 
 def rand_images(*shape: int, seed: int = 0) -> Tensor:

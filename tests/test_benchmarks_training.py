@@ -18,7 +18,7 @@ from monobath import Tokenizer, UserError
 from monobath.evaluation import features, frechet
 from monobath.evaluation.compare import Settings, evaluate
 from monobath.evaluation.system import TokenizerSystem
-from monobath.training import loop
+from monobath.training import Run, train
 
 pytest.importorskip("diffusers")
 
@@ -38,14 +38,14 @@ def benchmark(monkeypatch):
 def start(tmp_path_factory, photos) -> str:
     """A model that carries its recipe."""
     recipe = tiny_recipe(tmp_path_factory.mktemp("start") / "run", photos, loss={"perceptual": 0.02}, steps=2)
-    return str(loop.train(recipe))
+    return str(train(recipe))
 
 
 def forbid_training(monkeypatch) -> None:
     def trained_again(self):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(loop._Run, "go", trained_again)
+    monkeypatch.setattr(Run, "train", trained_again)
 
 
 def table(text: str) -> list[list[str]]:
@@ -177,7 +177,7 @@ def test_our_decoder_starts_from_random_weights(tmp_path, photos, start, benchma
     """Although it may have the very shape of the decoder that the encoder came with."""
     equal_budget = benchmark("equal_budget")
     seen = {}
-    monkeypatch.setattr(loop._Run, "go", lambda run: seen.update(run.model.decoder.state_dict()))
+    monkeypatch.setattr(Run, "train", lambda run: seen.update(run.model.decoder.state_dict()))
     arguments = ["--out", str(tmp_path / "out"), "--data", str(photos), "--encoder", start, "--crops", "4", *SMALL]
     equal_budget.main(["train", *arguments, "--rows", "one-step", "--seeds", "0"])
     source = Tokenizer.from_pretrained(start).decoder.state_dict()

@@ -21,7 +21,7 @@ from monobath.cli import main
 from monobath.cli.arguments import parser_of
 from monobath.cli.shared import MAX_PIXELS
 from monobath.images import open_image, pil_to_tensor
-from monobath.training.recipes import dump_recipe, load_recipe
+from monobath.training import Interrupted, dump_recipe, load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -310,12 +310,12 @@ def test_train_writes_a_model_that_reconstructs(tmp_path, capsys):
 
 
 def test_interruption_is_one_line_and_130(tmp_path, capsys, monkeypatch):
-    from monobath.training import loop
+    from monobath.training import run
 
     def stop(recipe):
-        raise loop.Interrupted("stopped at step 1 of 2; saved: the same command goes on")
+        raise Interrupted("stopped at step 1 of 2; saved: the same command goes on")
 
-    monkeypatch.setattr(loop, "train", stop)
+    monkeypatch.setattr(run, "train", stop)
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(TINY_RECIPE))
     assert main(["train", str(tmp_path / "r.yaml"), "--data", str(tmp_path)]) == 130
     expected = "monobath train: stopped at step 1 of 2; saved: the same command goes on\n"

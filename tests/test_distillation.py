@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import pytest
 import torch
-from conftest import dead_parameters, rand_images, randn, tiny_tokenizer
+from conftest import dead_parameters, losses_of, of_kind, rand_images, randn, tiny_tokenizer
 from test_training import photos as photos  # the fixture
 from test_training import rows, same, tiny_recipe, weights
 
 from monobath import Tokenizer, UserError
 from monobath.cli import main
 from monobath.sampling import time_grid
-from monobath.training import distillation
+from monobath.training import Interrupted, Run, load_recipe, train
 from monobath.training.config import DistillConfig, LossConfig, TimesConfig
-from monobath.training.distillation import DistillationObjective, SampleCache
-from monobath.training.loop import train
-from monobath.training.objectives import Draws
-from monobath.training.recipes import load_recipe
+from monobath.training.objectives import distilled
+from monobath.training.objectives.base import Draws
+from monobath.training.objectives.distilled import DistillationObjective
+from monobath.training.recipe import DistillationRecipe
+from monobath.training.samples import SampleCache
 
 NO_PERCEPTUAL = LossConfig(perceptual=0.0)
 
@@ -63,7 +63,7 @@ def test_zero_noise_reaches_the_teacher():
 def test_student_equal_to_a_one_step_teacher_has_zero_loss(kind):
     teacher, student = (tiny_tokenizer(decoder={"patch": 1, "prediction": kind}) for _ in range(2))
     made = DistillationObjective(student, teacher, LossConfig(perceptual=0.1), DistillConfig(teacher="t", steps=1))
-    losses = made(*batch(made))
+    losses = losses_of(made, *batch(made)).named
     assert losses["flow"] < 1e-10
     assert losses["perceptual"] < 1e-8
     assert losses["loss"] < 1e-8
@@ -78,9 +78,10 @@ def test_the_perceptual_distance_is_to_the_teachers_sample_or_to_the_image():
         for to in ("", "teacher", "image")
     }
     x, t, noise, latent_noise = batch(made[""])
-    found = {to: each(x, t, noise, latent_noise) for to, each in made.items()}
+    losses = {to: losses_of(each, x, t, noise, latent_noise) for to, each in made.items()}
+    found = {to: each.named for to, each in losses.items()}
     assert found[""]["perceptual"] == found["teacher"]["perceptual"] < 1e-8
-    generated = made["image"].generated
+    generated = losses["image"].clean
     assert torch.equal(found["image"]["perceptual"], made["image"].perceptual(generated, x).mean())
     assert found["image"]["perceptual"] > 0.01
     assert found["image"]["flow"] == found["teacher"]["flow"]
@@ -91,7 +92,7 @@ def test_a_step_towards_the_target_brings_the_student_nearer():
     optimizer = torch.optim.Adam(made.tokenizer.decoder.parameters(), lr=1e-2)
     found = []
     for _ in range(12):
-        loss = made.eval()(*batch(made))["loss"]
+        loss = losses_of(made.eval(), *batch(made)).total
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -104,7 +105,7 @@ def test_everything_of_the_students_decoder_learns_and_nothing_of_the_teacher():
     names = {name for name, parameter in made.named_parameters() if parameter.requires_grad}
     assert names == {f"tokenizer.decoder.{name}" for name, _ in made.tokenizer.decoder.named_parameters()}
     made.eval()
-    assert dead_parameters(made.tokenizer.decoder, lambda: made(*batch(made))["loss"][None] * 1e4) == []
+    assert dead_parameters(made.tokenizer.decoder, lambda: losses_of(made, *batch(made)).total[None] * 1e4) == []
     assert all(p.grad is None for p in made.teacher.parameters())
     assert not any("teacher" in name for name in made.state_dict())
 
@@ -150,8 +151,7 @@ def teacher(tmp_path_factory, photos):
 
 def distill(folder, photos, teacher, *, cache: str = "", **training):
     recipe = tiny_recipe(folder, photos, **({"train_encoder": False} | training))
-    recipe.distill = DistillConfig(teacher=str(teacher), steps=3, cache=cache)
-    return dataclasses.replace(recipe)  # the recipe checks itself again
+    return of_kind(DistillationRecipe, recipe, distill=DistillConfig(teacher=str(teacher), steps=3, cache=cache))
 
 
 def test_a_distillation_starts_from_the_teacher_and_leaves_encoder_and_teacher_alone(tmp_path, photos, teacher):
@@ -169,11 +169,9 @@ def test_a_distillation_starts_from_the_teacher_and_leaves_encoder_and_teacher_a
 
 def test_resumed_distillation_equals_the_uninterrupted_one(tmp_path, photos, teacher, monkeypatch):
     whole = train(distill(tmp_path / "whole", photos, teacher))
-    from monobath.training import loop
-
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_told_to_stop", lambda run: run.step == 4)
-        with pytest.raises(loop.Interrupted):
+        patch.setattr(Run, "told_to_stop", lambda run: run.done == 4)
+        with pytest.raises(Interrupted):
             train(distill(tmp_path / "part", photos, teacher))
     assert same(weights(train(distill(tmp_path / "part", photos, teacher))), weights(whole))
 
@@ -183,7 +181,7 @@ def test_cached_samples_give_the_same_student_without_the_teacher(tmp_path, phot
     first = train(distill(tmp_path / "first", photos, teacher, cache=str(cache)))
     assert len(list(cache.rglob("*.safetensors"))) == 6
     calls = []
-    monkeypatch.setattr(distillation, "euler", lambda *a, **k: calls.append(a))
+    monkeypatch.setattr(distilled, "euler", lambda *a, **k: calls.append(a))
     second = train(distill(tmp_path / "second", photos, teacher, cache=str(cache)))
     assert calls == []
     a, b = weights(first), weights(second)

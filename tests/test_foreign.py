@@ -25,8 +25,7 @@ from monobath.models import taesd
 from monobath.models.encoder import FAMILIES, EncoderConfig, Posterior
 from monobath.models.frozen import NO_SPREAD, ForeignEncoder
 from monobath.tokenizer import TokenizerConfig
-from monobath.training import retrofit
-from monobath.training.recipes import load_recipe
+from monobath.training import initialise, load_recipe, train
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -57,9 +56,9 @@ SMALL = [
 @pytest.fixture(autouse=True)
 def _few_crops(monkeypatch):
     """Enough to be told of the latents, for tests."""
-    monkeypatch.setattr(retrofit, "CROPS", 4)
-    monkeypatch.setattr(retrofit, "POSITIONS", 16)
-    monkeypatch.setattr(retrofit, "BATCH", 4)
+    monkeypatch.setattr(initialise, "CROPS", 4)
+    monkeypatch.setattr(initialise, "POSITIONS", 16)
+    monkeypatch.setattr(initialise, "BATCH", 4)
 
 
 @pytest.fixture(scope="module")
@@ -322,7 +321,7 @@ def test_the_linear_decoding_is_the_best_one(padding):
     z = randn(3, 4, 6, 5)
     true = nn.Conv2d(4, 3 * 16, 3, padding=1, padding_mode=padding)
     x = F.pixel_shuffle(true(z), 4).detach()
-    weight, bias = retrofit.least_squares([(x[:2], z[:2]), (x[2:], z[2:])], 4, padding)
+    weight, bias = initialise.least_squares([(x[:2], z[:2]), (x[2:], z[2:])], 4, padding)
     assert torch.allclose(weight, true.weight, atol=5e-3)
     assert torch.allclose(bias, true.bias, atol=5e-3)
 
@@ -398,7 +397,6 @@ def test_a_callable_from_python(photos, tmp_path):
     overrides += ["model.encoder.family=custom", "training.steps=2"]
     for part in ("encoder", "decoder"):
         overrides += [f"model.{part}.factor=16", f"model.{part}.latent_channels=3"]
-    from monobath.training.loop import train
 
     model = train(load_recipe("retrofit", overrides))
     tokenizer = Tokenizer.from_pretrained(model, encoder=pooled)

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import rand_images, randn, tiny_tokenizer
+from conftest import losses_of, rand_images, randn, tiny_tokenizer
 from test_training import photos as photos  # the fixture
 from test_training import rows, same, tiny_recipe, weights
 
@@ -19,10 +19,9 @@ from monobath.decoders import UViTConfig
 from monobath.decoders.kl import KLConfig, KLDecoder
 from monobath.models.blocks import Conv2d
 from monobath.tokenizer import SamplerConfig, TokenizerConfig
-from monobath.training import loop
+from monobath.training import Interrupted, Run, train
 from monobath.training.config import LossConfig
-from monobath.training.loop import train
-from monobath.training.objectives import AutoencoderObjective
+from monobath.training.objectives.base import AutoencoderObjective
 
 CHANNELS = [8, 8, 16, 16]
 
@@ -77,14 +76,15 @@ def test_objective_is_l1_and_its_discriminator_counts_when_told():
     tokenizer = Tokenizer(config)
     objective = AutoencoderObjective(tokenizer, recipe_loss, train_encoder=False)
     x, latent_noise = rand_images(2, 3, 16, 24), randn(2, 4, 2, 3)
-    losses = objective(x, torch.ones(2), torch.zeros_like(x), latent_noise)
+    given = (objective, x, torch.ones(2), torch.zeros_like(x), latent_noise)
+    losses = losses_of(*given).named
     posterior = tokenizer.encode(x)
     expected = (picture(tokenizer.decoder, posterior.mean + posterior.std * latent_noise) - x).abs().mean()
     assert losses.keys() == {"loss", "l1"}
     torch.testing.assert_close(losses["l1"], expected)
     torch.testing.assert_close(losses["loss"], 2 * expected)
-    objective.judge = lambda generated, reconstruction, last: generated.new_tensor(3.0)
-    torch.testing.assert_close(objective(x, torch.ones(2), torch.zeros_like(x), latent_noise)["loss"], 2 * expected + 3)
+    told = losses_of(*given, judge=lambda generated, reconstruction, last: generated.new_tensor(3.0))
+    torch.testing.assert_close(told.total, 2 * expected + 3)
 
 
 def test_it_trains_saves_loads_and_decodes(tmp_path, photos):
@@ -104,8 +104,8 @@ def test_with_a_discriminator_it_resumes_bit_for_bit(tmp_path, photos, monkeypat
     assert heard == [False] * 3 + [True] * 3  # from half of the run on
     assert all(row["discriminator"] > 0 for row in logged)
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_told_to_stop", lambda run: run.step == 4)
-        with pytest.raises(loop.Interrupted):
+        patch.setattr(Run, "told_to_stop", lambda run: run.done == 4)
+        with pytest.raises(Interrupted):
             train(kl_recipe(tmp_path / "part", photos, adversarial=0.5))
     part = train(kl_recipe(tmp_path / "part", photos, adversarial=0.5))
     assert same(weights(part), weights(whole))
@@ -114,10 +114,10 @@ def test_with_a_discriminator_it_resumes_bit_for_bit(tmp_path, photos, monkeypat
 
 
 def test_the_discriminator_learns_and_the_decoder_alone_hears_it(tmp_path, photos):
-    run = loop._Run(kl_recipe(tmp_path / "run", photos, adversarial=0.5, steps=40, sample_every=0))
+    run = Run(kl_recipe(tmp_path / "run", photos, adversarial=0.5, steps=40, sample_every=0))
     network = run.adversary.network
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    run.go()
+    run.train()
     assert any(not torch.equal(value, before[name]) for name, value in network.state_dict().items())
     losses = [row["discriminator"] for row in rows(tmp_path / "run") if "discriminator" in row]
     assert sum(losses[1:10]) / 9 < 0.5 * losses[0]  # the decoder, not yet told, gives it an easy task

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import rand_images, randn, tiny_tokenizer
+from conftest import losses_of, rand_images, randn, tiny_tokenizer
 from PIL import Image
 from test_training import same, tiny_recipe, weights
 
@@ -35,9 +35,9 @@ from monobath.images import to_float
 from monobath.models.encoder import Posterior
 from monobath.models.identity import weights_sha256
 from monobath.tokenizer import SamplerConfig, TokenizerConfig
-from monobath.training import loop
+from monobath.training import Interrupted, Run, train
 from monobath.training.config import LossConfig, TimesConfig
-from monobath.training.objectives import AutoencoderObjective, Draws
+from monobath.training.objectives.base import AutoencoderObjective, Draws
 
 SIZE = 32
 
@@ -352,12 +352,12 @@ def test_losses_from_the_cache_are_those_of_the_live_encoder(tokenizer, cache):
     batch = next(iter(make_loader(LatentDataset(cache), batch_size=4)))
     x = to_float(batch["image"])
     draws = Draws.make(0, tuple(x.shape), (4, 4, 4, 4), TimesConfig(ones=0.5))
-    live = objective(x, draws.t, draws.noise, draws.latent_noise)
-    stored = objective(x, draws.t, draws.noise, draws.latent_noise, batch["moments"])
+    given = (objective, x, draws.t, draws.noise, draws.latent_noise)
+    live, stored = losses_of(*given).named, losses_of(*given, batch["moments"]).named
     assert live.keys() == stored.keys()
     for name, value in live.items():
         torch.testing.assert_close(stored[name], value, rtol=1e-3, atol=0)
-    other = objective(x, draws.t, draws.noise, draws.latent_noise, batch["moments"].flip(0))
+    other = losses_of(*given, batch["moments"].flip(0)).named
     assert abs(other["flow"] - live["flow"]) > 10 * abs(stored["flow"] - live["flow"])
 
 
@@ -388,44 +388,44 @@ def test_a_run_from_the_cache_follows_the_live_run_and_resumes(start, photos, tm
     model, cache = start
     live = from_cache(tmp_path / "live", photos, model, steps=4)
     live.data.latents = False
-    loop.train(live)
-    straight = loop.train(from_cache(tmp_path / "straight", cache, model, steps=4))
+    train(live)
+    straight = train(from_cache(tmp_path / "straight", cache, model, steps=4))
     # Two epochs of nine pictures: 16 of 18 samples, all of them the live run's crops.
     np.testing.assert_allclose(losses(tmp_path / "straight"), losses(tmp_path / "live"), rtol=2e-3)
 
     class Killed(Exception):
         pass
 
-    step = loop._Run._step
+    step = Run.step
 
-    def die(self, batches):
-        if self.step == 3:
+    def die(self):
+        if self.done == 3:
             raise Killed
-        step(self, batches)
+        step(self)
 
-    monkeypatch.setattr(loop._Run, "_step", die)
+    monkeypatch.setattr(Run, "step", die)
     with pytest.raises(Killed):
-        loop.train(from_cache(tmp_path / "cut", cache, model, steps=4))
+        train(from_cache(tmp_path / "cut", cache, model, steps=4))
     monkeypatch.undo()
     resumed = from_cache(tmp_path / "cut", cache, model, steps=4)
     resumed.data.workers = 2
-    a, b = (Tokenizer.from_pretrained(folder).state_dict() for folder in (straight, loop.train(resumed)))
+    a, b = (Tokenizer.from_pretrained(folder).state_dict() for folder in (straight, train(resumed)))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert losses(tmp_path / "cut") == losses(tmp_path / "straight")
 
 
 def test_the_encoder_does_not_run(start, tmp_path, monkeypatch):
     model, cache = start
-    run = loop._Run(from_cache(tmp_path / "run", cache, model, steps=1))
+    run = Run(from_cache(tmp_path / "run", cache, model, steps=1))
     monkeypatch.setattr(type(run.model.encoder), "forward", lambda *_: pytest.fail("the encoder ran"))
-    run.go()
+    run.train()
 
 
 def test_sample_grids_show_crops_of_the_cache(start, tmp_path):
     model, cache = start
     recipe = from_cache(tmp_path / "run", cache, model, steps=1)
     recipe.training.sample_every = 1
-    loop.train(recipe)
+    train(recipe)
     assert (tmp_path / "run/samples/step-00000001.png").is_file()
 
 
@@ -436,7 +436,7 @@ def test_a_cache_of_another_encoder_is_refused_with_both_hashes(start, photos, t
     torch.manual_seed(1)
     recipe.training.seed = 1
     with pytest.raises(UserError) as caught:
-        loop.train(recipe)
+        train(recipe)
     own, theirs = weights_sha256(Tokenizer.from_pretrained(model).encoder)[:12], "this run's encoder is "
     assert f"holds latents of the encoder {own} (a model), but {theirs}" in str(caught.value)
     assert "start from that model (init), or run monobath cache-latents" in str(caught.value)
@@ -465,7 +465,7 @@ def test_recipes_that_ask_for_other_crops(start, tmp_path, section, name, value,
     if name == "size":
         recipe.data.scale = [value, value]
     with pytest.raises(UserError, match=words):
-        loop.train(recipe)
+        train(recipe)
     assert not (tmp_path / "run").exists()
 
 
@@ -502,21 +502,21 @@ def test_a_run_trains_on_windows_and_resumes(start, tmp_path, monkeypatch):
         made.data.size = 16
         return made
 
-    whole = loop.train(recipe(tmp_path / "whole"))
-    stop = loop._Run._told_to_stop
-    monkeypatch.setattr(loop._Run, "_told_to_stop", lambda run: run.step == 2 or stop(run))
-    with pytest.raises(loop.Interrupted):
-        loop.train(recipe(tmp_path / "parts"))
+    whole = train(recipe(tmp_path / "whole"))
+    stop = Run._told_to_stop
+    monkeypatch.setattr(Run, "told_to_stop", lambda run: run.done == 2 or stop(run))
+    with pytest.raises(Interrupted):
+        train(recipe(tmp_path / "parts"))
     monkeypatch.undo()
-    assert same(weights(loop.train(recipe(tmp_path / "parts"))), weights(whole))
+    assert same(weights(train(recipe(tmp_path / "parts"))), weights(whole))
 
 
 def test_a_run_from_before_new_fields_of_the_model_goes_on(photos, tmp_path):
     recipe = tiny_recipe(tmp_path / "run", photos, steps=2, sample_every=0)
-    loop.train(recipe)
+    train(recipe)
     file = tmp_path / "run/config.yaml"
     file.write_text("".join(line for line in file.read_text().splitlines(True) if "latent_mean" not in line))
-    loop.train(tiny_recipe(tmp_path / "run", photos, steps=4, sample_every=0))
+    train(tiny_recipe(tmp_path / "run", photos, steps=4, sample_every=0))
 
 
 def test_shard_files_are_written_alike(tmp_path):

@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (
+    losses_of,
+    of_kind,
     rand_images,
     randn,
     randomise,
@@ -27,9 +29,10 @@ from monobath.decoders.folded import OneStepCall, folded
 from monobath.losses.grid import grid_energy
 from monobath.models.blocks import Conv2d, replicated
 from monobath.tokenizer import TokenizerConfig
-from monobath.training.building import start_from
-from monobath.training.config import LossConfig, Recipe
-from monobath.training.objectives import AutoencoderObjective
+from monobath.training.config import LossConfig
+from monobath.training.initialise import start_from
+from monobath.training.objectives.base import AutoencoderObjective
+from monobath.training.recipe import DecoderRecipe, TokenizerRecipe
 
 CONVOLUTIONS = {
     "norm": "local", "modulation": False, "middle_blocks": 0, "upsampling": "shuffle", "down": [0, 1], "up": [1, 1],
@@ -132,7 +135,8 @@ def error_after_training(padding: str) -> Tensor:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
     for step in range(steps):
         x = flat_and_noisy(batch, 32, 32, seed=3 * step)
-        loss = objective(x, torch.ones(batch), torch.zeros_like(x), randn(batch, 4, 4, 4, seed=step))["loss"]
+        latent_noise = randn(batch, 4, 4, 4, seed=step)
+        loss = losses_of(objective, x, torch.ones(batch), torch.zeros_like(x), latent_noise).total
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
@@ -185,7 +189,7 @@ def test_the_objective_counts_it():
 
     def losses(grid: float) -> dict[str, Tensor]:
         objective = AutoencoderObjective(tokenizer, LossConfig(perceptual=0.0, grid=grid), train_encoder=False)
-        return objective(x, torch.ones(2), torch.zeros_like(x), latent_noise)
+        return losses_of(objective, x, torch.ones(2), torch.zeros_like(x), latent_noise).named
 
     without, counted = losses(0.0), losses(0.3)
     posterior = tokenizer.encode(x)
@@ -237,11 +241,11 @@ def test_training_starts_from_a_model_of_other_padding_where_it_trains(tmp_path)
     source = tiny_tokenizer(seed=1)
     source.save_pretrained(tmp_path)
     ours = tiny_tokenizer(encoder={"padding": "replicate"}, decoder={"padding": "replicate"})
-    recipe = Recipe(model=ours.config, init=str(tmp_path))
+    recipe = TokenizerRecipe(model=ours.config, init=str(tmp_path))
     assert start_from(ours, recipe)
     assert all(torch.equal(value, source.state_dict()[name]) for name, value in ours.state_dict().items())
     assert ours.decoder.conv_in.padding_mode == ours.encoder.conv_in.padding_mode == "replicate"
-    frozen = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, train_encoder=False))
+    frozen = of_kind(DecoderRecipe, recipe, training=dataclasses.replace(recipe.training, train_encoder=False))
     with pytest.raises(UserError, match=r"init: the encoder of .* is .*'zeros'.* but the recipe says .*'replicate'"):
         start_from(ours, frozen)
     own_encoder = dataclasses.replace(ours.config, encoder=source.config.encoder)

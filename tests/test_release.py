@@ -20,7 +20,7 @@ from test_training import photos as photos  # the fixture
 
 from monobath import Tokenizer
 from monobath.models import taesd
-from monobath.training.recipes import load_recipe
+from monobath.training import load_recipe
 
 ROOT = Path(__file__).parent.parent
 TINY = {

@@ -10,7 +10,17 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import dead_parameters, previews, rand_images, randn, record_calls, tiny_decoder, tiny_tokenizer
+from conftest import (
+    dead_parameters,
+    losses_of,
+    of_kind,
+    previews,
+    rand_images,
+    randn,
+    record_calls,
+    tiny_decoder,
+    tiny_tokenizer,
+)
 from conftest import sample as decoded
 from PIL import Image
 from scipy.optimize import fsolve
@@ -33,19 +43,18 @@ from monobath.scales import (
     up,
 )
 from monobath.tokenizer import SamplerConfig
-from monobath.training import loop
-from monobath.training.adversary import Adversary
+from monobath.training import Interrupted, Run, load_recipe, train
 from monobath.training.config import DistillConfig, LossConfig, ScalesConfig, TimesConfig
-from monobath.training.loop import train
-from monobath.training.objectives import AutoencoderObjective, Draws
-from monobath.training.recipes import load_recipe
-from monobath.training.scales import (
-    ScaleDistillation,
-    ScalesObjective,
+from monobath.training.objectives.adversarial import Adversary
+from monobath.training.objectives.base import AutoencoderObjective, Batch, Draws
+from monobath.training.objectives.distilled import StagedDistillation
+from monobath.training.objectives.staged import (
+    StagedObjective,
     assign_stages,
     sigmoid_weight,
     uniform_times,
 )
+from monobath.training.recipe import DistillationRecipe
 
 KINDS = ["v", "x"]
 QUIET = LossConfig(perceptual=0.0)
@@ -263,14 +272,16 @@ def test_one_stage_has_the_single_scale_losses(kind, train_encoder):
     x = rand_images(4, 3, 16, 24)
     draws = Draws.make(3, tuple(x.shape), (4, 4, 2, 3), TimesConfig(ones=0.5, zero_noise=0.5))
     loss, found = LossConfig(perceptual=0.3, kl=1e-3, repa=0.2), []
-    for make in (AutoencoderObjective, lambda *a, **k: ScalesObjective(a[0], a[1], ScalesConfig(), **k)):
+    for make in (AutoencoderObjective, lambda *a, **k: StagedObjective(a[0], a[1], ScalesConfig(), **k)):
         torch.manual_seed(0)  # of REPA's projector
         tok = tiny_tokenizer(decoder={"patch": 1, "prediction": kind})
         objective = make(tok, loss, train_encoder=train_encoder)
-        losses = objective(x, draws.t, draws.noise, draws.latent_noise, None, None, *objective.more_draws(1, 4, 0, 1))
+        objective.draw(draws, 1, 0, 1)
+        learned = objective(Batch(images=x, draws=draws))
+        losses = learned.named
         losses["loss"].backward()
         found.append((losses, {n: p.grad for n, p in objective.named_parameters() if p.grad is not None}))
-        assert torch.equal(objective.real, x)
+        assert torch.equal(learned.real, x)
     (one, first), (other, second) = found
     assert one.keys() == other.keys()
     assert all(torch.equal(one[k], other[k]) for k in one)
@@ -485,13 +496,13 @@ def test_what_needs_one_scale_says_so():
 # ---- the objective --------------------------------------------------------------------------------------------------
 
 
-def drawn(objective, x, seed: int = 0, ones: float = 0.5):
+def drawn(objective, x, seed: int = 0, ones: float = 0.5, judge=None):
     f = objective.tokenizer.factor
     grid = getattr(objective, "grid", ())
     latents = (len(x), 4, x.shape[2] // f, x.shape[3] // f)
     draws = Draws.make(seed, tuple(x.shape), latents, TimesConfig(ones=ones), grid=grid)
-    more = objective.more_draws(seed, len(x), 0, 1)
-    return objective(x, draws.t, draws.noise, draws.latent_noise, None, None, *more)
+    objective.draw(draws, seed, 0, 1)
+    return objective(Batch(images=x, draws=draws, judge=judge))
 
 
 def test_small_noise_levels_can_count_more():
@@ -499,9 +510,14 @@ def test_small_noise_levels_can_count_more():
     x, tokenizer = rand_images(3, 3, 32, 64), multi()
     noise, latent_noise, t = randn(3, 3, 32, 64), torch.zeros(3, 4, 4, 8), torch.full((3,), 0.5)
     plain, weighted = (
-        ScalesObjective(tokenizer, LossConfig(perceptual=0, time_power=power), ScalesConfig(), train_encoder=False)(
-            x, t, noise, latent_noise, None, None, (0, 1, 2)
-        )
+        losses_of(
+            StagedObjective(tokenizer, LossConfig(perceptual=0, time_power=power), ScalesConfig(), train_encoder=False),
+            x,
+            t,
+            noise,
+            latent_noise,
+            stages=(0, 1, 2),
+        ).parts
         for power in (0.0, 2.0)
     )
     for stage in ScaleSchedule(3):
@@ -517,17 +533,23 @@ def test_stages_are_balanced():
         assert all(sorted(found[i : i + stages]) == list(range(stages)) for i in range(0, 12, stages))
     counts = np.bincount([assign_stages(4, 3, generator)[3] for _ in range(300)], minlength=3)
     assert counts.min() > 60  # what is left over goes to any stage
-    objective = ScalesObjective(multi(), QUIET, ScalesConfig(), train_encoder=False)
-    whole = objective.more_draws(5, 12, 0, 1)
-    parts = [objective.more_draws(5, 6, rank, 2) for rank in (0, 1)]
+    objective = StagedObjective(multi(), QUIET, ScalesConfig(), train_encoder=False)
+
+    def own(seed, batch, rank, world):
+        draws = Draws(torch.ones(batch), torch.empty(0), torch.empty(0))
+        objective.draw(draws, seed, rank, world)
+        return draws.stages, draws.dropped
+
+    whole = own(5, 12, 0, 1)
+    parts = [own(5, 6, rank, 2) for rank in (0, 1)]
     assert whole == tuple(a + b for a, b in zip(*parts, strict=True))
-    assert objective.more_draws(6, 12, 0, 1) != whole
+    assert own(6, 12, 0, 1) != whole
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_vanish_at_the_truth_only(kind, monkeypatch):
     tok = multi(decoder={"patch": 1, "prediction": kind})
-    objective = ScalesObjective(tok, LossConfig(perceptual=0.1), ScalesConfig(), train_encoder=False)
+    objective = StagedObjective(tok, LossConfig(perceptual=0.1), ScalesConfig(), train_encoder=False)
     x, stages = rand_images(6, 3, 32, 64), (0, 1, 2, 2, 1, 0)
     draws = Draws.make(0, tuple(x.shape), (6, 4, 4, 8), TimesConfig(ones=0.5))
     images, fields, schedule = image_pyramid(x, 3), noise_pyramid(draws.noise, 3), ScaleSchedule(3)
@@ -542,45 +564,48 @@ def test_losses_vanish_at_the_truth_only(kind, monkeypatch):
         return (image if kind == "x" else schedule[stage].velocity(image, white)) + off
 
     monkeypatch.setattr(tok.decoder, "forward", truth)
-    given = (x, draws.t, draws.noise, draws.latent_noise, None, None, stages)
+    given = (objective, x, draws.t, draws.noise, draws.latent_noise)
     off = 0.0
-    losses = objective(*given)
+    losses = losses_of(*given, stages=stages).named
     assert seen == [(2, 3, 8, 16), (2, 3, 16, 32), (2, 3, 32, 64)]  # a pass a stage
     assert all(value < 1e-8 for value in losses.values())
     off = 0.5
-    losses = objective(*given)
+    learned = losses_of(*given, stages=stages)
+    losses = learned.named
     assert [losses[f"flow_stage{s}"].item() for s in range(3)] == pytest.approx([0.25] * 3, rel=1e-3)
     assert losses["flow"].item() == pytest.approx(0.25, rel=1e-3)
     assert losses["perceptual"] > 1e-4
     assert losses["loss"].item() == pytest.approx((losses["flow"] + 0.1 * losses["perceptual"] / 3).item())
-    assert torch.equal(objective.real, x[2:4])
-    assert objective.generated.shape == (2, 3, 32, 64)
+    assert torch.equal(learned.real, x[2:4])
+    assert learned.clean.shape == (2, 3, 32, 64)
 
 
 def test_everything_of_the_decoder_learns():
     tok = multi(decoder={"null_latent": True})
-    objective = ScalesObjective(tok, QUIET, ScalesConfig(drop=0.4), train_encoder=False)
+    objective = StagedObjective(tok, QUIET, ScalesConfig(drop=0.4), train_encoder=False)
     x = rand_images(6, 3, 32, 64)
-    assert any(objective.more_draws(0, 6, 0, 1)[1])
-    assert dead_parameters(tok.decoder, lambda: drawn(objective, x)["loss"][None] * 1e4) == []
+    draws = Draws.make(0, (6, 3, 32, 64), (6, 4, 4, 8), TimesConfig())
+    objective.draw(draws, 0, 0, 1)
+    assert any(draws.dropped)
+    assert dead_parameters(tok.decoder, lambda: drawn(objective, x).total[None] * 1e4) == []
     assert tok.decoder.stage_embedding.grad.abs().amax(1).min() > 0  # each stage's own
 
 
 def test_the_encoder_learns_too():
     tok = multi()
-    losses = drawn(ScalesObjective(tok, LossConfig(kl=1e-3, perceptual=0.0), ScalesConfig(), train_encoder=True),
-                   rand_images(3, 3, 32, 32))  # fmt: skip
+    objective = StagedObjective(tok, LossConfig(kl=1e-3, perceptual=0.0), ScalesConfig(), train_encoder=True)
+    losses = drawn(objective, rand_images(3, 3, 32, 32)).named
     losses["loss"].backward()
     assert "kl" in losses
     assert all(p.grad is not None and p.grad.any() for p in tok.encoder.parameters())
 
 
 def test_a_batch_without_the_last_stage_is_refused():
-    objective = ScalesObjective(multi(), QUIET, ScalesConfig(), train_encoder=False)
+    objective = StagedObjective(multi(), QUIET, ScalesConfig(), train_encoder=False)
     x = rand_images(2, 3, 32, 32)
     draws = Draws.make(0, tuple(x.shape), (2, 4, 4, 4), TimesConfig())
     with pytest.raises(ValueError, match="last of 3 stages"):
-        objective(x, draws.t, draws.noise, draws.latent_noise, None, None, (0, 1))
+        losses_of(objective, x, draws.t, draws.noise, draws.latent_noise, stages=(0, 1))
 
 
 def test_sigmoid_weight_is_the_formula_and_finite_everywhere():
@@ -593,7 +618,7 @@ def test_sigmoid_weight_is_the_formula_and_finite_everywhere():
     assert ends[2] < 2e-3
     x = rand_images(6, 3, 32, 32)
     plain, weighted = (
-        drawn(ScalesObjective(multi(), QUIET, ScalesConfig(weighting=w), train_encoder=False), x)
+        drawn(StagedObjective(multi(), QUIET, ScalesConfig(weighting=w), train_encoder=False), x).named
         for w in ("none", "sigmoid")
     )
     assert torch.isfinite(weighted["loss"])
@@ -608,7 +633,7 @@ def test_uniform_times():
     assert torch.allclose(quantiles, torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9]), atol=0.02)
     x = rand_images(6, 3, 32, 32)
     a, b = (
-        drawn(ScalesObjective(multi(), QUIET, ScalesConfig(times=times), train_encoder=False), x)
+        drawn(StagedObjective(multi(), QUIET, ScalesConfig(times=times), train_encoder=False), x).named
         for times in ("logit-normal", "uniform")
     )
     assert not torch.equal(a["loss"], b["loss"])
@@ -619,21 +644,21 @@ def test_uniform_times():
 
 def distillation(
     steps: int = 3, *, loss: LossConfig = QUIET, renoise: bool = False, same_weights: bool = True, kind: str = "x"
-) -> ScaleDistillation:
+) -> StagedDistillation:
     shape = {"dropout": 0.5, "patch": 1, "prediction": kind}
     teacher = multi(decoder=shape, power=3.0)
     student = multi(0 if same_weights else 1, decoder=shape)
     student.encoder.load_state_dict(teacher.encoder.state_dict())
     config = DistillConfig(teacher="the teacher", steps=steps)
-    return ScaleDistillation(student, teacher, loss, config, ScalesConfig(renoise=renoise))
+    return StagedDistillation(student, teacher, loss, config, ScalesConfig(renoise=renoise))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_student_equal_to_a_one_step_teacher_has_no_flow_loss(kind):
     made = distillation(1, kind=kind).eval()
-    losses = drawn(made, rand_images(2, 3, 32, 64), ones=1.0)
+    losses = drawn(made, rand_images(2, 3, 32, 64), ones=1.0).named
     assert all(value < 1e-8 for name, value in losses.items() if name.startswith("flow"))
-    other = drawn(distillation(4, kind=kind).eval(), rand_images(2, 3, 32, 64), ones=1.0)
+    other = drawn(distillation(4, kind=kind).eval(), rand_images(2, 3, 32, 64), ones=1.0).parts
     assert all(other[f"flow_stage{s}"] > 1e-6 for s in range(3))  # steps count
 
 
@@ -642,10 +667,10 @@ def test_the_student_is_trained_at_what_decoding_does():
     x, z = rand_images(2, 3, 32, 64), randn(2, 4, 4, 8)
     noise = draw_noise((3, 32, 64), [7, 8])
     moments = torch.cat([z, torch.full_like(z, -30.0)], 1)
-    made(x, torch.ones(2), noise, torch.zeros_like(z), moments)
+    losses = losses_of(made, x, torch.ones(2), noise, torch.zeros_like(z), moments)
     decoded = made.tokenizer.decode(z, seed=7)  # three calls of random weights: rounding is amplified
-    assert torch.allclose(made.generated.clamp(-1, 1), decoded, atol=1e-3)
-    assert torch.equal(made.real, x)
+    assert torch.allclose(losses.clean.clamp(-1, 1), decoded, atol=1e-3)
+    assert torch.equal(losses.real, x)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -680,7 +705,7 @@ def test_a_guided_teacher_guides():
     teacher = multi(decoder={"null_latent": True, "patch": 1}, guidance=3.0)
     student = multi(decoder={"null_latent": True, "patch": 1})
     config = DistillConfig(teacher="t", steps=2)
-    made = ScaleDistillation(student, teacher, QUIET, config, ScalesConfig()).eval()
+    made = StagedDistillation(student, teacher, QUIET, config, ScalesConfig()).eval()
     state, z = randn(1, 3, 8, 8), randn(1, 4, 4, 4)
     guided = made.teachers(state, z, 0, torch.ones(1))[0]
     teacher.config.sampler.guidance = 1.0
@@ -697,7 +722,7 @@ def test_everything_of_the_student_learns_and_nothing_of_the_teacher(renoise, ki
     before = {name: value.clone() for name, value in made.teacher.state_dict().items()}
     made.train()
     assert not made.teacher.training
-    drawn(made.eval(), rand_images(2, 3, 32, 32))["loss"].backward()
+    drawn(made.eval(), rand_images(2, 3, 32, 32)).total.backward()
     for name, parameter in made.tokenizer.decoder.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.any(), name
@@ -709,7 +734,7 @@ def test_everything_of_the_student_learns_and_nothing_of_the_teacher(renoise, ki
 
 def test_gradients_go_back_through_the_hand_overs():
     made = distillation(2, same_weights=False).eval()
-    drawn(made, rand_images(2, 3, 32, 32))["flow_stage2"].backward()
+    drawn(made, rand_images(2, 3, 32, 32)).parts["flow_stage2"].backward()
     assert made.tokenizer.decoder.stage_embedding.grad.abs().amax(1).min() > 0
 
 
@@ -718,7 +743,7 @@ def test_steps_towards_the_target_bring_the_student_nearer():
     optimizer = torch.optim.Adam(made.tokenizer.decoder.parameters(), lr=1e-2)
     found = []
     for _ in range(10):
-        loss = drawn(made, rand_images(2, 3, 32, 32))["loss"]
+        loss = drawn(made, rand_images(2, 3, 32, 32)).total
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -729,17 +754,18 @@ def test_steps_towards_the_target_bring_the_student_nearer():
 def test_renoised_targets_follow_their_seed():
     made, x = distillation(2, renoise=True).eval(), rand_images(2, 3, 32, 32)
     draws = Draws.make(0, tuple(x.shape), (2, 4, 4, 4), TimesConfig(ones=1.0))
-    first, again, other = (
-        made(x, draws.t, draws.noise, draws.latent_noise, None, None, *made.more_draws(seed, 2, 0, 1))["loss"]
-        for seed in (1, 1, 2)
-    )
+    found = []
+    for seed in (1, 1, 2):
+        made.draw(draws, seed, 0, 1)
+        found.append(made(Batch(images=x, draws=draws)).total)
+    first, again, other = found
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
 def test_a_teacher_of_other_stages_is_refused():
     with pytest.raises(UserError, match="teacher has 1 stages, the student 3"):
-        ScaleDistillation(multi(), tiny_tokenizer(), QUIET, DistillConfig(teacher="t"), ScalesConfig())
+        StagedDistillation(multi(), tiny_tokenizer(), QUIET, DistillConfig(teacher="t"), ScalesConfig())
 
 
 def test_adversarial_losses_vanish_where_they_must():
@@ -750,21 +776,18 @@ def test_adversarial_losses_vanish_where_they_must():
     x, judge = rand_images(3, 3, 32, 32), Adversary(loss, Accelerator(cpu=True), 1.0)
     for make in (
         lambda: distillation(2, same_weights=False),
-        lambda: ScalesObjective(multi(), QUIET, ScalesConfig(), train_encoder=False),
+        lambda: StagedObjective(multi(), QUIET, ScalesConfig(), train_encoder=False),
     ):
         objective = make().eval()
-        without = drawn(objective, x)
-        objective.judge = judge.judge
-        judge.begin_step(0, 10)
-        early = drawn(objective, x)
+        without = drawn(objective, x).named
+        early = drawn(objective, x, judge=judge.begin_step(0, 10)).named
         assert early.pop("adversarial") == 0
         assert all(torch.equal(without[name], value) for name, value in early.items())
-        judge.begin_step(5, 10)
-        late = drawn(objective, x)
-        assert late["adversarial"] != 0
-        late["loss"].backward()
+        late = drawn(objective, x, judge=judge.begin_step(5, 10))
+        assert late.parts["adversarial"] != 0
+        late.total.backward()
         assert objective.tokenizer.decoder.stage_embedding.grad.any()
-        assert judge.learn(objective.real, objective.generated, 1) > 0
+        assert judge.learn(late, 1) > 0
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
@@ -808,11 +831,11 @@ def test_a_run_trains_logs_and_decodes(tmp_path, photos, options):
 
 
 def test_training_learns_at_every_stage():
-    objective = ScalesObjective(multi(), QUIET, ScalesConfig(), train_encoder=False)
+    objective = StagedObjective(multi(), QUIET, ScalesConfig(), train_encoder=False)
     x, found = rand_images(6, 3, 32, 32), []
     optimizer = torch.optim.Adam(objective.tokenizer.decoder.parameters(), lr=1e-2)
     for _ in range(12):
-        losses = drawn(objective, x)
+        losses = drawn(objective, x).named
         optimizer.zero_grad()
         losses["loss"].backward()
         optimizer.step()
@@ -824,8 +847,8 @@ def test_resumed_equals_uninterrupted(tmp_path, photos, monkeypatch):
     scales = {"drop": 0.3}
     whole = train(scaled_recipe(tmp_path / "whole", photos, scales=scales))
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_told_to_stop", lambda run: run.step == 4)
-        with pytest.raises(loop.Interrupted):
+        patch.setattr(Run, "told_to_stop", lambda run: run.done == 4)
+        with pytest.raises(Interrupted):
             train(scaled_recipe(tmp_path / "part", photos, scales=scales))
     assert same(weights(train(scaled_recipe(tmp_path / "part", photos, scales=scales))), weights(whole))
 
@@ -842,9 +865,9 @@ def test_a_multi_scale_model_starts_from_a_single_scale_one(tmp_path, photos):
 
 def test_a_distillation_runs_and_gives_one_step_a_stage(tmp_path, photos, trained):
     recipe = scaled_recipe(tmp_path / "run", photos, train_encoder=False, loss={"perceptual": 0.1})
-    recipe.distill = DistillConfig(teacher=str(trained), steps=3)
+    recipe = of_kind(DistillationRecipe, recipe, distill=DistillConfig(teacher=str(trained), steps=3))
     before = (trained / "model.safetensors").read_bytes()
-    student = Tokenizer.from_pretrained(train(dataclasses.replace(recipe)))
+    student = Tokenizer.from_pretrained(train(recipe))
     assert (trained / "model.safetensors").read_bytes() == before
     assert (student.config.sampler.steps, student.config.sampler.stages) == (1, 3)
     assert {"flow_stage0", "flow_stage2", "perceptual"} <= rows(tmp_path / "run")[-2].keys()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import logging
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import losses_of
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -25,19 +25,18 @@ from monobath.decoders import UViTConfig
 from monobath.losses.perceptual import EffLiteDistance
 from monobath.models.encoder import EncoderConfig
 from monobath.tokenizer import SamplerConfig, TokenizerConfig
-from monobath.training import checkpoints, loop
+from monobath.training import Interrupted, Recipe, Run, checkpoints, dump_recipe, train
 from monobath.training.config import (
     DataConfig,
     LossConfig,
     OptimizerConfig,
-    Recipe,
     TimesConfig,
     TrainingConfig,
 )
 from monobath.training.ema import EMA
-from monobath.training.loop import learning_rate, train
-from monobath.training.objectives import AutoencoderObjective, Draws, draw_seed
-from monobath.training.optimizers import make_optimizer
+from monobath.training.objectives.base import AutoencoderObjective, Draws, draw_seed
+from monobath.training.optimizers import learning_rate, make_optimizer
+from monobath.training.recipe import DecoderRecipe, TokenizerRecipe
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +68,8 @@ def tiny_model(factor: int = 8, channels: int = 4) -> TokenizerConfig:
 
 def tiny_recipe(run: Path, photos: Path, *, loss: dict | None = None, **training: object) -> Recipe:
     settings = {"steps": 6, "batch_size": 4, "checkpoint_every": 2, "sample_every": 3, "samples": 2, "log_every": 1}
-    return Recipe(
+    kind = TokenizerRecipe if training.get("train_encoder", True) else DecoderRecipe
+    return kind(
         name="tiny",
         run=str(run),
         model=tiny_model(),
@@ -156,14 +156,14 @@ def test_resumed_equals_uninterrupted(tmp_path, photos, monkeypatch, workers):
     class Killed(Exception):
         pass
 
-    step = loop._Run._step
+    step = Run.step
 
-    def die_at_four(self, batches):
-        if self.step == 4:
+    def die_at_four(self):
+        if self.done == 4:
             raise Killed
-        step(self, batches)
+        step(self)
 
-    monkeypatch.setattr(loop._Run, "_step", die_at_four)
+    monkeypatch.setattr(Run, "step", die_at_four)
     with pytest.raises(Killed):
         train(tiny_recipe(tmp_path / "cut", photos))
     monkeypatch.undo()
@@ -177,7 +177,7 @@ def test_resumed_equals_uninterrupted(tmp_path, photos, monkeypatch, workers):
 def test_a_run_in_sittings_equals_one_without_limit(tmp_path, photos, caplog):
     whole = weights(train(tiny_recipe(tmp_path / "whole", photos, steps=3)))
     for done in (1, 2):
-        with pytest.raises(loop.Interrupted, match=f"stopped at step {done} of 3"):
+        with pytest.raises(Interrupted, match=f"stopped at step {done} of 3"):
             train(tiny_recipe(tmp_path / "sittings", photos, steps=3, minutes=1e-6 * done))
     assert same(weights(train(tiny_recipe(tmp_path / "sittings", photos, steps=3))), whole)
     assert "recipe changed" not in caplog.text
@@ -210,9 +210,9 @@ def test_resumed_equals_uninterrupted_with_a_projector_and_either_optimizer(tmp_
 def test_schedule_free_saves_and_averages_the_weights_to_evaluate(tmp_path, photos):
     recipe = tiny_recipe(tmp_path / "run", photos, steps=8, ema=0.0)
     recipe.optimizer = OptimizerConfig(kind="radam_schedulefree", lr=1e-2)
-    run = loop._Run(recipe)
+    run = Run(recipe)
     begin = [p.detach().clone() for p in run.objective.parameters()]
-    model = weights(run.go())
+    model = weights(run.train())
     optimizer = run.optimizer.optimizer
     beta = recipe.optimizer.betas[0]
     saved = load_file(tmp_path / "run" / "checkpoints" / "step-00000008" / "model.safetensors")
@@ -253,7 +253,7 @@ def run_command(run: Path, photos: Path, recipe_file: Path, **popen: object) -> 
 
 
 def write_recipe(file: Path, recipe: Recipe) -> None:
-    file.write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(recipe)))))
+    file.write_text(dump_recipe(recipe))
 
 
 def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> None:
@@ -337,19 +337,14 @@ from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[1])
 from test_training import tiny_recipe
-from monobath.training import loop
+from monobath.training import Run
 out, photos = Path(sys.argv[2]), Path(sys.argv[3])
 recipe = tiny_recipe(out / "run", photos, steps=1, sample_every=0, batch_size=8, loss={"perceptual": 0.1, "repa": 0.25})
 recipe.optimizer.clip = 0.0
-run = loop._Run(recipe)
-kept = {}
-update = run._update
-def spy(totals, rate):
-    kept.update({n: p.grad.clone() for n, p in run.objective.named_parameters() if p.grad is not None})
-    update(totals, rate)
-run._update = spy
-run.go()
+run = Run(recipe)
+run.train()
 if run.main:
+    kept = {n: p.grad for n, p in run.objective.named_parameters() if p.grad is not None}
     torch.save(kept, out / "gradients.pt")
 """
 
@@ -381,15 +376,7 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(tmp_path, photos):
     for accumulation in (1, 4):
         recipe = tiny_recipe(tmp_path / str(accumulation), photos, steps=2, accumulation=accumulation, ema=0.0)
         recipe.times = TimesConfig()
-        run = loop._Run(recipe)
-        gradients = {}
-        update = run._update
-
-        def spy(totals, rate, run=run, gradients=gradients, update=update):
-            gradients.update({n: p.grad.clone() for n, p in run.objective.named_parameters() if p.grad is not None})
-            update(totals, rate)
-
-        run._update = spy
+        run = Run(recipe)
         # The noise of a micro-batch depends on its number: give every sample the same noise and time instead.
         original = Draws.make
 
@@ -403,8 +390,8 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(tmp_path, photos):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Draws, "make", constant)
-            run.go()
-        trained.append(gradients)
+            run.train()
+        trained.append({n: p.grad for n, p in run.objective.named_parameters() if p.grad is not None})
     for name, one in trained[0].items():
         torch.testing.assert_close(trained[1][name], one, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -421,10 +408,11 @@ def spoil(monkeypatch, bad_steps):
     """Make the loss NaN at the given steps."""
     forward, counter = AutoencoderObjective.forward, iter(range(10_000))
 
-    def spoiled(self, *args):
-        losses = forward(self, *args)
+    def spoiled(self, batch):
+        losses = forward(self, batch)
         factor = float("nan") if next(counter) in bad_steps else 1.0
-        return {k: v * factor for k, v in losses.items()}
+        losses.total, losses.parts = losses.total * factor, {k: v * factor for k, v in losses.parts.items()}
+        return losses
 
     monkeypatch.setattr(AutoencoderObjective, "forward", spoiled)
 
@@ -433,19 +421,19 @@ def spoil(monkeypatch, bad_steps):
 def test_a_non_finite_step_is_skipped_and_counted(tmp_path, photos, monkeypatch, kind, bad):
     recipe = tiny_recipe(tmp_path / "run", photos, steps=bad + 3, sample_every=0, ema=0.0)
     recipe.optimizer.kind = kind
-    run = loop._Run(recipe)
+    run = Run(recipe)
     before = {}
-    step = loop._Run._step
+    step = Run.step
 
-    def spy(self, batches):
-        before[self.step] = {k: v.clone() for k, v in self.model.state_dict().items()}
+    def spy(self):
+        before[self.done] = {k: v.clone() for k, v in self.model.state_dict().items()}
         moments = self.optimizer.optimizer.state.values()
-        before[self.step] |= {f"{i}.{k}": v.clone() for i, m in enumerate(moments) for k, v in m.items()}
-        step(self, batches)
+        before[self.done] |= {f"{i}.{k}": v.clone() for i, m in enumerate(moments) for k, v in m.items()}
+        step(self)
 
     spoil(monkeypatch, {bad})
-    monkeypatch.setattr(loop._Run, "_step", spy)
-    run.go()
+    monkeypatch.setattr(Run, "step", spy)
+    run.train()
     assert same(before[bad], before[bad + 1])
     assert not same(before[bad - 1], before[bad])
     assert not same(before[bad + 1], before[bad + 2])
@@ -506,10 +494,10 @@ def test_checkpointing_and_memory_format_change_nothing(tmp_path, photos):
 
 def test_a_frozen_encoder_keeps_its_bytes(tmp_path, photos):
     recipe = tiny_recipe(tmp_path / "run", photos, train_encoder=False)
-    run = loop._Run(recipe)
+    run = Run(recipe)
     before = {k: v.clone() for k, v in run.model.encoder.state_dict().items()}
     decoder = {k: v.clone() for k, v in run.model.decoder.state_dict().items()}
-    run.go()
+    run.train()
     assert same(before, run.model.encoder.state_dict())
     assert not same(decoder, run.model.decoder.state_dict())
     assert all("kl" not in row for row in rows(tmp_path / "run"))
@@ -526,7 +514,7 @@ def test_every_parameter_gets_a_gradient():
     objective = AutoencoderObjective(tokenizer, LossConfig(), train_encoder=True)
     x = torch.rand(2, 3, 32, 48) * 2 - 1
     draws = Draws.make(0, (2, 3, 32, 48), (2, 4, 4, 6), TimesConfig())
-    objective(x, draws.t, draws.noise, draws.latent_noise)["loss"].backward()
+    losses_of(objective, x, draws.t, draws.noise, draws.latent_noise).total.backward()
     for name, parameter in tokenizer.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
@@ -539,9 +527,13 @@ def test_small_times_can_count_more():
     draws = Draws.make(0, (2, 3, 32, 48), (2, 4, 4, 6), TimesConfig())
     t = torch.full((2,), 0.25)
     plain, weighted = (
-        AutoencoderObjective(tokenizer, LossConfig(perceptual=0, time_power=power), train_encoder=False)(
-            x, t, draws.noise, draws.latent_noise
-        )["loss"]
+        losses_of(
+            AutoencoderObjective(tokenizer, LossConfig(perceptual=0, time_power=power), train_encoder=False),
+            x,
+            t,
+            draws.noise,
+            draws.latent_noise,
+        ).total
         for power in (0.0, 1.5)
     )
     torch.testing.assert_close(weighted, plain * 0.25**-1.5)
@@ -549,7 +541,7 @@ def test_small_times_can_count_more():
         LossConfig(time_power=-1)
     model = TokenizerConfig(kl_decoder=[8, 8, 8, 8], sampler=SamplerConfig(noise="zero"))
     with pytest.raises(UserError, match="KL-VAE decoder, which has no times"):
-        Recipe(name="x", model=model, loss=LossConfig(time_power=1))
+        TokenizerRecipe(name="x", model=model, loss=LossConfig(time_power=1))
 
 
 def test_losses_are_the_sum_of_their_parts():
@@ -557,9 +549,10 @@ def test_losses_are_the_sum_of_their_parts():
     config = LossConfig(flow=2.0, perceptual=0.3, pooled=0.02, kl=1e-3)
     objective = AutoencoderObjective(Tokenizer(tiny_model()), config, train_encoder=True)
     draws = Draws.make(0, (2, 3, 32, 48), (2, 4, 4, 6), TimesConfig())
-    losses = objective(torch.rand(2, 3, 32, 48), draws.t, draws.noise, draws.latent_noise)
+    found = losses_of(objective, torch.rand(2, 3, 32, 48), draws.t, draws.noise, draws.latent_noise)
+    losses = found.named
     assert objective.pooled is not None
-    pooled = objective.pooled(objective.generated, objective.target).mean()
+    pooled = objective.pooled(found.clean, found.target).mean()
     assert 0 < losses["pooled"] == pooled
     expected = 2 * losses["flow"] + 0.3 * losses["perceptual"] + 0.02 * losses["pooled"] + 1e-3 * losses["kl"]
     torch.testing.assert_close(losses["loss"], expected)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import travel
 from safetensors.torch import load_file
 from test_training import photos as photos  # the fixture
 from test_training import rows, same, tiny_recipe, weights
 
 from monobath.errors import UserError
-from monobath.training import checkpoints, loop, travel
+from monobath.training import Interrupted, checkpoints, train
 from monobath.training.config import LossConfig, OptimizerConfig
-from monobath.training.loop import train
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def begun(tmp_path, photos):
         return tiny_recipe(tmp_path / name, photos, steps=6, checkpoint_every=1, minutes=minutes, **training)
 
     for _ in range(3):
-        with pytest.raises(loop.Interrupted):
+        with pytest.raises(Interrupted):
             train(recipe("run", minutes=1e-6))
     return recipe
 
@@ -76,7 +76,7 @@ def test_without_moments_the_rate_warms_up_again(tmp_path, photos, kind, expecte
         made.optimizer = OptimizerConfig(kind=kind, lr=1e-3, warmup=2, schedule="constant")
         return made
 
-    with pytest.raises(loop.Interrupted):
+    with pytest.raises(Interrupted):
         train(recipe("run", minutes=1e-6))
     size = sum(f.stat().st_size for f in travel.pack(tmp_path / "run", tmp_path / "state")[0])
     level = ""
@@ -84,7 +84,7 @@ def test_without_moments_the_rate_warms_up_again(tmp_path, photos, kind, expecte
         found, level = travel.pack(tmp_path / "run", tmp_path / "state", total=size - 1)
         size = sum(f.stat().st_size for f in found)
     travel.unpack(tmp_path / "state", tmp_path / "there")
-    with pytest.raises(loop.Interrupted):
+    with pytest.raises(Interrupted):
         train(recipe("there", minutes=1e-6))  # stopped within the warm-up: the next sitting goes on with it
     train(recipe("there"))
     rates = [row["lr"] for row in rows(tmp_path / "there") if "lr" in row]
@@ -99,7 +99,7 @@ def test_of_the_optimizer_only_moments_are_rounded(tmp_path, photos):
         made.optimizer = OptimizerConfig(kind="radam_schedulefree", lr=1e-3)
         return made
 
-    with pytest.raises(loop.Interrupted):
+    with pytest.raises(Interrupted):
         train(recipe("run", minutes=1e-6))
     whole = sum(f.stat().st_size for f in travel.pack(tmp_path / "run", tmp_path / "state")[0])
     _, level = travel.pack(tmp_path / "run", tmp_path / "state", total=whole - 1)

@@ -22,7 +22,7 @@ from monobath.integrations.diffusers import AutoencoderMonobath
 from monobath.models import taesd
 from monobath.sampling import draw_noise
 from monobath.tokenizer import TokenizerConfig
-from monobath.training import retrofit
+from monobath.training import initialise, load_recipe
 
 CHANNELS = 6
 SHAPES = [(6, {"size": "custom", "patch": 4, "channels": [8, 8], "down": [0, 1], "up": [1, 1]}), (11, {}), (16, {})]
@@ -258,8 +258,8 @@ def test_windows_are_cut_from_the_features_of_the_whole(cache):
 
 def test_training_leaves_the_trunk_as_it_came_and_fits_the_rest(folder, cache, photos, tmp_path, monkeypatch):
     """From windows of cached latents and from photos; what is trained on whole crops sees the same either way."""
-    monkeypatch.setattr(retrofit, "CROPS", 4)
-    monkeypatch.setattr(retrofit, "POSITIONS", 16)
+    monkeypatch.setattr(initialise, "CROPS", 4)
+    monkeypatch.setattr(initialise, "POSITIONS", 16)
     cached = ["--data.latents", "true"]
     assert main(command(folder, cache, tmp_path / "windows", *cached)) == 0
     whole = ["--data.size", "48"]
@@ -288,8 +288,7 @@ def test_training_leaves_the_trunk_as_it_came_and_fits_the_rest(folder, cache, p
 
 
 def test_decoding_starts_from_the_best_linear_map_of_the_features(folder, cache, monkeypatch):
-    from monobath.training.building import make_tokenizer
-    from monobath.training.recipes import load_recipe
+    from monobath.training.initialise import make_tokenizer
 
     found = {}
     for layers in (0, 16):

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import previews, rand_images, randn, tiny_tokenizer
+from conftest import losses_of, previews, rand_images, randn, tiny_tokenizer
 from PIL import Image
 from test_scales import KINDS, QUIET, drawn
 from test_training import photos as photos  # the fixture
@@ -18,12 +18,10 @@ from monobath.cli import main
 from monobath.sampling import draw_noise
 from monobath.scales import image_pyramid
 from monobath.tokenizer import SamplerConfig
-from monobath.training import loop
+from monobath.training import Interrupted, Run, load_recipe, train
 from monobath.training.config import LossConfig, ScalesConfig
-from monobath.training.loop import train
-from monobath.training.objectives import AutoencoderObjective
-from monobath.training.recipes import load_recipe
-from monobath.training.scales import UnionObjective
+from monobath.training.objectives.base import AutoencoderObjective
+from monobath.training.objectives.staged import UnionObjective
 
 
 def union(seed: int = 0, *, decoder: dict | None = None, **sampler) -> Tokenizer:
@@ -120,7 +118,7 @@ def test_it_is_trained_at_what_decoding_does(kind):
     tok = union(noise="gaussian", decoder={"patch": 1, "prediction": kind})
     made = UnionObjective(tok, QUIET, ScalesConfig(union=0.5), train_encoder=False).eval()
     x, z, noise = rand_images(4, 3, 32, 64), randn(4, 4, 4, 8), draw_noise((3, 32, 64), [7, 8, 9, 10])
-    losses = made(x, torch.ones(4), noise, torch.zeros_like(z), moments_of(z))
+    losses = losses_of(made, x, torch.ones(4), noise, torch.zeros_like(z), moments_of(z)).named
     images = image_pyramid(x[:2], 3)
     for stage, preview in enumerate(previews(tok.decoder, z[:2], [7, 8])):
         error = (preview - images[stage]).square().mean()
@@ -140,27 +138,28 @@ def test_at_once_it_learns_what_a_single_scale_learns(kind):
     torch.nn.init.zeros_(tok.decoder.stage_embedding)
     x, z, noise = rand_images(4, 3, 32, 32), randn(4, 4, 4, 4), randn(4, 3, 32, 32)
     ours = UnionObjective(tok, QUIET, ScalesConfig(union=0.25), train_encoder=False)
-    losses = ours(x, torch.ones(4), noise, torch.zeros_like(z), moments_of(z))
+    losses = losses_of(ours, x, torch.ones(4), noise, torch.zeros_like(z), moments_of(z)).parts
     alone = AutoencoderObjective(single, QUIET, train_encoder=False)
-    expected = alone(x[1:], torch.ones(3), noise[1:], torch.zeros_like(z[1:]), moments_of(z[1:]))
+    expected = losses_of(alone, x[1:], torch.ones(3), noise[1:], torch.zeros_like(z[1:]), moments_of(z[1:])).parts
     assert torch.allclose(losses["flow_at_once"], expected["flow"], rtol=1e-5)
 
 
 @pytest.mark.parametrize(("fraction", "batch", "through"), [(0.5, 6, 3), (0.01, 4, 1), (0.99, 4, 3), (0.25, 8, 2)])
 def test_both_always_have_samples(fraction, batch, through):
     made = UnionObjective(union(), QUIET, ScalesConfig(union=fraction), train_encoder=False)
-    losses = drawn(made, rand_images(batch, 3, 32, 32), ones=1.0)
+    learned = drawn(made, rand_images(batch, 3, 32, 32), ones=1.0)
+    losses = learned.parts
     stages = sum(losses[f"flow_stage{s}"] for s in range(3))
     share = through / batch
     assert torch.allclose(losses["flow"], share * stages + (1 - share) * losses["flow_at_once"])
-    assert made.generated.shape == made.real.shape == (batch, 3, 32, 32)
+    assert learned.clean.shape == learned.real.shape == (batch, 3, 32, 32)
 
 
 def test_everything_learns_the_encoder_too():
     made = UnionObjective(
         union(decoder={"dropout": 0.0}), LossConfig(perceptual=0.1), ScalesConfig(union=0.5), train_encoder=True
     )
-    drawn(made, rand_images(4, 3, 32, 32), ones=1.0)["loss"].backward()
+    drawn(made, rand_images(4, 3, 32, 32), ones=1.0).total.backward()
     still = [name for name, p in made.tokenizer.named_parameters() if p.grad is None or not p.grad.any()]
     assert still == []
     assert made.tokenizer.decoder.stage_embedding.grad.abs().amax(1).min() > 0
@@ -171,7 +170,7 @@ def test_both_get_better():
     x, found = rand_images(4, 3, 32, 32), []
     optimizer = torch.optim.Adam(made.tokenizer.decoder.parameters(), lr=1e-2)
     for _ in range(12):
-        losses = drawn(made, x, ones=1.0)
+        losses = drawn(made, x, ones=1.0).named
         optimizer.zero_grad()
         losses["loss"].backward()
         optimizer.step()
@@ -204,9 +203,9 @@ def test_a_run_trains_logs_and_decodes_both_ways(tmp_path, photos):
 def test_resumed_equals_uninterrupted(tmp_path, photos, monkeypatch):
     whole = train(union_recipe(tmp_path / "whole", photos, steps=4))
     recipe = union_recipe(tmp_path / "parts", photos, steps=4)
-    stop = loop._Run._told_to_stop
-    monkeypatch.setattr(loop._Run, "_told_to_stop", lambda run: run.step == 2 or stop(run))
-    with pytest.raises(loop.Interrupted):
+    stop = Run._told_to_stop
+    monkeypatch.setattr(Run, "told_to_stop", lambda run: run.done == 2 or stop(run))
+    with pytest.raises(Interrupted):
         train(recipe)
     monkeypatch.undo()
     assert same(weights(train(recipe)), weights(whole))

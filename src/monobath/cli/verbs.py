@@ -106,7 +106,8 @@ def _train(
 ) -> None:
     import json
 
-    from ..training.recipes import dump_recipe, load_recipe
+    from ..training import dump_recipe, load_recipe
+    from ..training.recipe import DistillationRecipe, TokenizerRecipe
 
     overrides = list(overrides)
     if data:
@@ -117,16 +118,20 @@ def _train(
     if print_config:
         write(dump_recipe(resolved))
         return
-    if distillation and not resolved.distill.teacher:
+    if distillation and not (isinstance(resolved, DistillationRecipe) and resolved.distill.teacher):
         raise UserError(f"recipe {recipe} names no teacher: add --teacher MODEL, or distill.teacher in the file")
     if not resolved.data.source:
         raise UserError(f"recipe {recipe} names no pictures: add --data FOLDER, or data.source in the file")
-    if resolved.model.decoder.standardise and not (resolved.model.encoder.family or resolved.init):
+    if (
+        isinstance(resolved, TokenizerRecipe)
+        and resolved.model.decoder.standardise
+        and not (resolved.model.encoder.family or resolved.init)
+    ):
         raise UserError(
             f"recipe {recipe} names no encoder to fit a decoder to: add --encoder KIND=WHERE, such as kl=FOLDER"
         )
-    from ..training.loop import Interrupted
-    from ..training.loop import train as run_training
+    from ..training import Interrupted
+    from ..training import train as run_training
 
     try:
         folder = run_training(resolved)

@@ -1,29 +1,70 @@
-"""Checkpoints: everything a run needs to go on, written atomically."""
+"""The run folder: whose it is, and its checkpoints, which hold all that a run needs to go on, written atomically."""
 
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import re
 import shutil
 import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..files import write_folder
+from ..files import write_folder, write_text
 from ..models.loading import load_strictly
 from .ema import EMA
+
+log = logging.getLogger(__name__)
 
 UNREADABLE = (
     OSError, ValueError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile
 )  # fmt: skip
 """What reading a damaged file of weights raises."""
+
+
+def claim(run: Path, recipe: dict[str, Any], has_model: Callable[[Mapping[str, Any]], bool]) -> None:
+    """Store the resolved recipe as `config.yaml`, and log which of its parts changed since the run began.
+
+    Args:
+        has_model: whether a stored recipe has the model of this one.
+
+    Raises:
+        UserError: the folder holds a run of another model, or a corrupt recipe.
+    """
+    file, recipe = run / "config.yaml", json.loads(json.dumps(recipe))
+    if file.is_file():
+        try:
+            before = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{file} is corrupt ({error}): choose another --run") from None
+        try:
+            ours = has_model(before)
+        except (UserError, TypeError, KeyError, AttributeError):
+            ours = False
+        if latest(run) and not ours:
+            raise UserError(f"{run} holds a run of another model: choose another --run, or delete that folder")
+        changed = [name for name in recipe if name != "trains" and _differ(before, recipe, name)]
+        if changed:
+            log.warning("%s: the recipe changed since this run began, in: %s", run, ", ".join(changed))
+    write_text(file, yaml.safe_dump(recipe, sort_keys=False))
+
+
+def _differ(before: Any, now: Any, name: str) -> bool:
+    """Whether both have a value of that name, and not the same; a time limit may differ from one part to the next."""
+    if not isinstance(before, dict) or name not in before or name == "minutes":
+        return False
+    if isinstance(now[name], dict):
+        return any(_differ(before[name], now[name], inner) for inner in now[name])
+    return before[name] != now[name]
 
 
 def latest(run: Path) -> Path | None:

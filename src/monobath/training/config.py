@@ -1,21 +1,12 @@
-"""Recipes: everything a training run needs, as keyword-only dataclasses.
-
-A recipe is a YAML file under `monobath/recipes/` or anywhere else. The resolved recipe is stored in the run folder
-and in every model it writes.
-"""
+"""The sections of recipes, as keyword-only dataclasses. `recipe.py` says which kind of recipe has which."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
 from ..errors import UserError
-from ..generation import GenerationSampler
 from ..images import MAX_PIXELS
-from ..models.dit import DiTConfig
-from ..scales import ScaleSchedule
-from ..tokenizer import TokenizerConfig
 
 
 @dataclass(kw_only=True)
@@ -217,7 +208,7 @@ class DistillConfig:
     """Distillation: the student learns what a frozen teacher samples in many steps (SSDD, section 3.3)."""
 
     teacher: str = ""
-    """The teacher: a packaged name, a path such as runs/stage2/model, or a Hub id. Empty: no distillation."""
+    """The teacher: a packaged name, a path such as runs/stage2/model, or a Hub id."""
     steps: int = 12
     """Euler steps of the teacher, N."""
     power: float = 0.0
@@ -272,155 +263,4 @@ class ScalesConfig:
             raise UserError(
                 f"scales.union is {self.union}: it knows no other times than 1 and drops no latents; leave out "
                 "scales.times, scales.weighting and scales.drop"
-            )
-
-
-@dataclass(kw_only=True)
-class GenerationConfig:
-    """Training of a latent generator (`trains: generator`), from what `monobath cache-latents` wrote: `data.source`.
-    It learns by flow matching alone, at the times of `times`."""
-
-    dit: DiTConfig = field(default_factory=DiTConfig)
-    sampler: GenerationSampler = field(default_factory=GenerationSampler)
-    conditional: bool = True
-    """The labels of the cache (`cache-latents --labels`) are its classes. False: it has none."""
-    classes: list[int] = field(default_factory=list)
-    """Train on the pictures with these labels only; empty: on all."""
-    drop: float = 0.1
-    """Fraction of the samples whose class is the null class, for guidance."""
-    statistics: Literal["channel", "overall", "published"] = "channel"
-    """What normalises the latents: mean and standard deviation of each channel over the cache, or over all channels, or
-    what the tokenizer publishes (`monobath stats`)."""
-    tokenizer: str = ""
-    """Draws the sample grids, and `monobath generate`'s pictures unless told otherwise; default: the tokenizer that the
-    cache was made with. Its encoder must be that of the cache."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.drop < 1:
-            raise UserError(f"generator.drop is {self.drop}: it is a fraction, in [0, 1)")
-        if self.dit.classes:
-            raise UserError(f"generator.dit.classes is {self.dit.classes}: leave it out, the labels of the data decide")
-
-
-@dataclass(kw_only=True)
-class Recipe:
-    """A whole training run."""
-
-    name: str = "run"
-    """Name of the run; also of its folder, unless `run` says another."""
-    trains: Literal["tokenizer", "generator"] = "tokenizer"
-    """A tokenizer (`model`) from pictures, or a generator (`generator`) from a frozen tokenizer's cached latents."""
-    run: str = ""
-    """Run folder; default: runs/NAME. The same command on the same folder resumes."""
-    init: str = ""
-    """Start from this model (a name or path, such as runs/stage1/model) instead of random weights; default: the
-    teacher, in a distillation. A recipe that says nothing of `model` takes that model's shape."""
-    model: TokenizerConfig = field(default_factory=TokenizerConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    times: TimesConfig = field(default_factory=TimesConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    distill: DistillConfig = field(default_factory=DistillConfig)
-    scales: ScalesConfig = field(default_factory=ScalesConfig)
-    generator: GenerationConfig = field(default_factory=GenerationConfig)
-
-    def __post_init__(self) -> None:
-        self.run = self.run or f"runs/{self.name}"
-        if self.trains == "generator":
-            self._check_generator()
-            return
-        if self.generator != GenerationConfig():
-            raise UserError("generator.* is given, but trains is tokenizer: set trains to generator, or leave it out")
-        if self.distill.teacher:
-            self.init = self.init or self.distill.teacher
-            # A guided teacher's student needs no guidance: it learns the guided pictures.
-            self.model.sampler = dataclasses.replace(self.model.sampler, steps=self.distill.student_steps, guidance=1.0)
-            if self.training.train_encoder:
-                raise UserError(
-                    "distill.teacher is given, but training.train_encoder is true: the latents are the teacher's, so "
-                    "set it to false"
-                )
-        if self.loss.time_power and (
-            self.model.decoder.kind == "kl" or (self.distill.teacher and self.model.decoder.stages > 1)
-        ):
-            what = (
-                "a KL-VAE decoder, which has no times"
-                if self.model.decoder.kind == "kl"
-                else "a student of one step a stage"
-            )
-            raise UserError(f"loss.time_power is {self.loss.time_power:g}, which would not act on {what}: leave it out")
-        if self.distill.perceptual_to == "teacher" and self.model.decoder.stages > 1:
-            raise UserError(
-                'distill.perceptual_to is "teacher", but students of several stages learn from the image: leave it out'
-            )
-        if self.loss.adversarial and self.training.precision == "fp16":
-            raise UserError('loss.adversarial needs training.precision "bf16" or "fp32"')
-        decoder = self.model.decoder
-        unit = self.model.encoder.factor * ScaleSchedule(decoder.stages).unit(decoder.factor, decoder.token_side)
-        if self.data.size % unit:
-            at = "" if decoder.stages == 1 else f", at each of {decoder.stages} stages"
-            raise UserError(f"data.size={self.data.size} must be divisible by {unit} (latent or token side{at})")
-        self._check_scales()
-
-    def _check_generator(self) -> None:
-        """What is for tokenizers would have no effect."""
-        for name, kind in (("model", TokenizerConfig), ("loss", LossConfig), ("distill", DistillConfig),
-                           ("scales", ScalesConfig)):  # fmt: skip
-            if getattr(self, name) != kind():
-                raise UserError(f"{name}.* is for tokenizers, but trains is generator: leave it out")
-        for name, value in (("init", self.init), ("times.zero_noise", self.times.zero_noise),
-                            ("data.validation", self.data.validation)):  # fmt: skip
-            if value:
-                raise UserError(f"{name} is {value!r}: it is for tokenizers, but trains is generator; leave it out")
-        if not self.data.latents:
-            raise UserError(
-                "data.latents is false, but trains is generator: a generator learns from what monobath cache-latents "
-                "wrote; set data.latents to true"
-            )
-
-    def _check_scales(self) -> None:
-        """What goes together with several stages, and with one."""
-        decoder, scales, distilling = self.model.decoder, self.scales, bool(self.distill.teacher)
-        if decoder.stages == 1:
-            if scales != ScalesConfig():
-                raise UserError(
-                    "scales.* is for multi-scale decoders: set model.decoder.stages and model.sampler.stages, or leave "
-                    "it out"
-                )
-            return
-        if scales.times == "uniform" and (self.times.mean, self.times.std) != (0, 1):
-            raise UserError(
-                f"times.mean={self.times.mean:g}, times.std={self.times.std:g} are for logit-normal times, but "
-                'scales.times is "uniform": leave them out'
-            )
-        if self.loss.space not in ("", decoder.prediction):
-            raise UserError(
-                f"loss.space is {self.loss.space!r}: a multi-scale decoder learns in the space of what it predicts, "
-                f"{decoder.prediction!r}; leave it out"
-            )
-        if distilling and (self.distill.student_steps != 1 or self.distill.cache):
-            raise UserError(
-                f"distill.student_steps={self.distill.student_steps}, distill.cache={self.distill.cache!r}: a student "
-                "of several stages takes 1 step a stage, and its teacher starts where the student is, so that nothing "
-                "can be kept; leave both out"
-            )
-        if scales.union and (self.times.ones != 1 or self.loss.time_power):
-            raise UserError(
-                f"scales.union is {scales.union}, times.ones {self.times.ones:g} and loss.time_power "
-                f"{self.loss.time_power:g}: all steps of the union start at t = 1, so set them to 1 and 0"
-            )
-        if not (scales.union or distilling) and self.model.sampler.stages == 1:
-            raise UserError(
-                f"model.decoder.stages is {decoder.stages} and model.sampler.stages 1: set them equal, or scales.union "
-                "to the fraction of the samples that learns the stages"
-            )
-        if scales.renoise and not distilling:
-            raise UserError("scales.renoise is for distillation: give distill.teacher, or leave it out")
-        if distilling and dataclasses.replace(scales, renoise=False) != ScalesConfig():
-            raise UserError("distill.teacher is given: of scales.* only renoise counts; leave out the rest")
-        if not distilling and (scales.drop > 0) != decoder.null_latent:
-            raise UserError(
-                f"scales.drop={scales.drop} and model.decoder.null_latent={decoder.null_latent}: a null latent is "
-                "learned where latents are dropped, so give both or neither"
             )

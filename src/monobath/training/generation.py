@@ -1,31 +1,31 @@
-"""What a latent generator learns, and from what: flow matching on normalised cached latents, classes dropped at times.
+"""Training of a latent generator: its recipe, and its data, which are normalised cached latents.
 
-DiT (arXiv 2212.09748) with SSDD's flow-matching objective (arXiv 2510.04961, section 3): clean is the latent,
-(z − mean) / std with z drawn from the posterior; classifier-free guidance (arXiv 2207.12598) needs a fraction of the
-samples to have the null class.
+Clean is the latent, (z − mean) / std with z drawn from the posterior; classifier-free guidance (arXiv 2207.12598) needs
+a fraction of the samples to have the null class.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.utils import make_grid
 
-from .. import flow
 from ..data import LatentDataset
 from ..data.cache import NO_LABELS, check_encoder, open_cache
 from ..data.statistics import LatentMoments
 from ..errors import UserError
-from ..generation import Generator, GeneratorConfig
+from ..generation import GenerationSampler, Generator, GeneratorConfig
 from ..models.dit import DiTConfig
 from ..models.encoder import Posterior
 from ..tokenizer import Tokenizer
-from .config import Recipe
-from .objectives import Draws
+from .objectives.base import Batch, Draws
+from .objectives.generator import GenerationObjective
+from .recipe import Recipe
 from .tasks import Place, Task, crops_of
 
 _DROPPING = 1 << 31
@@ -34,28 +34,49 @@ MEASURED = 10_000
 """Pictures that the statistics are measured on, at most."""
 
 
-class GenerationObjective(nn.Module):
-    """Flow matching of a generator's network, in normalised latents."""
+@dataclass(kw_only=True)
+class GenerationConfig:
+    """Training of a latent generator (`trains: generator`), from what `monobath cache-latents` wrote: `data.source`.
+    It learns by flow matching alone, at the times of `times`."""
 
-    def __init__(self, generator: Generator) -> None:
-        super().__init__()
-        self.generator = generator
+    dit: DiTConfig = field(default_factory=DiTConfig)
+    sampler: GenerationSampler = field(default_factory=GenerationSampler)
+    conditional: bool = True
+    """The labels of the cache (`cache-latents --labels`) are its classes. False: it has none."""
+    classes: list[int] = field(default_factory=list)
+    """Train on the pictures with these labels only; empty: on all."""
+    drop: float = 0.1
+    """Fraction of the samples whose class is the null class, for guidance."""
+    statistics: Literal["channel", "overall", "published"] = "channel"
+    """What normalises the latents: mean and standard deviation of each channel over the cache, or over all channels, or
+    what the tokenizer publishes (`monobath stats`)."""
+    tokenizer: str = ""
+    """Draws the sample grids, and `monobath generate`'s pictures unless told otherwise; default: the tokenizer that the
+    cache was made with. Its encoder must be that of the cache."""
 
-    def forward(
-        self, moments: Tensor, t: Tensor, noise: Tensor, latent_noise: Tensor, numbers: Tensor | None
-    ) -> dict[str, Tensor]:
-        """Losses of a batch: float32 scalars `loss` and `flow`, which are the same.
+    def __post_init__(self) -> None:
+        if not 0 <= self.drop < 1:
+            raise UserError(f"generator.drop is {self.drop}: it is a fraction, in [0, 1)")
+        if self.dit.classes:
+            raise UserError(f"generator.dit.classes is {self.dit.classes}: leave it out, the labels of the data decide")
 
-        Args:
-            moments: `(B, 2c, h, w)`, mean and log-variance of the posteriors.
-            t, noise, latent_noise: see `Draws`; noise and latent noise are `(B, c, h, w)`.
-            numbers: the network's number of each sample's class, int64 `(B,)`; None: there are no classes.
-        """
-        mean, logvar = moments.float().chunk(2, dim=1)
-        z = self.generator.normalise(mean + (0.5 * logvar).exp() * latent_noise)
-        x_t = flow.interpolate(z, noise, t)
-        loss = flow.flow_loss(self.generator.dit(x_t, t, numbers), z, noise, x_t, t, "v", "v")
-        return {"loss": loss, "flow": loss}
+
+@dataclass(kw_only=True)
+class GeneratorRecipe(Recipe):
+    """A latent generator learns from a frozen tokenizer's cached latents."""
+
+    trains = "generator"
+    fixed: ClassVar[dict[str, tuple[Any, str]]] = {
+        "data.latents": (
+            True,
+            "a generator learns from what monobath cache-latents wrote; set data.latents to true, or leave it out",
+        ),
+        "data.validation": ([], "it is for tokenizers, but trains is generator; leave it out"),
+        "times.zero_noise": (0.0, "it is for tokenizers, but trains is generator; leave it out"),
+        "training.train_encoder": (True, ""),
+    }
+
+    generator: GenerationConfig = field(default_factory=GenerationConfig)
 
 
 class GenerationTask(Task):
@@ -65,8 +86,8 @@ class GenerationTask(Task):
     model: Generator
     objective: GenerationObjective
 
-    def __init__(self, recipe: Recipe, place: Place) -> None:
-        super().__init__(recipe, place)
+    def __init__(self, recipe: GeneratorRecipe, place: Place) -> None:
+        self.recipe, self.place = recipe, place
         ours, folder = recipe.generator, recipe.data.source[0]
         cache = open_cache(recipe.data.source, crops_of(recipe), memory=recipe.data.cache)
         if ours.conditional and not cache.labels:
@@ -109,15 +130,15 @@ class GenerationTask(Task):
         self.objective = GenerationObjective(self.model)
         self.numbers = {label: number for number, label in enumerate(labels)}
 
-    def inputs(self, batch: dict[str, Tensor], seed: int, position: int) -> tuple[Any, ...]:
+    def batch(self, loaded: dict[str, Tensor], seed: int, position: int) -> Batch:
         place = self.place
-        moments = batch["moments"].to(place.device, non_blocking=True)
+        moments = loaded["moments"].to(place.device, non_blocking=True)
         shape = (len(moments), moments.shape[1] // 2, *moments.shape[2:])
         draws = Draws.make(
             seed, shape, shape, self.recipe.times, rank=place.rank, world=place.world, device=place.device
         )
-        numbers = self._numbers(batch["label"].tolist(), seed) if self.numbers else None
-        return moments, draws.t, draws.noise, draws.latent_noise, numbers
+        numbers = self._numbers(loaded["label"].tolist(), seed) if self.numbers else None
+        return Batch(draws=draws, moments=moments, classes=numbers)
 
     def _numbers(self, labels: list[int], seed: int) -> Tensor:
         """Each sample's class as the network counts it, or the null class."""
@@ -133,7 +154,7 @@ class GenerationTask(Task):
     def has_model(self, before: Mapping[str, Any]) -> bool:
         ours, theirs = self.recipe.generator, before["generator"]
         same_classes = (theirs["conditional"], theirs["classes"]) == (ours.conditional, ours.classes)
-        return same_classes and DiTConfig(**theirs["dit"]) == ours.dit
+        return before["trains"] == "generator" and same_classes and DiTConfig(**theirs["dit"]) == ours.dit
 
     def show(self, model: Generator) -> tuple[Tensor, dict[str, float]] | None:
         """Samples of the classes in turn, from seeds that are always the same."""

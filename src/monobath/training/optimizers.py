@@ -42,6 +42,24 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     return optimizer
 
 
+def learning_rate(config: OptimizerConfig, step: int, steps: int, anew: int = 0) -> float:
+    """Rate of step 0 … steps−1: linear warm-up, then a cosine to zero or a constant; schedule-free always constant.
+
+    At `anew` the optimizer began again without what it knew (see `scripts/travel.py`): it warms up to the
+    schedule once more.
+    """
+    if anew and config.kind == "adamw" and step - anew < config.warmup:
+        return learning_rate(config, step, steps) * (step - anew + 1) / config.warmup
+    if config.kind == "radam_schedulefree":
+        return config.lr
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    if config.schedule == "constant":
+        return config.lr
+    done = (step - config.warmup) / max(1, steps - config.warmup)
+    return config.lr * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * done, dtype=torch.float64))))
+
+
 def is_schedule_free(optimizer: Any) -> bool:
     """True if the weights to evaluate are not the weights to train."""
     return hasattr(optimizer, "eval")

@@ -2,8 +2,9 @@
 
     load_recipe("cpu-default", ["data.source=photos", "training.steps=100"])
 
-The dataclasses in `config.py` are the schema: every dotted field is a key, its annotation the type. jsonargparse
-checks and converts values; a key that does not exist is an error that names the nearest one that does.
+The dataclasses in `recipe.py` and `config.py` are the schema: every dotted field is a key, its annotation the type.
+What a recipe trains follows from `trains`, `distill.teacher` and `training.train_encoder`. jsonargparse checks and
+converts values; a key that this kind does not have is an error that names the nearest one that it has.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from .. import resources
 from ..autoencoders import as_encoder
-from ..decoders import KINDS, DecoderConfig, decoder_config
+from ..decoders import KINDS, decoder_config
 from ..errors import UserError
-from ..tokenizer import SHARED, Tokenizer
-from .config import Recipe
+from ..tokenizer import SHARED, Tokenizer, TokenizerConfig
+from .config import DistillConfig, LossConfig, ScalesConfig
+from .recipe import DecoderRecipe, DistillationRecipe, Recipe, TokenizerRecipe
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -46,23 +48,94 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(content, dict):
         found = "empty" if content is None else f"a {type(content).__name__}"
         raise UserError(f"{path} is {found}: a recipe is a mapping such as 'training: {{steps: 1000}}'")
-    schema = _Schema()
+    _move_kl_decoder(content)
+    kind = _kind(content, overrides)
+    schema = _Schema(kind)
     values: dict[str, Any] = {}
-    for key, value in schema.flatten(content, f" in {path}"):
+    for key, value in schema.flatten(_own(content, kind), f" in {path}"):
         values[key] = schema.convert(key, value, f" in {path}")
     for override in overrides:
         key, separator, given = override.removeprefix("--").partition("=")
+        if key == "trains":
+            continue
         if key not in schema.types:
             raise schema.unknown(key)
         if not separator:
             raise UserError(f"{key} has no value: write {key}=VALUE")
         values[key] = schema.parse(key, given)
-    return _build(Recipe, _inherited(values) | _of_encoder(values) | values)
+    if "model" in schema.sections:
+        values = _inherited(values) | _of_encoder(values) | values
+    for key, (value, reason) in kind.fixed.items():
+        if key not in values or not reason:
+            values[key] = value
+    return _build(kind, values)
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, which `load_recipe` reads back to an equal recipe."""
-    return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def _move_kl_decoder(content: dict[Any, Any]) -> None:
+    """`model.kl_decoder`, as recipes wrote it before decoders had kinds, becomes `model.decoder`."""
+    model = content.get("model")
+    if isinstance(model, dict) and (channels := model.pop("kl_decoder", None)):
+        kept = {name: value for name, value in (model.get("decoder") or {}).items() if name in SHARED}
+        model["decoder"] = {"kind": "kl", "channels": channels} | kept
+
+
+def _kind(content: dict[Any, Any], overrides: Sequence[str]) -> type[Recipe]:
+    """What a recipe trains. Older ones say "tokenizer" of all but generators, and list every section."""
+    given = dict(override.removeprefix("--").partition("=")[::2] for override in overrides)
+
+    def said(section: str, name: str, default: str) -> str:
+        part = content.get(section) if section else content
+        key = f"{section}.{name}" if section else name
+        return str(given.get(key, part.get(name, default) if isinstance(part, dict) else default))
+
+    trains, distill = said("", "trains", "tokenizer"), content.get("distill")
+    if trains == "generator":
+        from .generation import GeneratorRecipe
+
+        return GeneratorRecipe
+    if trains not in _WITH_TOKENIZER:
+        raise UserError(
+            f"trains is {trains!r}: expected one of {', '.join(map(repr, (*_WITH_TOKENIZER, 'generator')))}"
+        )
+    named_later = isinstance(distill, dict) and distill and "teacher" not in distill
+    if trains == "distillation" or named_later or said("distill", "teacher", ""):
+        return DistillationRecipe
+    learns = said("training", "train_encoder", str(trains != "decoder")).lower()
+    return DecoderRecipe if learns in ("false", "no", "off") else TokenizerRecipe
+
+
+_WITH_TOKENIZER = ("tokenizer", "decoder", "distillation")
+
+
+def _own(content: dict[Any, Any], kind: type[Recipe]) -> dict[Any, Any]:
+    """A recipe without `trains`, and without sections of other kinds that say nothing: older recipes list all."""
+    own = {field.name for field in dataclasses.fields(kind)}
+    return {k: v for k, v in content.items() if k != "trains" and (k in own or not _idle(k, v))}
+
+
+def _idle(name: Any, value: Any) -> bool:
+    """Whether a section has its defaults only."""
+    if name == "init":
+        return not value
+    if name == "generator":
+        from .generation import GenerationConfig
+
+        section: Any = GenerationConfig
+    elif name in _SECTIONS:
+        section = _SECTIONS[name]
+    else:
+        return False
+    return isinstance(value, dict) and _build(section, dict(_flat(value))) == section()
+
+
+_SECTIONS: dict[Any, Any] = {
+    "model": TokenizerConfig, "loss": LossConfig, "distill": DistillConfig, "scales": ScalesConfig
+}  # fmt: skip
 
 
 def _read(name: str) -> tuple[Path, str]:
@@ -112,10 +185,10 @@ def _of_encoder(values: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Schema:
-    """The dotted keys of `Recipe` and their types."""
+    """The dotted keys of a kind of recipe, and their types."""
 
-    def __init__(self) -> None:
-        self.types = dict(_leaves(Recipe)) | {"model.kl_decoder": list[int]}
+    def __init__(self, kind: type[Recipe]) -> None:
+        self.types = dict(_leaves(kind))
         parts = [key.split(".") for key in self.types]
         self.sections = {".".join(part[:n]) for part in parts for n in range(1, len(part))}
         self.parser = ArgumentParser(exit_on_error=False)
@@ -171,35 +244,44 @@ class _Schema:
         return UserError(f"unknown key {key}{where}: the nearest valid one is {near}")
 
 
-def _leaves(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _sections(kind: type) -> Iterator[tuple[str, Any, list[type]]]:
+    """(name, annotation, the dataclasses that it may be) of each field; none for a plain value."""
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
-        if hint == DecoderConfig:  # one of its kinds, which the values tell: the keys of all of them
-            keys = {key: kind for each in reversed(typing.get_args(hint)) for key, kind in _leaves(each)}
-            keys["kind"] = Literal[KINDS]
-            yield from ((f"{prefix}{field.name}.{key}", kind) for key, kind in keys.items())
-        elif dataclasses.is_dataclass(hint):
-            yield from _leaves(typing.cast(type, hint), f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}", hint
+        kinds = [one for one in (typing.get_args(hint) or (hint,)) if isinstance(one, type)]
+        yield field.name, hint, [one for one in kinds if dataclasses.is_dataclass(one)]
+
+
+def _leaves(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, hint, kinds in _sections(kind):
+        for section in reversed(kinds):  # of a field that several of them have, the first one's type counts
+            yield from _leaves(section, f"{prefix}{name}.")
+        if len(kinds) > 1:
+            yield f"{prefix}{name}.kind", Literal[KINDS]
+        if not kinds:
+            yield f"{prefix}{name}", hint
 
 
 def _build(kind: type, values: dict[str, Any], prefix: str = "") -> Any:
     """Only the given keys reach the dataclasses, so that theirs alone decide what is left open."""
-    hints, given = typing.get_type_hints(kind), {}
-    for field in dataclasses.fields(kind):
-        key = f"{prefix}{field.name}"
-        if hints[field.name] == DecoderConfig:
-            shape = {name.removeprefix(f"{key}."): v for name, v in values.items() if name.startswith(f"{key}.")}
-            if channels := values.get(f"{prefix}kl_decoder"):  # as it was written before decoders had kinds
-                shape = {"kind": "kl", "channels": channels} | {k: v for k, v in shape.items() if k in SHARED}
-            given[field.name] = decoder_config(shape)
-        elif dataclasses.is_dataclass(hints[field.name]):
-            given[field.name] = _build(typing.cast(type, hints[field.name]), values, f"{key}.")
+    given: dict[str, Any] = {}
+    for name, _, kinds in _sections(kind):
+        key = f"{prefix}{name}"
+        if kinds and any(k.startswith(f"{key}.") for k in values):
+            own = {k.removeprefix(f"{key}."): value for k, value in values.items() if k.startswith(f"{key}.")}
+            given[name] = decoder_config(own) if len(kinds) > 1 else _build(kinds[0], values, f"{key}.")
         elif key in values:
-            given[field.name] = values[key]
+            given[name] = values[key]
     return kind(**given)
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in content.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _describe(kind: Any) -> str:

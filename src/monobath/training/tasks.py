@@ -1,27 +1,32 @@
 """What a run trains, between the loop, which knows steps, and the networks, which know tensors.
 
-`TokenizerTask` is here; `GenerationTask`, of latent generators, is in `generation.py`.
+`TokenizerTask` is here; `GenerationTask`, of latent generators, is in `generation.py`. Both import the objective that
+they need when they need it.
 """
 
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
-from ..data import Crops, LatentDataset, PhotoDataset, StreamDataset, iterate_eval, make_dataset
+from ..data import Crops, LatentDataset, StreamDataset, iterate_eval, make_dataset
 from ..data.cache import check_encoder, open_cache, stored_moments
 from ..errors import UserError
 from ..images import to_float
-from ..tokenizer import TokenizerConfig
-from .building import make_objective, make_samples, make_tokenizer
-from .config import Recipe
-from .objectives import Draws
+from ..models.identity import weights_sha256
+from ..tokenizer import Tokenizer, TokenizerConfig
+from .initialise import AnyDataset, make_tokenizer
+from .objectives.base import AutoencoderObjective, Batch, Draws, Losses
+from .recipe import DistillationRecipe, Recipe, TokenizerRecipe
+from .samples import SampleCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,27 +54,23 @@ class Task(abc.ABC):
     Attributes:
         dataset: what `make_loader` takes.
         model: what is trained, averaged and saved; has `save_pretrained`.
-        objective: what is minimised, a module that holds the model: `objective(*inputs)` gives float32 scalars, of
-            which `loss` is the sum.
+        objective: what is minimised, a module that holds the model: `Batch` → `Losses`.
     """
 
-    dataset: PhotoDataset | StreamDataset | LatentDataset
+    dataset: AnyDataset
     model: Any
     objective: Any
-
-    def __init__(self, recipe: Recipe, place: Place) -> None:
-        self.recipe, self.place = recipe, place
 
     @abc.abstractmethod
     def build(self) -> None:
         """Make `model` and `objective`, on the CPU."""
 
     @abc.abstractmethod
-    def inputs(self, batch: dict[str, Tensor], seed: int, position: int) -> tuple[Any, ...]:
+    def batch(self, loaded: dict[str, Tensor], seed: int, position: int) -> Batch:
         """What the objective is called with. All random numbers come from `seed`, which all processes share.
 
         Args:
-            batch: this process', from the loader.
+            loaded: this process' samples, from the loader.
             seed: of this batch.
             position: number of this forward pass in the run.
         """
@@ -89,19 +90,31 @@ class Task(abc.ABC):
             UserError: they do not go with the data.
         """
 
-    def learned(self, position: int) -> None:  # noqa: B027
-        """Called after the backward pass of `inputs(…, position)`."""
+    def learned(self, batch: Batch, losses: Losses, position: int) -> None:  # noqa: B027
+        """Called after the backward pass of `batch(…, position)`."""
 
     def show(self, model: Any) -> tuple[Tensor, dict[str, float]] | None:
         """A picture of what `model`, the averaged one, does: uint8 `(3, H, W)`, and figures; None: there is none."""
         return None
 
 
+def task_of(recipe: Recipe, place: Place) -> Task:
+    """The task of a recipe's kind."""
+    if isinstance(recipe, TokenizerRecipe):
+        return TokenizerTask(recipe, place)
+    from .generation import GenerationTask, GeneratorRecipe
+
+    assert isinstance(recipe, GeneratorRecipe)
+    return GenerationTask(recipe, place)
+
+
 class TokenizerTask(Task):
     """A tokenizer, or its decoder alone, learns from pictures or from cached latents."""
 
-    def __init__(self, recipe: Recipe, place: Place) -> None:
-        super().__init__(recipe, place)
+    samples: SampleCache | None = None
+
+    def __init__(self, recipe: TokenizerRecipe, place: Place) -> None:
+        self.recipe, self.place = recipe, place
         data, training = recipe.data, recipe.training
         if data.latents:
             if training.train_encoder:
@@ -115,18 +128,62 @@ class TokenizerTask(Task):
         self.examples = self._examples() if place.main and training.sample_every else None
 
     def build(self) -> None:
-        training, place = self.recipe.training, self.place
-        self.model = make_tokenizer(self.recipe, self.dataset, quiet=not place.main)
-        self.objective = make_objective(self.recipe, self.model, batch=place.micro)
-        pictures = None if isinstance(self.dataset, StreamDataset) else len(self.dataset)
-        self.samples = make_samples(self.recipe, self.objective, pictures=pictures, batch=(place.world, place.micro))
+        training = self.recipe.training
+        self.model = make_tokenizer(self.recipe, self.dataset, quiet=not self.place.main)
+        self.objective = self._objective()
         self.model.encoder.checkpointing = training.checkpointing
         self.model.decoder.set_checkpointing(training.checkpointing)
 
-    def inputs(self, batch: dict[str, Tensor], seed: int, position: int) -> tuple[Any, ...]:
+    def _objective(self) -> AutoencoderObjective:
+        """Of one scale or several; a distillation's has a teacher, and maybe its samples."""
+        recipe, scales, batch = self.recipe, self.recipe.scales, self.place.micro
+        if scales is not None and scales.union and batch < 2:
+            raise UserError(f"training.batch_size gives {batch} images a pass: scales.union needs at least 2")
+        stages = recipe.model.decoder.stages
+        if scales is not None and not scales.union and batch % stages and batch < 2 * stages - 1:
+            raise UserError(
+                f"training.batch_size gives {batch} images a pass: {stages} stages need a multiple of {stages}, "
+                f"or at least {2 * stages - 1}"
+            )
+        train_encoder = recipe.training.train_encoder
+        if isinstance(recipe, DistillationRecipe):
+            return self._distillation(recipe)
+        if scales is None:
+            return AutoencoderObjective(self.model, recipe.loss, train_encoder=train_encoder)
+        from .objectives.staged import StagedObjective, UnionObjective
+
+        objective = UnionObjective if scales.union else StagedObjective
+        return objective(self.model, recipe.loss, scales, train_encoder=train_encoder)
+
+    def _distillation(self, recipe: DistillationRecipe) -> AutoencoderObjective:
+        from .objectives.distilled import DistillationObjective, StagedDistillation
+
+        if not recipe.distill.teacher:
+            raise UserError(f"recipe {recipe.name} names no teacher: add distill.teacher")
+        teacher = Tokenizer.from_pretrained(recipe.distill.teacher)
+        if recipe.scales is not None:
+            return StagedDistillation(self.model, teacher, recipe.loss, recipe.distill, recipe.scales)
+        objective = DistillationObjective(self.model, teacher, recipe.loss, recipe.distill)
+        if recipe.distill.cache:
+            facts = {
+                "teacher": weights_sha256(teacher),
+                "teacher_steps": objective.steps,
+                "power": objective.power,
+                "grid": objective.grid,
+                "noise": dataclasses.asdict(recipe.times),
+                "data": dataclasses.asdict(recipe.data),
+                "pictures": None if isinstance(self.dataset, StreamDataset) else len(self.dataset),
+                "batch": [self.place.world, self.place.micro],
+                "seed": recipe.training.seed,
+                "precision": recipe.training.precision,
+            }
+            self.samples = SampleCache(Path(recipe.distill.cache), facts)
+        return objective
+
+    def batch(self, loaded: dict[str, Tensor], seed: int, position: int) -> Batch:
         place = self.place
-        x = to_float(batch["image"].to(place.device, non_blocking=True))
-        moments = stored_moments(batch)
+        x = to_float(loaded["image"].to(place.device, non_blocking=True))
+        moments = stored_moments(loaded)
         moments = None if moments is None else moments.to(place.device, non_blocking=True)
         if self.recipe.training.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
@@ -134,16 +191,15 @@ class TokenizerTask(Task):
             seed, tuple(x.shape), self._latent_shape(x, moments), self.recipe.times, grid=self.objective.grid,
             rank=place.rank, world=place.world, device=place.device,
         )  # fmt: skip
-        target = self.samples.read(position, place.rank) if self.samples is not None else None
-        self._sampled = target is not None
-        target = None if target is None else target.to(place.device)
-        more = self.objective.more_draws(seed, len(x), place.rank, place.world)
-        return x, draws.t, draws.noise, draws.latent_noise, moments, target, *more
+        self.objective.draw(draws, seed, place.rank, place.world)
+        target = None if self.samples is None else self.samples.read(position, place.rank)
+        return Batch(draws=draws, images=x, moments=moments, target=None if target is None else target.to(place.device))
 
-    def learned(self, position: int) -> None:
+    def learned(self, batch: Batch, losses: Losses, position: int) -> None:
         """Keep what the teacher sampled for this batch, if it did."""
-        if self.samples is not None and not self._sampled:
-            self.samples.write(position, self.place.rank, self.objective.target)
+        if self.samples is not None and batch.target is None:
+            assert losses.target is not None
+            self.samples.write(position, self.place.rank, losses.target)
 
     def compile(self) -> None:
         self.model.encoder.compile()
@@ -154,7 +210,8 @@ class TokenizerTask(Task):
             check_encoder(self.dataset, self.model.encoder)
 
     def has_model(self, before: Mapping[str, Any]) -> bool:
-        return TokenizerConfig.from_dict(before["model"]) == self.recipe.model
+        same_kind = before.get("trains") != "generator"
+        return same_kind and TokenizerConfig.from_dict(before["model"]) == self.recipe.model
 
     def show(self, model: nn.Module) -> tuple[Tensor, dict[str, float]] | None:
         """Pictures above, their reconstructions below, and the latters' mean PSNR."""
@@ -187,11 +244,3 @@ def crops_of(recipe: Recipe) -> Crops:
         size=data.size, scale=(data.scale[0], data.scale[1]), flip=data.flip, seed=recipe.training.seed,
         max_pixels=data.max_pixels, min_side=data.min_side,
     )  # fmt: skip
-
-
-def same_model(task: Task, before: Any) -> bool:
-    """`task.has_model` of whatever a `config.yaml` may hold; a recipe that trains something else has another."""
-    try:
-        return before.get("trains", "tokenizer") == task.recipe.trains and task.has_model(before)
-    except (UserError, TypeError, KeyError, AttributeError):
-        return False

@@ -21,9 +21,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..errors import UserError
-from ..files import write_file, write_folder
-from . import checkpoints
+from monobath.errors import UserError
+from monobath.files import write_file, write_folder
+from monobath.training import checkpoints
 
 PART = 15_000_000
 """Largest part, in bytes."""

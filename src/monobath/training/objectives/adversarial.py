@@ -1,8 +1,8 @@
 """The adversarial part of a run: a discriminator, its optimizer, and what it tells the decoder. Off by default.
 
 SSDD needs none; a KL-VAE's recipe does (Rombach et al. 2022, arXiv 2112.10752; the losses are in
-`losses/adversarial.py`). The discriminator learns beside the decoder from the first step on; the decoder hears of it
-after `adversarial_start` of the run.
+`losses/adversarial.py`). The discriminator learns beside the decoder from the first step on; the adversarial loss
+starts after `adversarial_start` of the run.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..losses.adversarial import PatchDiscriminator, adaptive_weight, hinge_discriminator_loss, hinge_generator_loss
-from .config import LossConfig
+from ...losses.adversarial import PatchDiscriminator, adaptive_weight, hinge_discriminator_loss, hinge_generator_loss
+from ..config import LossConfig
+from .base import Judge, Losses
 
 
 class Adversary:
@@ -32,10 +33,11 @@ class Adversary:
         self.prepared, self.optimizer = accelerator.prepare(self.network, optimizer)
         self.share = 0.0  # of the weight that counts now
 
-    def begin_step(self, step: int, steps: int) -> None:
-        """Before the batches of step 0 … steps−1."""
+    def begin_step(self, step: int, steps: int) -> Judge:
+        """Before the batches of step 0 … steps−1; returns what their objective is given."""
         self.share = float(step >= self.loss.adversarial_start * steps)
         self.optimizer.zero_grad(set_to_none=True)
+        return self.judge
 
     def judge(self, generated: Tensor, reconstruction: Tensor, last_layer: Tensor) -> Tensor:
         """The decoder's adversarial loss, weighted: a float32 scalar, 0 before its time.
@@ -55,10 +57,12 @@ class Adversary:
             self.network.requires_grad_(True)
         return self.loss.adversarial * weight * loss
 
-    def learn(self, real: Tensor, generated: Tensor, accumulation: int) -> Tensor:
-        """Gradients of the discriminator's loss on a batch; returns the loss, without gradients."""
+    def learn(self, losses: Losses, accumulation: int) -> Tensor:
+        """Gradients of the discriminator's loss on a batch's images; returns the loss, without gradients."""
+        assert losses.real is not None
+        assert losses.clean is not None
         # One call for both: DDP expects one forward pass a backward pass.
-        scores = self.prepared(torch.cat([real, generated]))
+        scores = self.prepared(torch.cat([losses.real, losses.clean]))
         loss = hinge_discriminator_loss(*scores.chunk(2))
         self.accelerator.backward(loss / accumulation)
         return loss.detach()

@@ -1,41 +1,57 @@
-"""What a recipe trains, before the loop has seen a step: the tokenizer, the objective, the cache of teacher samples."""
+"""What a tokenizer knows before it has seen a step: random weights, another model's, or a fit to third-party latents.
+
+Our own encoders make latents of standard deviation near ½, whose low frequencies a cosine basis turns into a picture;
+first weights rely on both. Foreign latents have any scale (Stable Diffusion's about 5, FLUX.2's about 1) and any basis.
+So the run's first crops are encoded, `standardise` gets each channel's mean and standard deviation, and `linear_skip`
+the map from 3×3 latent positions to the pixels of the middle one that has the least squared error: decoding starts
+with a blurred picture instead of a grey one.
+"""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ..autoencoders import read_taesd
-from ..data import LatentDataset, PhotoDataset, StreamDataset
+from ..data import LatentDataset, PhotoDataset, StreamDataset, make_loader
+from ..data.cache import stored_moments
+from ..data.statistics import LatentMoments
 from ..decoders import PixelDecoder
 from ..decoders.taef2 import Taef2Decoder
 from ..errors import UserError
-from ..models.encoder import FAMILIES
-from ..models.identity import weights_sha256
+from ..images import to_float
+from ..models.blocks import Padding
+from ..models.encoder import FAMILIES, Posterior
+from ..models.frozen import without_spread
 from ..models.loading import load_strictly
 from ..tokenizer import Tokenizer
 from . import checkpoints
-from .config import Recipe
-from .distillation import DistillationObjective, SampleCache
-from .objectives import AutoencoderObjective
-from .retrofit import fit_to_latents, slim_to_latents
-from .scales import ScaleDistillation, ScalesObjective, UnionObjective
+from .recipe import TokenizerRecipe
 
 log = logging.getLogger(__name__)
 
+AnyDataset = PhotoDataset | StreamDataset | LatentDataset
 
-def make_tokenizer(
-    recipe: Recipe, dataset: PhotoDataset | StreamDataset | LatentDataset | None = None, *, quiet: bool = False
-) -> Tokenizer:
+CROPS, POSITIONS = 32, 4096
+"""Of the run's first crops, at least so many are looked at, and so many latent positions."""
+BATCH = 16
+RIDGE = 1e-3
+"""Weight decay of the linear map, relative to the mean square of what it reads."""
+
+
+def make_tokenizer(recipe: TokenizerRecipe, dataset: AnyDataset | None = None, *, quiet: bool = False) -> Tokenizer:
     """The tokenizer to train, in training mode: random weights, or those of `recipe.init` (see `start_from`).
 
     Args:
-        dataset: to train on: what a new decoder with `standardise` is fitted to first (see `retrofit.py`). A run that
-            goes on has that from its checkpoint.
+        dataset: to train on: what a new decoder with `standardise` is fitted to first (see `fit_to_latents`). A run
+            that goes on has that from its checkpoint.
         quiet: log nothing, as all processes but one should.
 
     Raises:
@@ -62,7 +78,7 @@ def make_tokenizer(
 
 
 def _add_trunk(
-    tokenizer: Tokenizer, recipe: Recipe, dataset: PhotoDataset | StreamDataset | LatentDataset | None, taken: bool
+    tokenizer: Tokenizer, recipe: TokenizerRecipe, dataset: AnyDataset | None, taken: bool
 ) -> nn.Sequential | None:
     """The weights of the trunk, from the files of the family's decoder unless they are there; cached latents go through
     it when they are read, before they are cut to windows. Returns that decoder, if it was read."""
@@ -83,7 +99,7 @@ def _add_trunk(
     return own
 
 
-def _check_latents(recipe: Recipe) -> None:
+def _check_latents(recipe: TokenizerRecipe) -> None:
     """Whether there are latents, and they stay what they are."""
     encoder, training = recipe.model.encoder, recipe.training
     if encoder.family and training.train_encoder:
@@ -106,7 +122,7 @@ def _check_latents(recipe: Recipe) -> None:
         )
 
 
-def start_from(tokenizer: Tokenizer, recipe: Recipe) -> bool:
+def start_from(tokenizer: Tokenizer, recipe: TokenizerRecipe) -> bool:
     """Take encoder and decoder from the model `recipe.init`; a decoder of another shape keeps its random weights.
 
     The encoder must fit: it decides the latent space, which is why one starts from another model. What trains may be
@@ -146,79 +162,101 @@ def start_from(tokenizer: Tokenizer, recipe: Recipe) -> bool:
 
 def same_network(ours: PixelDecoder, theirs: PixelDecoder) -> bool:
     """Whether weights of one mean the same in the other; stages and a null latent add some that are zero at first."""
-    extra = (
-        {"stage_embedding", "null_latent"}
-        if ours.stages == theirs.stages or 1 in (ours.stages, theirs.stages)
-        else set()
-    )
+    comparable = ours.stages == theirs.stages or 1 in (ours.stages, theirs.stages)
+    added = ("stage_embedding", "null_latent") if comparable else ()
     free = {"size", "attention", "dropout", "residual", "padding", "stages", "null_latent"}
     shapes, fields = [], []
     for decoder in (ours, theirs):
-        shapes.append({name: value.shape for name, value in decoder.state_dict().items() if name not in extra})
+        shapes.append({name: value.shape for name, value in decoder.state_dict().items() if name not in added})
         fields.append({name: value for name, value in dataclasses.asdict(decoder.config).items() if name not in free})
     return shapes[0] == shapes[1] and fields[0] == fields[1]
 
 
-def make_objective(recipe: Recipe, tokenizer: Tokenizer, *, batch: int) -> AutoencoderObjective:
-    """What is minimised: the autoencoder's objective or a distillation's, of one scale or several.
+@torch.no_grad()
+def fit_to_latents(tokenizer: Tokenizer, dataset: AnyDataset, *, seed: int) -> None:
+    """Set the constants of a decoder with `standardise`, and its `linear_skip`, from the first crops of a run.
 
     Args:
-        tokenizer: what trains.
-        batch: images of a forward pass.
+        tokenizer: its encoder makes the latents, unless the data has them.
+        dataset: for training.
+        seed: of the run's order.
 
     Raises:
-        UserError: the batch cannot be shared among the stages, or the teacher does not fit.
+        UserError: latents that are not finite, or all the same.
     """
-    config, stages = recipe.distill, recipe.model.decoder.stages
-    if recipe.scales.union and batch < 2:
-        raise UserError(f"training.batch_size gives {batch} images a pass: scales.union needs at least 2")
-    if stages > 1 and not recipe.scales.union and batch % stages and batch < 2 * stages - 1:
-        raise UserError(
-            f"training.batch_size gives {batch} images a pass: {stages} stages need a multiple of {stages}, "
-            f"or at least {2 * stages - 1}"
+    decoder = tokenizer.decoder
+    assert decoder.config.standardise  # with a trunk, "latents" are its features from here on
+    sums, pairs = LatentMoments(), []
+    for x, posterior in _encoded(tokenizer, dataset, seed):
+        sums.add(posterior)
+        pairs.append((x, posterior.mean))
+    found = sums.result()
+    std = torch.tensor(found.std)
+    # A channel that never changes says nothing: it is not blown up.
+    std = torch.where(std > 1e-3 * found.overall_std, std, found.overall_std)
+    decoder.latent_shift.copy_(torch.tensor(found.mean)[:, None, None])
+    decoder.latent_scale.copy_(0.5 / std[:, None, None])
+    if decoder.linear_skip is not None:
+        weight, bias = least_squares(
+            [(x, decoder.standardised(z)) for x, z in pairs], decoder.config.read_factor, decoder.config.padding
         )
-    if not config.teacher:
-        train_encoder = recipe.training.train_encoder
-        if recipe.scales.union:
-            return UnionObjective(tokenizer, recipe.loss, recipe.scales, train_encoder=train_encoder)
-        if stages > 1:
-            return ScalesObjective(tokenizer, recipe.loss, recipe.scales, train_encoder=train_encoder)
-        return AutoencoderObjective(tokenizer, recipe.loss, train_encoder=train_encoder)
-    teacher = Tokenizer.from_pretrained(config.teacher)
-    if teacher.config.decoder.stages != stages:
-        raise UserError(
-            f"distill.teacher {config.teacher} has {teacher.config.decoder.stages} stages, the student {stages}: "
-            "they must be equal"
-        )
-    if stages > 1:
-        return ScaleDistillation(tokenizer, teacher, recipe.loss, config, recipe.scales)
-    return DistillationObjective(tokenizer, teacher, recipe.loss, config)
+        decoder.linear_skip.load_state_dict({"weight": weight, "bias": bias})
 
 
-def make_samples(
-    recipe: Recipe, objective: AutoencoderObjective, *, pictures: int | None, batch: tuple[int, int]
-) -> SampleCache | None:
-    """The cache of teacher samples that a distillation asks for; None where there is none.
+@torch.no_grad()
+def slim_to_latents(tokenizer: Tokenizer, own: nn.Sequential, dataset: AnyDataset, *, seed: int) -> None:
+    """Give a decoder with `slim` the weights of the family's own, chosen over the first crops of a run.
 
     Args:
-        pictures: of the data set, where they can be counted.
-        batch: processes, and images of a forward pass of one.
-
-    Raises:
-        UserError: the folder holds other samples, or cannot be written.
+        tokenizer: its decoder has its trunk already.
+        own: the family's whole decoder.
+        dataset, seed: as for `fit_to_latents`.
     """
-    if not recipe.distill.cache or not isinstance(objective, DistillationObjective):
-        return None
-    facts = {
-        "teacher": weights_sha256(objective.teacher),
-        "teacher_steps": objective.steps,
-        "power": objective.power,
-        "grid": objective.grid,
-        "noise": dataclasses.asdict(recipe.times),
-        "data": dataclasses.asdict(recipe.data),
-        "pictures": pictures,
-        "batch": list(batch),
-        "seed": recipe.training.seed,
-        "precision": recipe.training.precision,
-    }
-    return SampleCache(Path(recipe.distill.cache), facts)
+    decoder = tokenizer.decoder
+    assert isinstance(decoder, Taef2Decoder)
+    features = torch.cat([posterior.mean for _, posterior in _encoded(tokenizer, dataset, seed)])
+    decoder.tail.take(own, features)
+    decoder.conv_out.load_state_dict(own[-1].state_dict())
+
+
+def least_squares(pairs: list[tuple[Tensor, Tensor]], factor: int, padding: Padding) -> tuple[Tensor, Tensor]:
+    """Weights of the 3×3 convolution from latents to pixels that has the least squared error.
+
+    Args:
+        pairs: images `(B, 3, f·h, f·w)` and their latents `(B, c, h, w)`.
+        factor: f.
+        padding: of the convolution.
+
+    Returns:
+        Weight `(3f², c, 3, 3)` and bias `(3f²,)`: `pixel_shuffle(conv2d(z, weight, bias), f)`, padded, is the image.
+    """
+    gram, cross = torch.zeros(()), torch.zeros(())
+    for x, z in pairs:
+        z = F.pad(z, (1, 1, 1, 1), mode="constant" if padding == "zeros" else padding)
+        inputs = F.unfold(z, 3).transpose(1, 2).flatten(0, 1).double()  # (B·h·w, 9c)
+        inputs = F.pad(inputs, (0, 1), value=1.0)
+        pixels = F.pixel_unshuffle(x, factor).flatten(2).transpose(1, 2).flatten(0, 1).double()
+        gram, cross = gram + inputs.T @ inputs, cross + inputs.T @ pixels
+    decay = RIDGE * gram.diagonal()[:-1].mean() * torch.ones(len(gram), dtype=gram.dtype)
+    decay[-1] = 0  # the bias is free
+    solved = torch.linalg.solve(gram + torch.diag(decay), cross).T.float()
+    return solved[:, :-1].unflatten(1, (-1, 3, 3)), solved[:, -1]
+
+
+def _encoded(tokenizer: Tokenizer, dataset: AnyDataset, seed: int) -> Iterator[tuple[Tensor, Posterior]]:
+    """Batches of images in [-1, 1] and their posteriors: what the run sees first."""
+    crops = positions = 0
+    for batch in make_loader(dataset, batch_size=BATCH, num_workers=0, seed=seed):
+        x = to_float(batch["image"])
+        moments = stored_moments(batch)
+        if moments is None:
+            moments = tokenizer.encoder(x)
+        posterior = Posterior(moments, (x.shape[2], x.shape[3]))
+        decoder = tokenizer.decoder
+        features = decoder.read(posterior.mean)
+        if features is not posterior.mean:
+            posterior = Posterior(without_spread(features), posterior.size)
+        yield x, posterior
+        crops, positions = crops + len(x), positions + len(x) * moments[0, 0].numel()
+        if crops >= CROPS and positions >= POSITIONS:
+            return

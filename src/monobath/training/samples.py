@@ -1,0 +1,60 @@
+"""Teacher samples on disk, so that a second student on the same images, draws and teacher finds them there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import UserError
+from ..files import write_file, write_text
+
+
+class SampleCache:
+    """Teacher samples on disk, a file for each batch, float16: what is there is not sampled again.
+
+    Args:
+        folder: made if missing.
+        facts: everything that decides the samples; a folder made with other facts is refused.
+
+    Raises:
+        UserError: the folder holds other samples, or cannot be written.
+    """
+
+    def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
+        self.folder = folder
+        file = folder / "samples.json"
+        facts = json.loads(json.dumps(facts))
+        if file.is_file():
+            try:
+                before = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise UserError(f"{file} is corrupt ({error}): choose another distill.cache") from None
+            differing = sorted(key for key in facts.keys() | before.keys() if facts.get(key) != before.get(key))
+            if differing:
+                raise UserError(
+                    f"distill.cache {folder} holds samples made with another {', '.join(differing)}: choose another "
+                    "folder, or delete that one"
+                )
+        else:
+            write_text(file, json.dumps(facts, indent=2) + "\n")
+
+    def path(self, position: int, rank: int) -> Path:
+        """File of a process' batch."""
+        return self.folder / f"{position // 1000:05d}" / f"{position:08d}-{rank}.safetensors"
+
+    def read(self, position: int, rank: int) -> Tensor | None:
+        """Samples of a batch, float32; None if they are not there, or not whole."""
+        try:
+            return load_file(self.path(position, rank))["samples"].float()
+        except (OSError, SafetensorError, KeyError):
+            return None
+
+    def write(self, position: int, rank: int, samples: Tensor) -> None:
+        """Keep the samples of a batch."""
+        kept = {"samples": samples.half().cpu().contiguous()}
+        write_file(self.path(position, rank), lambda partial: save_file(kept, partial))
