@@ -50,13 +50,11 @@ class PictureMetric:
     """(output, original), uint8 `(B, 3, H, W)` → float `(B,)`."""
 
 
-@dataclass(kw_only=True)
-class ChannelMetric:
-    """A signed figure for each channel of each picture; of their means over pictures, the farthest from 0 counts."""
+class ChannelMetric(PictureMetric):
+    """A signed figure for each channel of each picture; of their means over pictures, the farthest from 0 counts.
 
-    info: MetricInfo
-    measure: Callable[[Tensor, Tensor], Tensor]
-    """(output, original), uint8 `(B, 3, H, W)` → float `(B, 3)`, as `CHANNELS`."""
+    `measure` gives float `(B, 3)`, as `CHANNELS`.
+    """
 
 
 @dataclass(kw_only=True)
@@ -69,7 +67,7 @@ class SetMetric:
     dim: int
 
 
-Metric = PictureMetric | ChannelMetric | SetMetric
+Metric = PictureMetric | SetMetric
 
 
 @dataclass(kw_only=True)
@@ -106,7 +104,7 @@ def load_metrics(
     loaded: list[Metric] = []
     chosen = list(METRICS) if keys is None else keys
     for place, key in enumerate(chosen):
-        if isinstance(key, (PictureMetric, ChannelMetric, SetMetric)):
+        if isinstance(key, Metric):
             loaded.append(dataclasses.replace(key, info=dataclasses.replace(key.info)))
             infos.append(loaded[-1].info)
             continue
