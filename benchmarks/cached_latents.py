@@ -25,6 +25,7 @@ from rich.table import Table
 from monobath import Tokenizer, UserError, resources
 from monobath.data import Crops, make_loader
 from monobath.data.encoding import Caching, cache_latents
+from monobath.devices import synchronize
 from monobath.training.loop import _Run
 from monobath.training.recipes import load_recipe
 
@@ -102,14 +103,12 @@ def measure(networks: str, data: Sequence[str], folder: Path, given: Any) -> tup
 
 def _speed(run: _Run, batches: Iterator[dict[str, Any]], steps: int, batch: int) -> float:
     """Images/s of some optimizer steps."""
-    if run.device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(run.device)
     start = time.perf_counter()
     for _ in range(steps):
         run._step(batches)
         run.step += 1
-    if run.device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(run.device)
     return steps * batch / (time.perf_counter() - start)
 
 

@@ -90,6 +90,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     from monobath import Tokenizer, resources
     from monobath.data import make_loader
+    from monobath.devices import synchronize
     from monobath.training.loop import _Run
     from monobath.training.recipes import load_recipe
 
@@ -113,8 +114,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             clock, cpu_clock = time.perf_counter(), time.process_time()
             run._step(batches)
             run.step += 1
-            if run.device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(run.device)
             if number:
                 seconds.append(time.perf_counter() - clock)
                 cpu.append(time.process_time() - cpu_clock)

@@ -27,7 +27,7 @@ from ..images import tensor_to_pil, to_float
 from ..losses.grid import grid_energy
 from ..losses.perceptual import SIDES, EffLiteDistance, LpipsDistance
 from ..words import did_you_mean
-from .features import CROP_SIDE, CROPS, EffLiteFeatures
+from .features import CROP_SIDE, CROPS, CropFeatures
 from .frechet import HALVES
 from .results import MetricInfo
 
@@ -303,7 +303,7 @@ def _load_efflite(info: MetricInfo, setting: Setting) -> Metric:
     f"(smaller pictures: their short side) resized to {SIDES['lite2']}², bicubic with antialias",
 )
 def _load_fd_efflite(info: MetricInfo, setting: Setting) -> Metric:
-    features = EffLiteFeatures(setting.device, setting.seed)
+    features = CropFeatures(setting.device, setting.seed)
     return SetMetric(info=info, features=features, dim=features.dim)
 
 
