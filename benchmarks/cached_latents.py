@@ -25,6 +25,7 @@ from rich.table import Table
 from monobath import Tokenizer, UserError, resources
 from monobath.data import Crops
 from monobath.data.encoding import Caching, cache_latents
+from monobath.devices import synchronize
 from monobath.training import Run, load_recipe
 
 NETWORKS = {
@@ -100,13 +101,11 @@ def measure(networks: str, data: Sequence[str], folder: Path, given: Any) -> tup
 
 def _speed(run: Run, steps: int) -> float:
     """Images/s of some optimizer steps."""
-    if run.device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(run.device)
     start = time.perf_counter()
     for _ in range(steps):
         run.step()
-    if run.device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(run.device)
     return steps * run.recipe.training.batch_size / (time.perf_counter() - start)
 
 

@@ -45,13 +45,14 @@ from monobath import Tokenizer, UserError
 from monobath.cli.shared import lasting_name
 from monobath.data import Crops, iterate_eval, make_dataset
 from monobath.data.encoding import Caching, cache_latents
+from monobath.devices import synchronize
 from monobath.evaluation.compare import half_sample_estimate
-from monobath.evaluation.features import EffLiteFeatures
+from monobath.evaluation.features import CropFeatures
 from monobath.evaluation.frechet import Gaussian, HalfSampled, frechet_distance
 from monobath.evaluation.metrics import SetMetric, load_metrics
 from monobath.files import write_file, write_text
 from monobath.generation import Generator
-from monobath.generation.pictures import check_fits, decoder_seeds, in_turn
+from monobath.generation.rendering import check_fits, decoder_seeds, in_turn
 from monobath.images import tensor_to_pil
 from monobath.training import load_recipe
 
@@ -63,7 +64,7 @@ PENALTY = 1e-3
 
 
 def _efflite() -> Callable[[Tensor], Tensor]:
-    network = EffLiteFeatures(device())
+    network = CropFeatures(device())
     return lambda images: torch.cat([network.pooled(part.to(device())) for part in images.split(network.chunk)]).cpu()
 
 
@@ -331,12 +332,10 @@ def _clock_name() -> str:
 
 def _seconds(run: Callable[[], Any]) -> float:
     clock = time.perf_counter if device().type == "cuda" else time.process_time
-    if device().type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device())
     began = clock()
     run()
-    if device().type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device())
     return clock() - began
 
 

@@ -89,6 +89,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from monobath import Tokenizer, resources
+    from monobath.devices import synchronize
     from monobath.training import Run, load_recipe
 
     stage = args.measure
@@ -109,8 +110,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for number in range(1 + args.steps):  # the first warms up
             clock, cpu_clock = time.perf_counter(), time.process_time()
             run.step()
-            if run.device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(run.device)
             if number:
                 seconds.append(time.perf_counter() - clock)
                 cpu.append(time.process_time() - cpu_clock)

@@ -25,7 +25,7 @@ from monobath import UserError
 from monobath.data import Crops, iterate_eval, make_dataset
 from monobath.evaluation.compare import half_sample_estimate, mean_estimate
 from monobath.evaluation.frechet import Gaussian, HalfSampled, frechet_distance
-from monobath.evaluation.metrics import ChannelMetric, PictureMetric, SetMetric, load_metrics
+from monobath.evaluation.metrics import PictureMetric, SetMetric, load_metrics
 from monobath.evaluation.results import Estimate
 from monobath.evaluation.system import System
 from monobath.files import write_text
@@ -137,7 +137,7 @@ class Judge:
         self.protocol = {"data": [Path(source).name for source in data], "size": size, "limit": limit}
         self.protocol |= {"crop": crop} if crop else {}
         _, loaded = load_metrics(list(metrics), device=device())
-        self.of_pictures = [metric for metric in loaded if isinstance(metric, PictureMetric | ChannelMetric)]
+        self.of_pictures = [metric for metric in loaded if isinstance(metric, PictureMetric)]
         self.of_sets = [metric for metric in loaded if isinstance(metric, SetMetric)]
         self.originals: dict[str, list[Gaussian]] = {}
 

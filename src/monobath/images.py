@@ -146,7 +146,7 @@ def psnr(output: Tensor, original: Tensor) -> Tensor:
     assert output.shape == original.shape, (output.shape, original.shape)
     assert output.dtype == original.dtype == torch.uint8, (output.dtype, original.dtype)
     gap = output.float() - original.float()
-    peak, ten = torch.tensor([255.0, 10.0], device=gap.device).log()
+    peak, ten = torch.tensor([255.0, 10.0]).log()
     return (2 * peak - ((gap * gap).sum((1, 2, 3)) / gap[0].numel()).log()) * (10 / ten)
 
 

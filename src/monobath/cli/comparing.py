@@ -164,7 +164,7 @@ def bench(
     with _Progress() as progress:
         extra = None
         if engine:
-            from ..export.bench import engine_networks
+            from ..export.timing import engine_networks
 
             extra = engine_networks(model or [], engine, decoders or [])
         result = run_bench(plan, extra=extra, progress=progress.words, command=command)

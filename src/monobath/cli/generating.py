@@ -61,7 +61,7 @@ def generate(
 
     from ..devices import usable_device
     from ..generation import Generator
-    from ..generation.pictures import check_fits, in_turn, sampled
+    from ..generation.rendering import check_fits, in_turn, sampled
 
     generator = Generator.from_pretrained(model, device=usable_device(device), dtype=getattr(torch, dtype))
     name = tokenizer or generator.config.tokenizer

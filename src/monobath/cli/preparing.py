@@ -10,18 +10,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from ..words import count
-from .shared import (
-    MAX_PIXELS,
-    DType,
-    check_options,
-    explained,
-    lasting_name,
-    load_tokenizer,
-    out_folder,
-    print_table,
-    read_encoder,
-    write,
-)
+from . import shared
+from .shared import MAX_PIXELS, DType
 
 if TYPE_CHECKING:
     from ..models.frozen import ForeignEncoder
@@ -40,14 +30,14 @@ def import_ssdd(file: str, *, out: str, power: float = 2.0, steps: int = 1) -> N
         power: Exponent of the sampler's time grid; 2 is the published one.
         steps: Sampler steps. The weights do not tell: 1 for a distilled decoder, such as 8 for another.
     """
-    folder = out_folder(out)
+    folder = shared.out_folder(out)
     import hashlib
 
     from ..integrations.ssdd import NOTICE, read_ssdd, tokenizer_from_ssdd
 
     source = Path(file)
     state = read_ssdd(source)
-    with explained(source):
+    with shared.explained(source):
         tokenizer = tokenizer_from_ssdd(state, steps=steps, power=power)
     with open(source, "rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
@@ -57,7 +47,7 @@ def import_ssdd(file: str, *, out: str, power: float = 2.0, steps: int = 1) -> N
         folder, extra={"recipe": recipe, "imported_from": source.name, "sha256": digest, "license": NOTICE}
     )
     config = tokenizer.config
-    write(f"notice: {NOTICE}\nencoder {config.encoder.name}, decoder {config.decoder.title}: {folder}\n")
+    shared.write(f"notice: {NOTICE}\nencoder {config.encoder.name}, decoder {config.decoder.title}: {folder}\n")
 
 
 def stats(
@@ -94,18 +84,18 @@ def stats(
         max_pixels: Larger pictures are left out, in pixels.
         device: cpu, cuda, cuda:1 …; auto: a GPU if there is one.
     """
-    check_options(1, size=size, limit=limit, batch=batch)
-    check_options(0, workers=workers)
+    shared.check_options(1, size=size, limit=limit, batch=batch)
+    shared.check_options(0, workers=workers)
     if out is not None and in_place:
         raise UserError(f"--out {out} and --in_place contradict one another: give one of them")
-    folder = None if out is None else out_folder(out)
+    folder = None if out is None else shared.out_folder(out)
     if folder is not None and (folder / "model.safetensors").exists():
         raise UserError(f"--out {out} holds a model already: choose a new folder, or --in_place for the model's own")
     from ..data.statistics import check_writable, latent_statistics, store_statistics
 
     if in_place:
         folder = check_writable(model)
-    tokenizer = load_tokenizer(model, device, "float32", encoder)
+    tokenizer = shared.load_tokenizer(model, device, "float32", encoder)
     with _progress("pictures") as progress:
         statistics = latent_statistics(
             tokenizer, data, size=size, limit=limit, batch_size=batch, workers=workers, max_pixels=max_pixels,
@@ -113,14 +103,14 @@ def stats(
         )  # fmt: skip
     rows = [("all", statistics.overall_mean, statistics.overall_std)]
     rows += [(f"channel {i}", *v) for i, v in enumerate(zip(statistics.mean, statistics.std, strict=True))]
-    print_table(("latents", "mean", "std"), [(name, f"{mean:.6f}", f"{std:.6f}") for name, mean, std in rows])
-    write(
+    shared.print_table(("latents", "mean", "std"), [(name, f"{mean:.6f}", f"{std:.6f}") for name, mean, std in rows])
+    shared.write(
         f"{count(statistics.pictures, 'picture')} at {size}²; std² = variance of posterior means + mean of posterior "
         f"variances\nshift_factor {statistics.overall_mean:.6f}, scaling_factor {1 / statistics.overall_std:.6f}\n"
     )
     if folder is not None:
-        store_statistics(model, statistics, folder, data=data, size=size, model=lasting_name(model))
-        write(f"model: {folder}\n")
+        store_statistics(model, statistics, folder, data=data, size=size, model=shared.lasting_name(model))
+        shared.write(f"model: {folder}\n")
 
 
 def cache_latents(
@@ -170,11 +160,11 @@ def cache_latents(
         device: cpu, cuda, cuda:1 …; auto: a GPU if there is one.
         dtype: Arithmetic of the encoder.
     """
-    check_options(1, size=size, copies=copies, batch=batch)
-    check_options(0, workers=workers)
+    shared.check_options(1, size=size, copies=copies, batch=batch)
+    shared.check_options(0, workers=workers)
     if scale is not None and len(scale) != 2:
         raise UserError(f"--scale is {' '.join(map(str, scale))}: give two lengths, LOW HIGH")
-    folder = out_folder(out)
+    folder = shared.out_folder(out)
     import torch
 
     from ..data import Crops
@@ -183,22 +173,22 @@ def cache_latents(
 
     source: Tokenizer | ForeignEncoder
     if encoder is not None and model is None:
-        source, name = read_encoder(encoder, device), encoder
+        source, name = shared.read_encoder(encoder, device), encoder
     else:
         name = model or "default"
-        source = load_tokenizer(name, device, "float32", encoder)
+        source = shared.load_tokenizer(name, device, "float32", encoder)
     with _progress("crops") as progress:
         crops = Crops(
             size=size, scale=None if scale is None else (scale[0], scale[1]), flip=not no_flip, seed=seed,
             max_pixels=max_pixels, min_side=min_side,
         )  # fmt: skip
         options = Caching(
-            copies=copies, labels=labels, model=lasting_name(name), shard_mb=shard_mb, batch_size=batch,
+            copies=copies, labels=labels, model=shared.lasting_name(name), shard_mb=shard_mb, batch_size=batch,
             workers=workers, dtype=getattr(torch, dtype), progress=progress,
         )  # fmt: skip
         facts = write_cache(source, data, folder, crops, options)
     made, pictures, shards = facts.pictures * facts.copies, facts.pictures, facts.shards
-    write(f"{count(made, 'crop')} of {count(pictures, 'picture')} in {count(shards, 'shard')}: {folder}\n")
+    shared.write(f"{count(made, 'crop')} of {count(pictures, 'picture')} in {count(shards, 'shard')}: {folder}\n")
 
 
 @contextmanager

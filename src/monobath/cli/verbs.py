@@ -8,24 +8,9 @@ from typing import TYPE_CHECKING, Literal
 
 from ..errors import UserError
 from ..words import count, in_words
+from . import shared
 from .exporting import EngineName
-from .shared import (
-    MAX_PIXELS,
-    DType,
-    explained,
-    find_files,
-    find_pictures,
-    lasting_name,
-    load_tokenizer,
-    open_pixels,
-    out_folder,
-    plain,
-    print_table,
-    show,
-    target_paths,
-    write,
-    write_lines,
-)
+from .shared import MAX_PIXELS, DType
 
 if TYPE_CHECKING:
     from ..tokenizer import Tokenizer
@@ -116,7 +101,7 @@ def _train(
         overrides.append(f"run={run}")
     resolved = load_recipe(recipe, overrides)
     if print_config:
-        write(dump_recipe(resolved))
+        shared.write(dump_recipe(resolved))
         return
     if distillation and not (isinstance(resolved, DistillationRecipe) and resolved.distill.teacher):
         raise UserError(f"recipe {recipe} names no teacher: add --teacher MODEL, or distill.teacher in the file")
@@ -138,7 +123,7 @@ def _train(
     except Interrupted as stopped:
         raise KeyboardInterrupt(str(stopped)) from None
     if os.environ.get("RANK", "0") == "0":
-        write(f"model: {folder}\n")
+        shared.write(f"model: {folder}\n")
 
 
 def reconstruct(
@@ -179,8 +164,8 @@ def reconstruct(
         device: cpu, cuda, cuda:1 …; auto: a GPU if there is one.
         dtype: Arithmetic.
     """
-    pictures = find_pictures(photo)
-    targets = target_paths(out, pictures, ".png")
+    pictures = shared.find_pictures(photo)
+    targets = shared.target_paths(out, pictures, ".png")
     from functools import partial
 
     from ..evaluation.demo import reconstruct as reconstructed
@@ -189,7 +174,7 @@ def reconstruct(
     from ..files import write_file
     from ..images import tensor_to_pil
 
-    tokenizer = load_tokenizer(model, device, dtype, encoder)
+    tokenizer = shared.load_tokenizer(model, device, dtype, encoder)
     if engine is not None:
         from ..export.running import on_engine
 
@@ -200,11 +185,11 @@ def reconstruct(
     rows = []
     try:
         for picture, target in zip(pictures, targets, strict=True):
-            pixels = open_pixels(picture, size, max_pixels)
+            pixels = shared.open_pixels(picture, size, max_pixels)
             whole = partial(tokenizer.decode, tile=tile)
             decode = with_previews(tokenizer, target, taken) if progressive else whole
             decode = partial(decode, steps=steps, seed=[seed], noise=noise)
-            with explained(picture):
+            with shared.explained(picture):
                 row = reconstructed(tokenizer, pixels, target.name, tile=tile, decode=decode, max_pixels=max_pixels)
             write_file(target, tensor_to_pil(row.output).save)
             h, w = row.size
@@ -212,8 +197,8 @@ def reconstruct(
             rows.append((target.name, *figures))
     finally:
         if rows:
-            print_table(("picture", "size", "PSNR", "encode ms", "decode ms"), rows)
-            write(f"{count(len(rows), 'picture')} in {out}\n")
+            shared.print_table(("picture", "size", "PSNR", "encode ms", "decode ms"), rows)
+            shared.write(f"{count(len(rows), 'picture')} in {out}\n")
 
 
 def encode(
@@ -247,22 +232,24 @@ def encode(
         device: cpu, cuda, cuda:1 …; auto: a GPU if there is one.
         dtype: Arithmetic.
     """
-    pictures = find_pictures(photo)
-    targets = target_paths(out, pictures, ".safetensors")
+    pictures = shared.find_pictures(photo)
+    targets = shared.target_paths(out, pictures, ".safetensors")
     import torch
 
     from ..data.latent_file import LatentFile
 
-    tokenizer = load_tokenizer(model, device, dtype, encoder)
+    tokenizer = shared.load_tokenizer(model, device, dtype, encoder)
     for picture, target in zip(pictures, targets, strict=True):
-        pixels = open_pixels(picture, size, max_pixels)
-        with explained(picture):
+        pixels = shared.open_pixels(picture, size, max_pixels)
+        with shared.explained(picture):
             posterior = tokenizer.encode(pixels, tile=tile, max_pixels=max_pixels)
         generator = torch.Generator().manual_seed(seed)
         latent = posterior.sample(generator) if sample else posterior.mode()
-        found = LatentFile(latent=latent[0], size=posterior.size, factor=tokenizer.factor, model=lasting_name(model))
+        found = LatentFile(
+            latent=latent[0], size=posterior.size, factor=tokenizer.factor, model=shared.lasting_name(model)
+        )
         found.write(target)
-    write(f"{count(len(targets), 'latent')} in {out}\n")
+    shared.write(f"{count(len(targets), 'latent')} in {out}\n")
 
 
 def decode(
@@ -290,8 +277,8 @@ def decode(
         device: cpu, cuda, cuda:1 …; auto: a GPU if there is one.
         dtype: Arithmetic.
     """
-    sources = find_files(latent, (".safetensors",), "latents", "monobath encode writes them")
-    targets = target_paths(out, sources, ".png")
+    sources = shared.find_files(latent, (".safetensors",), "latents", "monobath encode writes them")
+    targets = shared.target_paths(out, sources, ".png")
     from ..data.latent_file import LatentFile
     from ..files import write_file
 
@@ -300,18 +287,18 @@ def decode(
         found = LatentFile.read(source)
         name = model or found.model
         if name not in tokenizers:
-            tokenizers[name] = load_tokenizer(name, device, dtype)
+            tokenizers[name] = shared.load_tokenizer(name, device, dtype)
         tokenizer = tokenizers[name]
         if tokenizer.factor != found.factor:
             raise UserError(
                 f"{source} has factor {found.factor}, but {name} has {tokenizer.factor}: choose its own model"
             )
-        with explained(source):
+        with shared.explained(source):
             (picture,) = tokenizer.decode(
                 found.latent[None], size=found.size, steps=steps, seed=[seed], noise=noise, tile=tile, output="pil"
             )
         write_file(target, picture.save)
-    write(f"{count(len(targets), 'picture')} in {out}\n")
+    shared.write(f"{count(len(targets), 'picture')} in {out}\n")
 
 
 def info(model: str | None = None, *, json: bool = False) -> None:
@@ -327,11 +314,11 @@ def info(model: str | None = None, *, json: bool = False) -> None:
     from ..evaluation.facts import describe
 
     name = model or "default"
-    facts = describe(load_tokenizer(name, "cpu", "float32"), name)
+    facts = describe(shared.load_tokenizer(name, "cpu", "float32"), name)
     if model is None:
         facts["packaged"] = resources.weights_names()
     if json:
-        write(dumps(facts, indent=2) + "\n")
+        shared.write(dumps(facts, indent=2) + "\n")
         return
     from rich.table import Table
 
@@ -339,8 +326,8 @@ def info(model: str | None = None, *, json: bool = False) -> None:
     for key, value in facts.items():
         rows = value.items() if isinstance(value, dict) else [("", value)]
         for part, single in rows:
-            table.add_row(plain(f"{key} {part}".strip().replace("_", " ")), plain(in_words(single)))
-    show(table)
+            table.add_row(shared.plain(f"{key} {part}".strip().replace("_", " ")), shared.plain(in_words(single)))
+    shared.show(table)
 
 
 def demo(*, out: str = "runs/demo", model: str = "default") -> None:
@@ -350,12 +337,12 @@ def demo(*, out: str = "runs/demo", model: str = "default") -> None:
         out: Folder for the results.
         model: Packaged name, folder, or Hugging Face Hub id.
     """
-    folder = out_folder(out)
+    folder = shared.out_folder(out)
     from ..evaluation import demo as demonstration
     from ..evaluation.tables import decibels
 
     result = demonstration.run_demo(folder, model)
     foot = ("mean", "", decibels(demonstration.mean_psnr(result.rows)), "", "", "")
-    print_table(demonstration.HEAD, map(demonstration.cells, result.rows), foot=foot)
-    write_lines([*([demonstration.PREVIEW] if result.preview else []), *result.files])
-    write(f"{result.seconds:.1f} s in all\n")
+    shared.print_table(demonstration.HEAD, map(demonstration.cells, result.rows), foot=foot)
+    shared.write_lines([*([demonstration.PREVIEW] if result.preview else []), *result.files])
+    shared.write(f"{result.seconds:.1f} s in all\n")

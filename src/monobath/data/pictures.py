@@ -48,11 +48,7 @@ Item = dict[str, Any]
 
 
 class Unusable(Exception):
-    """A picture that is to be skipped."""
-
-    def __init__(self, code: int, message: str) -> None:
-        super().__init__(message)
-        self.code = code
+    """A picture that is to be skipped: a position in `REASONS`, and words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +129,8 @@ class _Pictures:
         """Number of pictures (and shards, if streamed) found unusable so far, by any worker of this process."""
         return int(torch.count_nonzero(self._codes))
 
-    def _skip(self, slot: int, code: int, message: str, what: str = "skipped") -> None:
+    def _skip(self, slot: int, error: Unusable, what: str = "skipped") -> None:
+        code, message = error.args
         if not self._codes.numpy()[slot]:
             self._codes[slot] = code
             logger.warning("%s (%s): %s", what, REASONS[code], message)
@@ -246,7 +243,7 @@ class PhotoDataset(_Pictures, Dataset[Item | None]):
                 raise Unusable(1, f"{sample.location} cannot be read ({error})") from None
             return self.crops.decode(data, sample.location)
         except Unusable as error:
-            self._skip(index, error.code, str(error), "picture skipped")
+            self._skip(index, error, "picture skipped")
             return None
 
     def all_unusable(self) -> UserError:
@@ -340,7 +337,7 @@ class StreamDataset(_Pictures, IterableDataset[Item]):
         try:
             picture = self.crops.decode(sample[extension], name)
         except Unusable as error:
-            self._skip_name(name, error.code, str(error))
+            self._skip_name(name, error)
             return None
         index = zlib.crc32(key.encode())
         label = None
@@ -351,13 +348,14 @@ class StreamDataset(_Pictures, IterableDataset[Item]):
         crop = self.crops.cut(picture, mix_seed(self._start, epoch), index)
         return self._finished(crop, index, label, f"{key}.{extension}")
 
-    def _skip_name(self, name: str, code: int, message: str) -> None:
-        self._skip(zlib.crc32(name.encode()) % self._SLOTS, code, message)
-        self.skipped[name] = REASONS[code]
+    def _skip_name(self, name: str, error: Unusable) -> None:
+        self._skip(zlib.crc32(name.encode()) % self._SLOTS, error)
+        self.skipped[name] = REASONS[error.args[0]]
 
     def _shard_failed(self, error: Exception) -> bool:
         url = next((str(arg) for arg in reversed(error.args) if str(arg) in self.urls), "a shard")
-        self._skip_name(url, 1, f"{url} ({error.args[0] if error.args else type(error).__name__})")
+        reason = error.args[0] if error.args else type(error).__name__
+        self._skip_name(url, Unusable(1, f"{url} ({reason})"))
         return True
 
 

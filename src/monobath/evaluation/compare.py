@@ -24,7 +24,7 @@ from ..images import to_float, to_uint8
 from . import processes
 from .facts import machine
 from .frechet import Gaussian, HalfSampled, frechet_distance
-from .metrics import CHANNELS, RESAMPLES, ChannelMetric, Metric, PictureMetric, SetMetric, load_metrics
+from .metrics import CHANNELS, RESAMPLES, Metric, PictureMetric, SetMetric, load_metrics
 from .results import Channel, Estimate, Evaluation, SystemResult
 from .system import System
 
@@ -176,8 +176,7 @@ class _Comparison:
         self, dataset: PhotoDataset | StreamDataset, settings: Settings, metrics: Sequence[Metric], device: torch.device
     ) -> None:
         self.dataset, self.settings, self.device = dataset, settings, device
-        self.of_pictures: list[PictureMetric | ChannelMetric] = [m for m in metrics if isinstance(m, PictureMetric)]
-        self.of_pictures += [m for m in metrics if isinstance(m, ChannelMetric)]
+        self.of_pictures = [metric for metric in metrics if isinstance(metric, PictureMetric)]
         self.of_sets = [metric for metric in metrics if isinstance(metric, SetMetric)]
         self.originals: dict[str, list[Gaussian]] = {}
         """By key of a set's metric: features of the originals, whole set and half-samples; found in the first pass."""

@@ -32,7 +32,7 @@ def random_crops(images: Tensor, indices: Sequence[int], *, seed: int = 0) -> Te
     return torch.stack(crops).unflatten(0, (len(images), CROPS))
 
 
-class EffLiteFeatures:
+class CropFeatures:
     """Pooled features of ImageNet-trained EfficientNet-Lite2 of random crops, for FD-EffLite."""
 
     dim = 1280

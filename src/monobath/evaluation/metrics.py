@@ -27,7 +27,7 @@ from ..images import tensor_to_pil, to_float
 from ..losses.grid import grid_energy
 from ..losses.perceptual import SIDES, EffLiteDistance, LpipsDistance
 from ..words import did_you_mean
-from .features import CROP_SIDE, CROPS, EffLiteFeatures
+from .features import CROP_SIDE, CROPS, CropFeatures
 from .frechet import HALVES
 from .results import MetricInfo
 
@@ -50,13 +50,11 @@ class PictureMetric:
     """(output, original), uint8 `(B, 3, H, W)` → float `(B,)`."""
 
 
-@dataclass(kw_only=True)
-class ChannelMetric:
-    """A signed figure for each channel of each picture; of their means over pictures, the farthest from 0 counts."""
+class ChannelMetric(PictureMetric):
+    """A signed figure for each channel of each picture; of their means over pictures, the farthest from 0 counts.
 
-    info: MetricInfo
-    measure: Callable[[Tensor, Tensor], Tensor]
-    """(output, original), uint8 `(B, 3, H, W)` → float `(B, 3)`, as `CHANNELS`."""
+    `measure` gives float `(B, 3)`, as `CHANNELS`.
+    """
 
 
 @dataclass(kw_only=True)
@@ -69,7 +67,7 @@ class SetMetric:
     dim: int
 
 
-Metric = PictureMetric | ChannelMetric | SetMetric
+Metric = PictureMetric | SetMetric
 
 
 @dataclass(kw_only=True)
@@ -106,7 +104,7 @@ def load_metrics(
     loaded: list[Metric] = []
     chosen = list(METRICS) if keys is None else keys
     for place, key in enumerate(chosen):
-        if isinstance(key, (PictureMetric, ChannelMetric, SetMetric)):
+        if isinstance(key, Metric):
             loaded.append(dataclasses.replace(key, info=dataclasses.replace(key.info)))
             infos.append(loaded[-1].info)
             continue
@@ -305,7 +303,7 @@ def _load_efflite(info: MetricInfo, setting: Setting) -> Metric:
     f"(smaller pictures: their short side) resized to {SIDES['lite2']}², bicubic with antialias",
 )
 def _load_fd_efflite(info: MetricInfo, setting: Setting) -> Metric:
-    features = EffLiteFeatures(setting.device, setting.seed)
+    features = CropFeatures(setting.device, setting.seed)
     return SetMetric(info=info, features=features, dim=features.dim)
 
 
