@@ -503,7 +503,7 @@ def test_a_run_trains_on_windows_and_resumes(start, tmp_path, monkeypatch):
         return made
 
     whole = train(recipe(tmp_path / "whole"))
-    stop = Run._told_to_stop
+    stop = Run.told_to_stop
     monkeypatch.setattr(Run, "told_to_stop", lambda run: run.done == 2 or stop(run))
     with pytest.raises(Interrupted):
         train(recipe(tmp_path / "parts"))

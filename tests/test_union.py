@@ -203,7 +203,7 @@ def test_a_run_trains_logs_and_decodes_both_ways(tmp_path, photos):
 def test_resumed_equals_uninterrupted(tmp_path, photos, monkeypatch):
     whole = train(union_recipe(tmp_path / "whole", photos, steps=4))
     recipe = union_recipe(tmp_path / "parts", photos, steps=4)
-    stop = Run._told_to_stop
+    stop = Run.told_to_stop
     monkeypatch.setattr(Run, "told_to_stop", lambda run: run.done == 2 or stop(run))
     with pytest.raises(Interrupted):
         train(recipe)

@@ -69,7 +69,7 @@ class Recipe:
         return found
 
 
-_FOR_STUDENTS = "it is for distillation: give distill.teacher, or leave it out"
+_FOR_STUDENTS = "renoise is for distillation: give distill.teacher, or leave it out"
 
 
 @dataclass(kw_only=True)

@@ -69,16 +69,18 @@ class DistillationObjective(AutoencoderObjective):
         super()._apply(fn, recurse)
         return self
 
-    @torch.no_grad()
     def target_of(self, batch: Batch, z: Tensor) -> Tensor:
+        """The teacher's sample."""
+        return self.sample(batch.draws.noise, z) if batch.target is None else batch.target
+
+    @torch.no_grad()
+    def sample(self, noise: Tensor, z: Tensor) -> Tensor:
         """The teacher's N-step sample from (noise, z): float32 `(B, 3, H, W)`, not clipped."""
-        if batch.target is not None:
-            return batch.target
-        decoder, kind = self.teacher.decoder, self.teacher.decoder.prediction
+        decoder = self.teacher.decoder
         return euler(
             lambda x_t, t: decoder(x_t, t, z).float(),
-            batch.draws.noise,
-            kind=kind,
+            noise,
+            kind=decoder.prediction,
             steps=self.steps,
             power=self.power,
         )
