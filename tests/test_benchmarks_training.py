@@ -163,7 +163,7 @@ def test_equal_budget(tmp_path, photos, start, benchmark, monkeypatch, capsys):
         if tokenizer.factor == 8:
             kept = all(v.equal(encoder[k]) for k, v in tokenizer.encoder.state_dict().items())
             assert kept == frozen
-        assert bool(tokenizer.config.kl_decoder) == name.startswith("kl")
+        assert (tokenizer.config.decoder.kind == "kl") == name.startswith("kl")
     logged = (folders["kl-gan-4-lr0.0004-p0.1-seed0"] / "metrics.jsonl").read_text().splitlines()
     assert any("discriminator" in json.loads(line) for line in logged)
 

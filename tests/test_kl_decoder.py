@@ -19,7 +19,7 @@ from monobath.decoders import UViTConfig
 from monobath.decoders.kl import KLConfig, KLDecoder
 from monobath.models.blocks import Conv2d
 from monobath.tokenizer import SamplerConfig, TokenizerConfig
-from monobath.training import Interrupted, Run, train
+from monobath.training import Interrupted, Run, load_recipe, train
 from monobath.training.config import LossConfig
 from monobath.training.objectives.base import AutoencoderObjective
 
@@ -148,6 +148,8 @@ def test_models_of_before_kinds_load():
     before = {"decoder": {"size": "S/2", "padding": "replicate"}, "sampler": {"noise": "zero"}, "kl_decoder": CHANNELS}
     assert TokenizerConfig.from_dict(before).decoder == KLConfig(channels=CHANNELS, padding="replicate")
     assert isinstance(TokenizerConfig.from_dict(before | {"kl_decoder": []}).decoder, UViTConfig)
+    recipe = load_recipe("cpu-default", ["model.kl_decoder=[8, 8, 16, 16]"])
+    assert recipe.model.decoder == KLConfig(channels=CHANNELS, latent_channels=16, padding="replicate")
 
 
 def test_repa_needs_one_of_our_decoders(tmp_path, photos):

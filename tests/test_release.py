@@ -156,7 +156,7 @@ def test_luggage_that_is_made_to_fit(tmp_path):
 def test_the_releases_have_recipes():
     default, baseline = load_recipe("default"), load_recipe("kl-baseline")
     assert default.model.decoder.size == "CM/4"
-    assert baseline.model.kl_decoder
+    assert baseline.model.decoder.kind == "kl"
     assert default.model.encoder == baseline.model.encoder
     for name in ("data", "training"):
         assert getattr(default, name) == getattr(baseline, name)

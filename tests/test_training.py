@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from monobath import Tokenizer, UserError
-from monobath.decoders import UViTConfig
+from monobath.decoders import KLConfig, UViTConfig
 from monobath.losses.perceptual import EffLiteDistance
 from monobath.models.encoder import EncoderConfig
 from monobath.tokenizer import SamplerConfig, TokenizerConfig
@@ -539,7 +539,7 @@ def test_small_times_can_count_more():
     torch.testing.assert_close(weighted, plain * 0.25**-1.5)
     with pytest.raises(UserError, match=r"time_power is -1"):
         LossConfig(time_power=-1)
-    model = TokenizerConfig(kl_decoder=[8, 8, 8, 8], sampler=SamplerConfig(noise="zero"))
+    model = TokenizerConfig(decoder=KLConfig(channels=[8, 8, 8, 8]), sampler=SamplerConfig(noise="zero"))
     with pytest.raises(UserError, match="KL-VAE decoder, which has no times"):
         TokenizerRecipe(name="x", model=model, loss=LossConfig(time_power=1))
 
@@ -628,3 +628,33 @@ def test_checkpoints_keep_the_newest(tmp_path, photos):
     train(tiny_recipe(tmp_path / "run", photos, steps=5, checkpoint_every=1, keep=3, sample_every=0))
     names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == ["step-00000003", "step-00000004", "step-00000005"]
+
+
+# ---- what a run imports -----------------------------------------------------------------------------
+
+ONE_STEP = """
+import sys
+from monobath import resources
+from monobath.training import Run, load_recipe
+settings = ["training.batch_size=2", "training.sample_every=0", "data.cache=false", f"run={sys.argv[1]}"]
+recipe = load_recipe("cpu-default", settings)
+recipe.data.source = [str(path) for path in resources.sample_paths()]
+Run(recipe).step()
+print(*(name for name in sys.modules if name.startswith("monobath")))
+"""
+NOT_FOR_DEFAULT = [
+    "monobath.generation", "monobath.models.dit", "monobath.losses.adversarial", "monobath.losses.alignment",
+    "monobath.training.generation", "monobath.training.objectives.adversarial",
+    "monobath.training.objectives.distilled", "monobath.training.objectives.generator",
+    "monobath.training.objectives.staged",
+]  # fmt: skip
+
+
+def test_the_default_imports_no_other_kind_of_training(tmp_path):
+    command = [sys.executable, "-c", ONE_STEP, str(tmp_path / "run")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = done.stdout.split()
+    assert "monobath.training.run" in found
+    assert [name for name in NOT_FOR_DEFAULT if name in found] == []

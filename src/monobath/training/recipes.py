@@ -48,7 +48,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(content, dict):
         found = "empty" if content is None else f"a {type(content).__name__}"
         raise UserError(f"{path} is {found}: a recipe is a mapping such as 'training: {{steps: 1000}}'")
-    _move_kl_decoder(content)
+    overrides = _without_kl_decoder(content, overrides)
     kind = _kind(content, overrides)
     schema = _Schema(kind)
     values: dict[str, Any] = {}
@@ -76,12 +76,19 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
 
 
-def _move_kl_decoder(content: dict[Any, Any]) -> None:
-    """`model.kl_decoder`, as recipes wrote it before decoders had kinds, becomes `model.decoder`."""
-    model = content.get("model")
+def _without_kl_decoder(content: dict[Any, Any], overrides: Sequence[str]) -> list[str]:
+    """`model.kl_decoder`, as recipes and commands wrote it before decoders had kinds, becomes `model.decoder`."""
+    model, kept_overrides = content.setdefault("model", {}), []
+    for override in overrides:
+        key, _, value = override.removeprefix("--").partition("=")
+        if key == "model.kl_decoder" and isinstance(model, dict):
+            model["kl_decoder"] = yaml.safe_load(value)
+        else:
+            kept_overrides.append(override)
     if isinstance(model, dict) and (channels := model.pop("kl_decoder", None)):
         kept = {name: value for name, value in (model.get("decoder") or {}).items() if name in SHARED}
         model["decoder"] = {"kind": "kl", "channels": channels} | kept
+    return kept_overrides
 
 
 def _kind(content: dict[Any, Any], overrides: Sequence[str]) -> type[Recipe]:

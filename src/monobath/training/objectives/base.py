@@ -159,7 +159,7 @@ def tap(alignment: Alignment | None, decoder: PixelDecoder) -> contextlib.Abstra
 class AutoencoderObjective(nn.Module):
     """What a tokenizer, or its decoder alone, learns from images: flow matching + perceptual distance + REPA + KL.
 
-    A KL-VAE decoder (`TokenizerConfig.kl_decoder`) has no flow: it learns the image from the latent by L1 instead.
+    A KL-VAE decoder has no flow: it learns the image from the latent by L1 instead.
 
     Args:
         tokenizer: what trains.
