@@ -15,6 +15,7 @@ from test_training import rows, same, tiny_recipe, weights
 
 from monobath import Tokenizer, UserError, resources
 from monobath.cli import main
+from monobath.data.latent_file import LatentFile
 from monobath.sampling import draw_noise
 from monobath.scales import image_pyramid
 from monobath.tokenizer import SamplerConfig
@@ -103,6 +104,19 @@ def test_a_packaged_name_can_be_another_way_to_decode(tmp_path, monkeypatch):
     assert torch.equal(Tokenizer.from_pretrained("default").decode(z), tok.decode(z))
     *_, expected = tok.decode_progressive(z)
     assert torch.equal(Tokenizer.from_pretrained("progressive").decode(z), expected)
+
+
+@pytest.mark.parametrize("model", ["default", "progressive", "f8c4-progressive"])
+def test_latents_remember_how_they_are_decoded(model, tmp_path):
+    """`monobath decode` makes the picture that the model they were encoded with makes, stages and all."""
+    photo = tmp_path / "photo.png"
+    Image.open(resources.sample_paths()[0]).crop((0, 0, 72, 48)).save(photo)
+    assert main(["encode", str(photo), "--out", str(tmp_path), "--model", model]) == 0
+    assert main(["decode", str(tmp_path / "photo.safetensors"), "--out", str(tmp_path / "out")]) == 0
+    tok = Tokenizer.from_pretrained(model)
+    expected = tok.decode(tok.encode(Image.open(photo)).mode(), output="pil")[0]
+    assert Image.open(tmp_path / "out/photo.png").tobytes() == expected.tobytes()
+    assert "preview-" in LatentFile.read(tmp_path / "photo.safetensors").model  # whatever the alias means tomorrow
 
 
 # ---- the objective --------------------------------------------------------------------------------------------------

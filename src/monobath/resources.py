@@ -54,6 +54,19 @@ def weights_stages(name: str) -> int:
     return _aliases().get(name, (name, 0))[1]
 
 
+def versioned_name(name: str) -> str | None:
+    """The packaged name that goes on meaning these weights, decoded in this way; None: nothing of that name is packaged.
+
+    `default` may mean newer weights tomorrow. What is decoded through stages has a versioned name of its own.
+    """
+    if name not in weights_names():
+        return None
+    folder, stages = _aliases().get(name, (name, 0))
+    if not stages:
+        return folder
+    return next((other for other, found in _aliases().items() if found == (folder, stages) and folder in other), name)
+
+
 def hint_for_channels(channels: int) -> str:
     """The end of a message about latents of so many channels: which packaged weights take them, if any do."""
     for name in weights_names():

@@ -210,7 +210,6 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
         noise: Noise | None = None,
         guidance: float | None = None,
         tile: int | None = None,
-        overlap: int | None = None,
         output: Output = "tensor",
     ) -> Iterator[Any]:
         """Latents → images, coarse to fine: each stage's picture as soon as it exists.
@@ -218,7 +217,7 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
             for preview in tok.decode_progressive(z):  # 64², 128², 256²
                 ...
 
-        Arguments are those of `decode`. Previews are clean images, not noisy states. Of a size that the stages do not
+        Arguments are those of `decode`; tiles overlap as they do by default. Previews are clean images, not noisy states. Of a size that the stages do not
         divide, sides are rounded up: 500 × 375 comes as 125 × 94, 250 × 188, 500 × 375. The last picture is exactly
         what `decode` gives if that goes through the stages too (`sampler.stages` above 1); a tokenizer whose decoder
         has one scale, or is optimized, yields what `decode` gives alone.
@@ -227,7 +226,7 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
             UserError: as `decode`, when called.
         """
         how = Decoding(size=size, steps=steps, seed=seed, noise=noise, guidance=guidance, stages=self.decoder.stages,
-                       tile=tile, overlap=overlap, output=output)  # fmt: skip
+                       tile=tile, output=output)  # fmt: skip
         return self._decoded(z, how)
 
     def _decoded(self, z: Tensor, how: Decoding) -> Iterator[Any]:

@@ -127,10 +127,8 @@ def lasting_name(model: str) -> str:
     """A model's name that means the same tomorrow and elsewhere on this machine."""
     from .. import resources
 
-    packaged = resources.weights_path(model)
-    if packaged is not None:
-        return packaged.name
-    return str(Path(model).resolve()) if Path(model).exists() else model
+    packaged = resources.versioned_name(model)
+    return packaged or (str(Path(model).resolve()) if Path(model).exists() else model)
 
 
 def plain(text: str) -> Any:
