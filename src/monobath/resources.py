@@ -55,7 +55,7 @@ def weights_stages(name: str) -> int:
 
 
 def versioned_name(name: str) -> str | None:
-    """The packaged name that goes on meaning these weights, decoded in this way; None: nothing of that name is packaged.
+    """The packaged name that goes on meaning these weights, decoded in this way; None: no packaged name.
 
     `default` may mean newer weights tomorrow. What is decoded through stages has a versioned name of its own.
     """

@@ -217,10 +217,11 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
             for preview in tok.decode_progressive(z):  # 64², 128², 256²
                 ...
 
-        Arguments are those of `decode`; tiles overlap as they do by default. Previews are clean images, not noisy states. Of a size that the stages do not
-        divide, sides are rounded up: 500 × 375 comes as 125 × 94, 250 × 188, 500 × 375. The last picture is exactly
-        what `decode` gives if that goes through the stages too (`sampler.stages` above 1); a tokenizer whose decoder
-        has one scale, or is optimized, yields what `decode` gives alone.
+        Arguments are those of `decode`; tiles overlap as they do by default. Previews are clean images, not noisy
+        states. Of a size that the stages do not divide, sides are rounded up: 500 × 375 comes as 125 × 94, 250 × 188,
+        500 × 375. The last picture is exactly what `decode` gives if that goes through the stages too
+        (`sampler.stages` above 1); a tokenizer whose decoder has one scale, or is optimized, yields what `decode`
+        gives alone.
 
         Raises:
             UserError: as `decode`, when called.
