@@ -628,3 +628,45 @@ def test_checkpoints_keep_the_newest(tmp_path, photos):
     train(tiny_recipe(tmp_path / "run", photos, steps=5, checkpoint_every=1, keep=3, sample_every=0))
     names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == ["step-00000003", "step-00000004", "step-00000005"]
+
+
+def test_the_docs_train_step_by_step(tmp_path, photos, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(dump_recipe(tiny_recipe(tmp_path / "run", photos, steps=3)))
+    page = Path(__file__).parent.parent / "docs" / "training.md"
+    names: dict = {}
+    exec(compile(page.read_text().split("```python\n")[1].split("```")[0], page.name, "exec"), names)
+    assert names["run"].done == 3
+    assert names["folder"] == tmp_path / "run" / "model"
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step-00000002", "step-00000003"]
+
+
+# ---- what a run imports -----------------------------------------------------------------------------
+
+ONE_STEP = """
+import sys
+from monobath import resources
+from monobath.training import Run, load_recipe
+settings = ["training.batch_size=2", "training.sample_every=0", "data.cache=false", f"run={sys.argv[1]}"]
+recipe = load_recipe("cpu-default", settings)
+recipe.data.source = [str(path) for path in resources.sample_paths()]
+Run(recipe).step()
+print(*(name for name in sys.modules if name.startswith("monobath")))
+"""
+NOT_FOR_DEFAULT = [
+    "monobath.generation", "monobath.models.dit", "monobath.losses.adversarial", "monobath.losses.alignment",
+    "monobath.training.generation", "monobath.training.objectives.adversarial",
+    "monobath.training.objectives.distilled", "monobath.training.objectives.generator",
+    "monobath.training.objectives.staged",
+]  # fmt: skip
+
+
+def test_the_default_imports_no_other_kind_of_training(tmp_path):
+    command = [sys.executable, "-c", ONE_STEP, str(tmp_path / "run")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = done.stdout.split()
+    assert "monobath.training.run" in found
+    assert [name for name in NOT_FOR_DEFAULT if name in found] == []
