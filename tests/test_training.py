@@ -635,7 +635,7 @@ def test_the_docs_train_step_by_step(tmp_path, photos, monkeypatch):
     Path("recipe.yaml").write_text(dump_recipe(tiny_recipe(tmp_path / "run", photos, steps=3)))
     page = Path(__file__).parent.parent / "docs" / "training.md"
     names: dict = {}
-    exec(compile(page.read_text().split("```python\n")[1].split("```")[0], page.name, "exec"), names)
+    exec(compile(page.read_text().split("```py\n")[1].split("```")[0], page.name, "exec"), names)
     assert names["run"].done == 3
     assert names["folder"] == tmp_path / "run" / "model"
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())

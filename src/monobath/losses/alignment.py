@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..decoders.uvit import Decoder, Level, Middle
 from ..errors import UserError
 from .perceptual import EffLiteDistance
 
@@ -142,7 +141,7 @@ def alignment_features(name: str, model: str = "facebook/dinov2-base") -> Featur
     raise UserError(f"loss.repa_features {name!r} is unknown: choose efflite or dinov2")
 
 
-def tapped_block(decoder: Decoder, number: int = 0) -> nn.Module:
+def tapped_block(decoder: Any, number: int = 0) -> nn.Module:
     """The block whose output is aligned; that output has `config.channels[-1]` channels.
 
     Args:
@@ -158,8 +157,8 @@ def tapped_block(decoder: Decoder, number: int = 0) -> nn.Module:
         raise UserError(f"loss.repa_block is {number}, but the decoder has {count} transformer blocks: {remedy}")
     if count:
         number = number or (4 if count >= 4 else (count + 1) // 2)
-        return cast(Middle, decoder.middle).blocks[number - 1]
-    deepest, first_up = cast(Level, decoder.down[-1]), cast(Level, decoder.up[0])
+        return decoder.middle.blocks[number - 1]
+    deepest, first_up = decoder.down[-1], decoder.up[0]
     return deepest.blocks[-1] if len(deepest.blocks) else first_up.blocks[0]
 
 
@@ -195,7 +194,7 @@ class Alignment(nn.Module):
         UserError: the decoder has no such block.
     """
 
-    def __init__(self, decoder: Decoder, features: Features, block: int = 0) -> None:
+    def __init__(self, decoder: Any, features: Features, block: int = 0) -> None:
         super().__init__()
         tapped_block(decoder, block)  # a wrong number says so now
         self.features, self.block, self.tapped = features, block, Tap()
@@ -204,7 +203,7 @@ class Alignment(nn.Module):
         )
 
     @contextlib.contextmanager
-    def tap(self, decoder: Decoder) -> Iterator[None]:
+    def tap(self, decoder: Any) -> Iterator[None]:
         """Within: a call of `decoder` leaves what `forward` needs, that of the last call if there are several.
 
         Activation checkpointing runs the block once more in the backward pass, when the hook is long gone.
