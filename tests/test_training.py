@@ -630,6 +630,18 @@ def test_checkpoints_keep_the_newest(tmp_path, photos):
     assert names == ["step-00000003", "step-00000004", "step-00000005"]
 
 
+def test_the_docs_train_step_by_step(tmp_path, photos, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(dump_recipe(tiny_recipe(tmp_path / "run", photos, steps=3)))
+    page = Path(__file__).parent.parent / "docs" / "training.md"
+    names: dict = {}
+    exec(compile(page.read_text().split("```py\n")[1].split("```")[0], page.name, "exec"), names)
+    assert names["run"].done == 3
+    assert names["folder"] == tmp_path / "run" / "model"
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step-00000002", "step-00000003"]
+
+
 # ---- what a run imports -----------------------------------------------------------------------------
 
 ONE_STEP = """

@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from ..errors import UserError
 from ..images import MAX_PIXELS
+
+
+def at_least(minimum: int, section: str, config: Any, *names: str) -> None:
+    """Raise `UserError` where one of these values is smaller."""
+    for name in names:
+        if getattr(config, name) < minimum:
+            raise UserError(f"{section}.{name} is {getattr(config, name)}: it must be at least {minimum}")
+
+
+def fractions(section: str, config: Any, *names: str, below_one: bool = False) -> None:
+    """Raise `UserError` where one of these values is not in [0, 1], or [0, 1)."""
+    for name in names:
+        value = getattr(config, name)
+        if not 0 <= value <= 1 or (below_one and value == 1):
+            raise UserError(f"{section}.{name} is {value}: it is a fraction, in [0, 1{')' if below_one else ']'}")
 
 
 @dataclass(kw_only=True)
@@ -56,11 +71,8 @@ class TimesConfig:
     """Fraction of the samples at t = 1 that start from ε = 0 instead of Gaussian noise."""
 
     def __post_init__(self) -> None:
-        for name in ("ones", "zero_noise"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"times.{name} is {getattr(self, name)}: it is a fraction, in [0, 1]")
-        if self.std < 0:
-            raise UserError(f"times.std is {self.std}: it must be at least 0")
+        fractions("times", self, "ones", "zero_noise")
+        at_least(0, "times", self, "std")
 
 
 @dataclass(kw_only=True)
@@ -72,8 +84,8 @@ class LossConfig:
     space: Literal["", "v", "x"] = ""
     """Space the flow loss is measured in; default: what the decoder predicts."""
     time_power: float = 0.0
-    """A sample's flow loss counts t^-p times, so that small errors where little noise is left are learnt, too; in
-    x-space, 2 is the velocity's own weight."""
+    """A sample's flow loss is weighted by t^-p, so that small errors at low noise still count; in x-space, 2 is the
+    velocity's own weight."""
     perceptual: float = 0.5
     """Weight of the perceptual distance between the predicted clean image and the image."""
     perceptual_backbone: Literal["efflite", "lpips-vgg"] = "efflite"
@@ -98,26 +110,14 @@ class LossConfig:
     """Weight of a discriminator's opinion, relative to the other losses at the last layer. SSDD does without; KL-VAEs
     take 0.5."""
     adversarial_start: float = 0.5
-    """The decoder hears of the discriminator after this fraction of the run; the discriminator learns from step 0."""
+    """The adversarial loss starts after this fraction of the run; the discriminator learns from step 0."""
     adversarial_lr: float = 1e-4
     """The discriminator's learning rate."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "flow",
-            "time_power",
-            "perceptual",
-            "pooled",
-            "grid",
-            "kl",
-            "repa",
-            "adversarial",
-            "adversarial_lr",
-        ):
-            if getattr(self, name) < 0:
-                raise UserError(f"loss.{name} is {getattr(self, name)}: it must be at least 0")
-        if not 0 <= self.adversarial_start <= 1:
-            raise UserError(f"loss.adversarial_start is {self.adversarial_start}: it is a fraction, in [0, 1]")
+        weights = ("flow", "time_power", "perceptual", "pooled", "grid", "kl", "repa", "adversarial", "adversarial_lr")
+        at_least(0, "loss", self, *weights)
+        fractions("loss", self, "adversarial_start")
 
 
 @dataclass(kw_only=True)
@@ -147,9 +147,9 @@ class TrainingConfig:
     steps: int = 1000
     """Optimizer steps in all."""
     batch_size: int = 16
-    """Images a step, over all processes and accumulation steps."""
+    """Images per step, over all processes and accumulation steps."""
     accumulation: int = 1
-    """Gradient accumulation: forward passes a step."""
+    """Gradient accumulation: forward passes per step."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the networks (autocast); weights, losses and the EMA stay float32."""
     compile: bool = False
@@ -186,17 +186,8 @@ class TrainingConfig:
     """Stop after so many minutes, as Ctrl-C does: saved, and the same command goes on. 0: no limit."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch_size",
-            "accumulation",
-            "log_every",
-            "checkpoint_every",
-            "keep",
-            "max_bad",
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"training.{name} is {getattr(self, name)}: it must be at least 1")
+        counts = ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep", "max_bad")
+        at_least(1, "training", self, *counts)
         if self.minutes < 0:
             raise UserError(f"training.minutes is {self.minutes}: it must be above 0, or 0 for no limit")
         if not 0 <= self.ema < 1 or not 0 <= self.ema_start <= 1:
@@ -223,9 +214,7 @@ class DistillConfig:
     Empty: none are kept. A sample takes 2 bytes a number, 24 KiB for 64² pixels."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "student_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"distill.{name} is {getattr(self, name)}: it must be at least 1")
+        at_least(1, "distill", self, "steps", "student_steps")
         if self.power < 0:
             raise UserError(f"distill.power is {self.power}: it must be above 0, or 0 for the teacher's own")
 
@@ -255,10 +244,7 @@ class ScalesConfig:
     of where the student starts."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.drop < 1:
-            raise UserError(f"scales.drop is {self.drop}: it is a fraction, in [0, 1)")
-        if not 0 <= self.union < 1:
-            raise UserError(f"scales.union is {self.union}: it is a fraction, in [0, 1)")
+        fractions("scales", self, "drop", "union", below_one=True)
         if self.union and (self.times, self.weighting, self.drop) != ("logit-normal", "none", 0):
             raise UserError(
                 f"scales.union is {self.union}: it knows no other times than 1 and drops no latents; leave out "

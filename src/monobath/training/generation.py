@@ -23,6 +23,7 @@ from ..generation import GenerationSampler, Generator, GeneratorConfig
 from ..models.dit import DiTConfig
 from ..models.encoder import Posterior
 from ..tokenizer import Tokenizer
+from .config import fractions
 from .objectives.base import Batch, Draws
 from .objectives.generator import GenerationObjective
 from .recipe import Recipe
@@ -55,8 +56,7 @@ class GenerationConfig:
     cache was made with. Its encoder must be that of the cache."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.drop < 1:
-            raise UserError(f"generator.drop is {self.drop}: it is a fraction, in [0, 1)")
+        fractions("generator", self, "drop", below_one=True)
         if self.dit.classes:
             raise UserError(f"generator.dit.classes is {self.dit.classes}: leave it out, the labels of the data decide")
 
