@@ -25,6 +25,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -167,7 +168,6 @@ def run_timing(args: argparse.Namespace) -> None:
     x = sample_images((args.size, args.size))[:1]
     works: dict[str, Any] = {}
     calls: dict[str, int] = {}
-    counted: list[int] = []
     for row in rows_of(args):
         system = load(args, row)
         tokenizer, code = system.tokenizer, system.encode(x.to(system.device))
@@ -178,11 +178,9 @@ def run_timing(args: argparse.Namespace) -> None:
         def preview(tokenizer: Tokenizer = tokenizer, z: Any = code.payload, row: Row = row) -> None:
             next(iter(tokenizer.decode_progressive(z, steps=row.steps, noise=row.noise)))
 
-        counted.clear()
-        handle = tokenizer.decoder.register_forward_hook(lambda *_: counted.append(1))
-        decode()
-        handle.remove()
-        calls[row.name] = len(counted)
+        with mock.patch.object(tokenizer.decoder, "predict", wraps=tokenizer.decoder.predict) as counted:
+            decode()
+        calls[row.name] = counted.call_count
         works[row.name] = decode
         if row.model != FULL:
             works[FIRST + row.name] = preview
