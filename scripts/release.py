@@ -177,8 +177,9 @@ def export_run(run: Path, folder: Path) -> None:
     told["model"]["encoder"]["source"] = recipe.model.encoder.source = Path(where).name if where else ""
     tokenizer = Tokenizer(recipe.model)
     tokenizer.load_state_dict(load_file(path / "ema.safetensors"))
-    for part, key in ((told, "run"), (told, "init"), (told["distill"], "teacher")):
-        part[key] = Path(part[key]).name if Path(part[key]).is_absolute() else part[key]
+    for part, key in ((told, "run"), (told, "init"), (told.get("distill", {}), "teacher")):
+        if Path(part.get(key, "")).is_absolute():
+            part[key] = Path(part[key]).name
     for key in ("source", "validation"):
         told["data"][key] = [Path(source).name for source in told["data"][key]]
     extra = {"recipe": told, "step": state["step"]}
