@@ -196,7 +196,7 @@ def test_our_decoder_can_have_another_shape(tmp_path, photos, start, benchmark):
     (run,) = out.glob("all-coarse-*")
     decoder = Tokenizer.from_pretrained(run / "model").config.decoder
     assert (decoder.patch, decoder.norm, decoder.prediction) == (8, "local", "x")
-    with pytest.raises(UserError, match="give fields of DecoderConfig"):
+    with pytest.raises(UserError, match="give fields of a decoder"):
         equal_budget.main(["train", *arguments, "--rows", "one-step", "--decoder", "width=3"])
 
 

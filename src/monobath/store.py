@@ -94,23 +94,39 @@ def read(path: Path, format: str, what: str) -> tuple[dict[str, Any], dict[str, 
     Raises:
         UserError: no such file, a corrupt one, or one of another kind or version.
     """
-    file = path / "model.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(f"{path} holds no model.safetensors: give the folder that save_pretrained wrote")
+    config = read_config(path, format, what)
     try:
-        with safe_open(file, framework="pt") as opened:
+        with safe_open(_weights_of(path), framework="pt") as opened:
+            return config, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise _corrupt(path, error) from None
+
+
+def read_config(path: Path, format: str, what: str) -> dict[str, Any]:
+    """The configuration alone; arguments and errors are those of `read`."""
+    try:
+        with safe_open(_weights_of(path), framework="pt") as opened:
             inside = (opened.metadata() or {}).get("config")
-            state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         beside = path / "config.json"
         text = beside.read_text(encoding="utf-8") if path.is_dir() and beside.is_file() else inside
         config = json.loads(text) if text else None
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is corrupt or not a monobath checkpoint ({error}): fetch or save it again") from None
+        raise _corrupt(path, error) from None
     if not isinstance(config, dict) or config.get("format") != format:
         found = config.get("format") if isinstance(config, dict) else None
         raise UserError(f"{path} is not a monobath {what} (format {found!r}, expected {format!r})")
-    ignored = ("format", "monobath_version", "training")
-    return {k: v for k, v in config.items() if k not in ignored}, state
+    return {k: v for k, v in config.items() if k not in ("format", "monobath_version", "training")}
+
+
+def _weights_of(path: Path) -> Path:
+    file = path / "model.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"{path} holds no model.safetensors: give the folder that save_pretrained wrote")
+    return file
+
+
+def _corrupt(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is corrupt or not a monobath checkpoint ({error}): fetch or save it again")
 
 
 def config_of(kind: type[T], values: Mapping[str, Any], parts: Mapping[str, Callable[..., Any]], what: str) -> T:

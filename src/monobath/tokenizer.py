@@ -83,9 +83,15 @@ class TokenizerConfig:
                 )
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TokenizerConfig:
-        """Build from plain values; an unknown key is a `UserError` that names it."""
+    def from_dict(cls, values: dict[str, Any], stages: int = 0) -> TokenizerConfig:
+        """Build from plain values; an unknown key is a `UserError` that names it.
+
+        Args:
+            stages: `sampler.stages`, whatever the values say; 0: what they say.
+        """
         values = dict(values)
+        if stages:
+            values["sampler"] = values["sampler"] | {"stages": stages}
         channels = values.pop("kl_decoder", None)  # as it was written before decoders had kinds
         if channels:
             kept = {name: values["decoder"][name] for name in SHARED if name in values.get("decoder", {})}
@@ -329,6 +335,12 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
             self.push_to_hub(repo_id=repo_id, **push_to_hub_kwargs)
 
     @classmethod
+    def config_of(cls, name: str | os.PathLike[str]) -> TokenizerConfig:
+        """What `from_pretrained(name)` would be, without its weights; raises likewise."""
+        folder, stages = store.locate(name)
+        return TokenizerConfig.from_dict(store.read_config(folder, FORMAT, "tokenizer"), stages)
+
+    @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
         name: str | os.PathLike[str] = "default",
@@ -356,13 +368,10 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
             UserError: nothing of that name, a corrupt file, or one that does not fit its configuration; an encoder that
                 does not fit.
         """
-        folder, stages = store.locate(
-            name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-        )
+        hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        folder, stages = store.locate(name, **hub)
         config, state = store.read(folder, FORMAT, "tokenizer")
-        if stages:
-            config = config | {"sampler": config["sampler"] | {"stages": stages}}
-        tokenizer = cls(TokenizerConfig.from_dict(config))
+        tokenizer = cls(TokenizerConfig.from_dict(config, stages))
         load_strictly(tokenizer, state, str(folder))
         if encoder is not None:
             tokenizer.attach_encoder(encoder)

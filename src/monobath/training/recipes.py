@@ -162,7 +162,7 @@ def _inherited(values: dict[str, Any]) -> dict[str, Any]:
     missing = [part for part in parts if not any(f"{key}.".startswith(f"model.{part}.") for key in values)]
     if not {"encoder", "decoder"} & set(missing):
         return {}
-    model = Tokenizer.from_pretrained(source).config
+    model = Tokenizer.config_of(source)
     if "decoder" not in missing:  # another decoder: how the old one is sampled says nothing about it
         missing = ["encoder"]
     found: dict[str, Any] = {}
