@@ -75,13 +75,17 @@ def write(
         UserError: the folder cannot be written; what was there stays as it was.
     """
     config = {"format": format, "monobath_version": __version__, **config} | ({"training": extra} if extra else {})
-    state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
+    write_files(folder, config, {k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()})
 
-    def write(partial: Path) -> None:
-        save_file(state, partial / "model.safetensors", metadata={"config": json.dumps(config), "format": "pt"})
+
+def write_files(folder: Path, config: dict[str, Any], state: Mapping[str, Tensor]) -> None:
+    """The same of a whole configuration and tensors, as `stored` and `read` give them."""
+
+    def files(partial: Path) -> None:
+        save_file(dict(state), partial / "model.safetensors", metadata={"config": json.dumps(config), "format": "pt"})
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
-    write_folder(folder, write)
+    write_folder(folder, files)
 
 
 def read(path: Path, format: str, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -104,6 +108,12 @@ def read(path: Path, format: str, what: str) -> tuple[dict[str, Any], dict[str, 
 
 def read_config(path: Path, format: str, what: str) -> dict[str, Any]:
     """The configuration alone; arguments and errors are those of `read`."""
+    config = stored(path, format, what)
+    return {k: v for k, v in config.items() if k not in ("format", "monobath_version", "training")}
+
+
+def stored(path: Path, format: str, what: str) -> dict[str, Any]:
+    """All that `config.json` says, such as what `write` was given as `extra`, under "training"; likewise."""
     try:
         with safe_open(_weights_of(path), framework="pt") as opened:
             inside = (opened.metadata() or {}).get("config")
@@ -115,7 +125,7 @@ def read_config(path: Path, format: str, what: str) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("format") != format:
         found = config.get("format") if isinstance(config, dict) else None
         raise UserError(f"{path} is not a monobath {what} (format {found!r}, expected {format!r})")
-    return {k: v for k, v in config.items() if k not in ("format", "monobath_version", "training")}
+    return config
 
 
 def _weights_of(path: Path) -> Path:

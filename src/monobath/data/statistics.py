@@ -8,22 +8,18 @@ Generators of latents need them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
-from .. import resources
+from .. import resources, store
 from ..errors import UserError
-from ..files import write_folder
 from ..images import MAX_PIXELS
 from ..models.encoder import Posterior
-from ..tokenizer import Tokenizer
+from ..tokenizer import FORMAT, Tokenizer
 from .loader import iterate_eval
 from .pictures import Crops, PhotoDataset, make_dataset
 from .sources import Source
@@ -161,33 +157,12 @@ def store_statistics(name: str, statistics: LatentStatistics, out: Path, **facts
     Raises:
         UserError: the folder cannot be written.
     """
-    file = _weights_file(name)
-    with safe_open(file, framework="pt") as opened:
-        inside = (opened.metadata() or {}).get("config", "{}")
-        state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    beside = file.parent / "config.json"
-    config = json.loads(beside.read_text(encoding="utf-8") if not Path(name).is_file() and beside.is_file() else inside)
+    folder, _ = store.locate(name, local_files_only=True)
+    config, (_, state) = store.stored(folder, FORMAT, "tokenizer"), store.read(folder, FORMAT, "tokenizer")
     config |= {"latent_mean": statistics.mean, "latent_std": statistics.std}
     if not config["encoder"].get("family"):
         config |= {"scaling_factor": 1 / statistics.overall_std, "shift_factor": statistics.overall_mean}
     config["training"] = (config.get("training") or {}) | {
         "latent_statistics": {"pictures": statistics.pictures, **facts}
     }
-
-    def write(folder: Path) -> None:
-        save_file(state, folder / "model.safetensors", metadata={"config": json.dumps(config), "format": "pt"})
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-    write_folder(out, write)
-
-
-def _weights_file(name: str) -> Path:
-    """`model.safetensors` of a model that `from_pretrained` has loaded, so that a Hub repository is here already."""
-    path = resources.weights_path(name) or Path(name)
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        from huggingface_hub import snapshot_download
-
-        path = Path(snapshot_download(name, local_files_only=True))
-    return path / "model.safetensors"
+    store.write_files(out, config, state)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -11,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from safetensors import safe_open
 
-from .. import resources
+from .. import resources, store
 from .._version import __version__
 from ..models.encoder import FAMILIES
-from ..tokenizer import Tokenizer
+from ..tokenizer import FORMAT, Tokenizer
 
 
 def describe(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
@@ -60,14 +57,8 @@ def describe(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
 
 def _training(name: str) -> dict[str, Any]:
     """What `save_pretrained(extra=)` stored with a model that `from_pretrained(name)` just read."""
-    path = resources.weights_path(name) or Path(name)
-    if path.is_file():
-        with safe_open(path, framework="pt") as opened:
-            text = (opened.metadata() or {}).get("config", "{}")
-    else:
-        found = path / "config.json" if path.is_dir() else try_to_load_from_cache(name, "config.json")
-        text = Path(found).read_text(encoding="utf-8") if isinstance(found, (str, Path)) else "{}"
-    training = json.loads(text).get("training")
+    folder, _ = store.locate(name, local_files_only=True)
+    training = store.stored(folder, FORMAT, "tokenizer").get("training")
     return training if isinstance(training, dict) else {}
 
 
