@@ -84,7 +84,6 @@ def build_api(service: Service, token: str = "") -> FastAPI:
 def model_routes(service: Service, name: str) -> APIRouter:
     """Decode, encode and reconstruct with one model."""
     tokenizer, limits = service.models[name], service.limits
-    published = (tokenizer.config.scaling_factor, tokenizer.config.shift_factor)
 
     async def place() -> AsyncIterator[None]:
         try:
@@ -135,7 +134,8 @@ def model_routes(service: Service, name: str) -> APIRouter:
     async def decode(request: Request, query: Annotated[DecodeQuery, Query()], body: Body) -> Response:
         """Latents → a picture or a tensor, in the protocol of diffusers' `remote_decode`."""
         accept = request.headers.get("accept", "")
-        z, size = query.latents(body, tokenizer.factor, published)
+        config = tokenizer.config
+        z, size = query.latents(body, tokenizer.factor, (config.scaling_factor, config.shift_factor))
 
         async def whole() -> Response:
             pictures = await service.decode(name, z, size, query.steps, query.seed)

@@ -130,8 +130,8 @@ async def developed(
         if picture.shape == pixels.shape:
             shrunk = "" if original.size == shown.size else f", shrunk from {original.width} × {original.height}"
             words = (
-                f"<b>{psnr(pixels, picture):.2f} dB</b> PSNR, <b>{bits_per_pixel(z, size):.2f} bits</b> per pixel of 24,"
-                f" encoded in <b>{encode_ms:.0f} ms</b>, decoded in <b>{decode_ms:.0f} ms</b>: "
+                f"<b>{psnr(pixels, picture):.2f} dB</b> PSNR, <b>{bits_per_pixel(z, size):.2f} bits</b> per pixel of "
+                f"24, encoded in <b>{encode_ms:.0f} ms</b>, decoded in <b>{decode_ms:.0f} ms</b>: "
                 f"{shown.width} × {shown.height} pixels{shrunk}, {z.numel():,} latent numbers of {BITS} bits."
             )
         yield compared(given, picture), latents, f'<p role="status">{words}</p>'

@@ -26,7 +26,7 @@ def bits_per_pixel(z: Tensor, size: tuple[int, int]) -> float:
 
 
 def latent_picture(z: Tensor, factor: int) -> Image.Image:
-    """Latents `(1, c, h, w)` as colours, their three principal components; a position is a square of `factor` pixels."""
+    """Latents `(1, c, h, w)` as colours: three principal components; a position is a square of `factor` pixels."""
     values = z[0].flatten(1).double()
     values = values - values.mean(dim=1, keepdim=True)
     _, directions = torch.linalg.eigh(values @ values.T)  # ascending

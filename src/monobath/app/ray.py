@@ -3,8 +3,8 @@
     serve run monobath.app.ray:app
     serve run monobath.app.ray:app models=default,f8c4 max_replicas=8 gpus=1 device=cuda
 
-Requests, replies, limits and the token are those of `monobath serve`; batches are gathered by `serve.batch`. There is no
-page: it remembers its visitors, and a replica does not know those of another. max_queue is for each replica.
+Requests, replies, limits and the token are those of `monobath serve`; `serve.batch` gathers batches. There is no page:
+it remembers its visitors, and a replica does not know those of another. `limits.max_queue` is for each replica.
 """
 
 from __future__ import annotations
