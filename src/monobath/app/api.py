@@ -23,6 +23,7 @@ from .. import __version__
 from ..errors import UserError
 from ..images import ImageTooLarge, to_float
 from .batching import Full
+from .drain import Drained
 from .guard import Guard
 from .metrics import Counted, Metrics
 from .pictures import bits_per_pixel, psnr
@@ -54,8 +55,10 @@ def build_api(service: Service, token: str = "") -> FastAPI:
     """
     api = FastAPI(title="monobath", version=__version__, description="Latents to pictures in one step, and back.")
     metrics = Metrics(service)
+    # The last is the outermost: refusals are drained, and count.
     api.add_middleware(Guard, token=token)
-    api.add_middleware(Counted, metrics=metrics)  # outermost: refusals count too
+    api.add_middleware(Drained, timeout=service.limits.timeout)
+    api.add_middleware(Counted, metrics=metrics)
     for kind, handler in HANDLERS.items():
         api.add_exception_handler(kind, handler)
     first = next(iter(service.models))
