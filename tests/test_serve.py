@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import randn, tiny_tokenizer
 from PIL import Image
-from serving import Running, requests, running, wait_for
+from serve_running import Running, requests, running, wait_for
 from test_bad_input import bomb
 
 from monobath import Tokenizer
@@ -401,6 +401,11 @@ def test_the_token_guards_everything_but_health():
         right = {"Authorization": "Bearer säsam öffne".encode()}
         assert server.get("/models", headers=right).status_code == 200
         assert server.get("/models", auth=("anybody", "säsam öffne".encode())).status_code == 200
+    with running(token="sesame") as server:  # in the address, for diffusers' client
+        address = server.url.replace("//", "//me:sesame@") + "/decode"
+        assert remote.remote_decode(address, randn(1, 4, 2, 3), do_scaling=False).size == (24, 16)
+        with pytest.raises(RuntimeError, match="this server needs its token"):
+            remote.remote_decode(server.url + "/decode", randn(1, 4, 2, 3), do_scaling=False)
 
 
 def test_no_other_origin_is_let_in(server):

@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from serving import requests, running, wait_for
+from serve_running import requests, running, wait_for
 from test_browser import Browser
 from test_browser import browser as browser  # the fixture
 
+from monobath.app.pictures import psnr
+from monobath.images import pil_to_tensor
 from monobath.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,6 +100,9 @@ def test_a_photo_is_developed(browser, url, photo, width, scheme):
     upload(browser, photo)
     wait_for(lambda: " dB PSNR" in browser.value(FIGURES))
     text = browser.value(FIGURES)
+    image = Image.open(photo)
+    (output,) = Tokenizer.from_pretrained("default")(pil_to_tensor(image)[None])
+    assert f"{psnr(pil_to_tensor(image), output):.2f} dB PSNR" in text
     assert "96 × 64 pixels, 1,536 latent numbers of 16 bits" in text
     assert "4.00 bits per pixel of 24" in text
     assert text.count(" ms") == 2

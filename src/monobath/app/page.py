@@ -120,12 +120,12 @@ async def developed(
     given = to_float(pixels)
     z, encode_ms = await service.timed(service.encode(name, given[None]))
     latents = latent_picture(z, service.models[name].factor)
-    previews, decode_ms = service.previews(name, z, size, steps, 0), 0.0
-    while True:
-        pictures, ms = await service.timed(anext(previews, None))
-        if pictures is None:
-            return
-        picture, decode_ms = pictures[0], decode_ms + ms
+    stages, decode_ms = service.models[name].config.sampler.stages, 0.0
+    previews = service.previews(name, z, size, steps, 0)
+    for _ in range(stages):  # as `decode` does it, which has one stage or all of the decoder's
+        next_one = anext(previews) if stages > 1 else service.decode(name, z, size, steps, 0)
+        (picture,), ms = await service.timed(next_one)
+        decode_ms += ms
         words = f"Preview: {picture.shape[2]} × {picture.shape[1]} pixels …"
         if picture.shape == pixels.shape:
             shrunk = "" if original.size == shown.size else f", shrunk from {original.width} × {original.height}"

@@ -56,16 +56,27 @@ def running(token: str = "", page_folder: str = "", served: Any = None, **limits
     api = build_api(service, token)
     if page_folder:
         with_page(api, service, page_folder)
+    with listening(api, hurry=bool(page_folder)) as url:
+        yield Running(service, url)
+
+
+@contextmanager
+def listening(api: Any, hurry: bool = False) -> Iterator[str]:
+    """The address of an application that is served from a thread.
+
+    Args:
+        hurry: do not wait for open connections at the end: a page's heartbeats last as long as its browser.
+    """
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(api, log_level="critical", server_header=False))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         wait_for(lambda: server.started)
         try:
-            yield Running(service, f"http://127.0.0.1:{listener.getsockname()[1]}")
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
-            server.force_exit = bool(page_folder)  # its heartbeats last as long as the browser
+            server.force_exit = hurry
             thread.join(20)
             assert not thread.is_alive()
 
