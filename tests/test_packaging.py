@@ -75,7 +75,7 @@ def test_base_install_decodes_without_the_extras():
     code = (
         "import sys\n"
         "for name in ('accelerate', 'webdataset', 'torchmetrics', 'diffusers', 'tensorboard', 'scipy', 'matplotlib',"
-        " 'efficientnet_lite_pytorch', 'lpips', 'skimage'):\n"
+        " 'efficientnet_lite_pytorch', 'lpips', 'skimage', 'fastapi', 'gradio', 'ray'):\n"
         "    sys.modules[name] = None\n"
         "import torch, monobath\n"
         "tokenizer = monobath.Tokenizer.from_pretrained('default')\n"

@@ -22,13 +22,14 @@ from .comparing import bench, eval_
 from .exporting import export
 from .generating import generate
 from .preparing import cache_latents, import_ssdd, stats
+from .serving import serve
 from .verbs import decode, demo, distill, encode, info, reconstruct, train
 
 VERBS: dict[str, Callable[..., None]] = {
     verb_name(function): function
     for function in (
         train, distill, reconstruct, encode, decode, generate, info, demo, eval_, bench, export, import_ssdd, stats,
-        cache_latents,
+        cache_latents, serve,
     )
 }  # fmt: skip
 

@@ -121,8 +121,8 @@ class Posterior:
         return torch.exp(0.5 * self.logvar)
 
     def mode(self) -> Tensor:
-        """The most likely latent: the mean, `(B, c, h, w)`."""
-        return self.mean
+        """The most likely latent: the mean, `(B, c, h, w)`, contiguous: its bytes are its values in order."""
+        return self.mean.contiguous()
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """A random latent `(B, c, h, w)`. A CPU generator gives the same noise on every device."""

@@ -1,0 +1,192 @@
+"""Models behind one thread of arithmetic: what a request may ask, how a batch is done, previews as they come.
+
+Results are those of `Tokenizer.encode` and `Tokenizer.decode` for each request alone, whatever shared its batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .. import resources
+from ..errors import UserError
+from ..images import ImageTooLarge
+from ..tokenizer import Tokenizer
+from .batching import Batcher, Places
+
+Submit = Callable[["Job"], Awaitable[Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one request, and all of them together, may take."""
+
+    max_batch: int = 8
+    """Most samples decoded together."""
+    max_wait_ms: float = 5.0
+    """How long a request waits for others that are being received, in milliseconds."""
+    max_queue: int = 64
+    """Most requests at a time; further ones are told to come again."""
+    max_bytes: int = 64 << 20
+    """Largest body, in bytes."""
+    max_pixels: int = 1 << 22
+    """Largest picture, in pixels, counted once per sample and step; also of a batch."""
+    timeout: float = 60.0
+    """Longest time for a request, in seconds, from its first byte."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "max_queue", "max_bytes", "max_pixels", "timeout"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be above 0")
+        if self.max_wait_ms < 0:
+            raise UserError(f"max_wait_ms is {self.max_wait_ms}: it must be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Job:
+    """One request's tensor: latents to decode, or pictures to encode."""
+
+    model: str
+    kind: Literal["decode", "encode"]
+    data: Tensor
+    size: tuple[int, int]
+    steps: int | None = None
+    seed: int = 0
+
+    @property
+    def key(self) -> Any:
+        """Equal for jobs that fit one call."""
+        return (self.model, self.kind, self.data.shape[1:], self.size, self.steps)
+
+    @property
+    def samples(self) -> int:
+        """B."""
+        return len(self.data)
+
+    @property
+    def pixels(self) -> int:
+        """Of all samples and steps."""
+        return len(self.data) * self.size[0] * self.size[1] * (self.steps or 1)
+
+
+class Service:
+    """Tokenizers by name, the first being the default.
+
+    Args:
+        models: as they are served.
+        limits: see there.
+        submit: how a job gets its result; default: a `Batcher` of this process's own.
+    """
+
+    def __init__(self, models: Mapping[str, Tokenizer], limits: Limits, submit: Submit | None = None) -> None:
+        self.models = dict(models)
+        self.limits = limits
+        self.places = Places(limits.max_queue)
+        self.observe: Callable[[int], None] = lambda samples: None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="arithmetic")
+        self._submit = (
+            submit
+            or Batcher(
+                self.run,
+                max_batch=limits.max_batch,
+                max_pixels=limits.max_pixels,
+                max_wait=limits.max_wait_ms / 1000,
+                expected=lambda answered: self.places.taken > answered,
+            ).submit
+        )
+
+    async def encode(self, model: str, images: Tensor) -> Tensor:
+        """Pictures `(B, 3, H, W)` in [-1, 1] → raw latents, the posterior's mode, `(B, c, ceil(H/f), ceil(W/f))`.
+
+        Raises:
+            UserError: see `Tokenizer.encode`; above max_pixels, `ImageTooLarge`.
+        """
+        job = Job(model=model, kind="encode", data=images, size=(images.shape[-2], images.shape[-1]))
+        return await self._submit(self._checked(job))
+
+    async def decode(self, model: str, z: Tensor, size: tuple[int, int], steps: int | None, seed: int) -> Tensor:
+        """Raw latents `(B, c, h, w)` → pictures `(B, 3, H, W)` in [-1, 1], each from noise of the same seed.
+
+        Raises:
+            UserError: see `Tokenizer.decode`; above max_pixels, `ImageTooLarge`.
+        """
+        job = Job(model=model, kind="decode", data=z, size=size, steps=steps, seed=seed)
+        return await self._submit(self._checked(job))
+
+    async def previews(
+        self, model: str, z: Tensor, size: tuple[int, int], steps: int | None, seed: int
+    ) -> AsyncIterator[Tensor]:
+        """As `decode`, coarse to fine. Whoever stops listening stops the work after the stage that is running."""
+        job = self._checked(Job(model=model, kind="decode", data=z, size=size, steps=steps, seed=seed))
+        decode = partial(self.models[model].decode_progressive, z, size=size, steps=steps, seed=[seed] * len(z))
+        pictures = await self._call(decode)
+        self.observe(job.samples)
+        while (picture := await self._call(next, pictures, None)) is not None:
+            yield picture
+
+    async def run(self, jobs: list[Job]) -> list[Tensor | Exception]:
+        """A batch of one key: a result or an exception for each. What fails together is tried one by one."""
+        return await self._call(self._run, jobs)
+
+    async def timed(self, work: Awaitable[Any]) -> tuple[Any, float]:
+        """(result, milliseconds)."""
+        begin = time.perf_counter()
+        return await work, (time.perf_counter() - begin) * 1000
+
+    def _checked(self, job: Job) -> Job:
+        if job.pixels > self.limits.max_pixels:
+            (h, w), steps = job.size, job.steps or 1
+            raise ImageTooLarge(
+                f"{job.samples} × {w}x{h} in {steps} steps = {job.pixels:,} pixels, above max_pixels="
+                f"{self.limits.max_pixels:,}: make it smaller, or ask for fewer"
+            )
+        return job
+
+    def _run(self, jobs: list[Job]) -> list[Tensor | Exception]:
+        try:
+            self.observe(sum(job.samples for job in jobs))
+            first, tokenizer = jobs[0], self.models[jobs[0].model]
+            data = torch.cat([job.data for job in jobs]) if len(jobs) > 1 else first.data
+            if first.kind == "encode":
+                result = tokenizer.encode(data, max_pixels=self.limits.max_pixels).mode()
+            else:
+                seeds = [job.seed for job in jobs for _ in range(job.samples)]
+                result = tokenizer.decode(data, size=first.size, steps=first.steps, seed=seeds)
+            return list(result.cpu().split([job.samples for job in jobs]))
+        except Exception as error:
+            return [error] if len(jobs) == 1 else [self._run([job])[0] for job in jobs]
+
+    async def _call(self, function: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+
+
+def packaged_names() -> list[str]:
+    """What is served where nothing is named: the short names of the packaged weights, default first."""
+    names = [name for name in resources.weights_names() if resources.weights_path(name).name != name]  # type: ignore[union-attr]
+    return names or resources.weights_names()
+
+
+def names_and_sources(given: list[str]) -> dict[str, str]:
+    """`NAME=WHERE`, or WHERE alone, whose last part is the name: {name: where}, in order.
+
+    Raises:
+        UserError: two of one name.
+    """
+    found: dict[str, str] = {}
+    for text in given:
+        name, equals, where = text.partition("=")
+        where = where if equals else text
+        name = name if equals else Path(where).name
+        if name in found or not name or "/" in name:
+            raise UserError(f"--model {text}: {name!r} is taken or no name; write NAME={where}")
+        found[name] = where
+    return found
