@@ -121,7 +121,7 @@ def model_routes(service: Service, name: str) -> APIRouter:
     async def within(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
         """The reply, in time, or none if the client leaves."""
         task = asyncio.create_task(work)
-        leaving = asyncio.create_task(request.receive())  # after the body, only that can come
+        leaving = asyncio.ensure_future(request.receive())  # after the body, only that can come
         try:
             await asyncio.wait({task, leaving}, timeout=limits.timeout, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
