@@ -424,6 +424,7 @@ def test_no_other_origin_is_let_in(server):
         (["--port", "70000"], "cannot be listened on"),
         (["--model", "no-such-model", "--port", "0"], "no tokenizer 'no-such-model'"),
         (["--model", "default", "x/default"], "'default' is taken"),
+        (["--model", "x/a b"], "'a b' is taken or no name for an address; write NAME=x/a b"),
         (["--max_queue", "0"], "max_queue is 0"),
         (["--max_wait_ms", "-1"], "max_wait_ms is -1.0"),
     ],
@@ -464,6 +465,8 @@ def test_sigterm_answers_what_is_open_and_leaves_nothing_behind(tmp_path):
             assert os.path.dirname(os.path.dirname(sys.executable)) not in page.text
             assert str(tmp_path / "tiny") not in page.text
             z = randn(1, 4, 64, 96)
+            heart = requests.get(url + "/gradio_api/heartbeat/x", stream=True, timeout=60)  # an open page
+            assert next(heart.iter_lines()) == b"data: ALIVE"
             with ThreadPoolExecutor(1) as pool:
                 steps = query(z, steps=4, output_type="pt")
                 last = pool.submit(requests.post, url + "/decode", data=raw(z), params=steps, timeout=60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import re
 import shlex
@@ -80,6 +81,7 @@ def test_a_replica_answers_as_the_one_process_does(tmp_path, monkeypatch):
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(tmp_path / "tiny")
     settings = Settings(models=f"tiny={tmp_path / 'tiny'}", max_replicas=3)
+    assert inspect.signature(app).parameters["settings"].annotation is Settings  # `serve run` reads it
     options = app(settings)._bound_deployment._deployment_config
     assert (options.autoscaling_config.min_replicas, options.autoscaling_config.max_replicas) == (1, 3)
     replica = SimpleNamespace(_deployment_config=options)

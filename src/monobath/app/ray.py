@@ -7,8 +7,6 @@ Requests, replies, limits and the token are those of `monobath serve`; `serve.ba
 it remembers its visitors, and a replica does not know those of another. `limits.max_queue` is for each replica.
 """
 
-from __future__ import annotations
-
 import os
 from itertools import groupby
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.routing import Mount
 
 from ..errors import UserError
 from .api import build_api
@@ -56,7 +57,7 @@ def run(service: Service, listener: socket.socket, token: str, page: bool, ready
     """
     with tempfile.TemporaryDirectory(prefix="monobath-") as folder:  # mode 700
         api = build_api(service, token)
-        blocks = with_page(api, service, folder) if page else None
+        mounted = with_page(api, service, folder) if page else None
         config = uvicorn.Config(
             api,
             log_level="warning",
@@ -66,7 +67,7 @@ def run(service: Service, listener: socket.socket, token: str, page: bool, ready
         # uvicorn hands the signal on once everything is answered: to this, so that the folder is removed.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         ready()
-        Server(config, blocks).run(sockets=[listener])
+        Server(config, mounted).run(sockets=[listener])
 
 
 class Server(uvicorn.Server):
@@ -78,12 +79,12 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self._page is not None:
-            self._page.app.stop_event.set()
+            self._page.stop_event.set()
         await super().shutdown(sockets)
 
 
 def with_page(api: FastAPI, service: Service, folder: str) -> Any:
-    """Mount the page at `/`.
+    """Mount the page at `/`; returns Gradio's application.
 
     Args:
         folder: where Gradio keeps uploads; it reads that, and whether to phone home, from the environment.
@@ -95,4 +96,6 @@ def with_page(api: FastAPI, service: Service, folder: str) -> Any:
 
     page = build_page(service)
     gr.mount_gradio_app(api, page, path="/", max_file_size=service.limits.max_bytes, **LOOK, **LOCKED)
-    return page
+    mount = api.routes[-1]
+    assert isinstance(mount, Mount)
+    return mount.app

@@ -6,6 +6,7 @@ Results are those of `Tokenizer.encode` and `Tokenizer.decode` for each request 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +42,7 @@ class Limits:
     max_pixels: int = 1 << 22
     """Largest picture, in pixels, counted once per sample and step; also of a batch."""
     timeout: float = 60.0
-    """Longest time for a request, in seconds, from its first byte."""
+    """Longest time for a body to arrive, and for the work on it, in seconds."""
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "max_queue", "max_bytes", "max_pixels", "timeout"):
@@ -186,7 +187,7 @@ def names_and_sources(given: list[str]) -> dict[str, str]:
         name, equals, where = text.partition("=")
         where = where if equals else text
         name = name if equals else Path(where).name
-        if name in found or not name or "/" in name:
-            raise UserError(f"--model {text}: {name!r} is taken or no name; write NAME={where}")
+        if name in found or not re.fullmatch(r"[\w.-]+", name):
+            raise UserError(f"--model {text}: {name!r} is taken or no name for an address; write NAME={where}")
         found[name] = where
     return found

@@ -38,7 +38,7 @@ def serve(
         max_queue: Most requests at a time; further ones get 503 and are told when to come again.
         max_bytes: Largest body of a request, in bytes.
         max_pixels: Largest picture, in pixels, counted once per sample and step; also of a batch.
-        timeout: Longest time for a request, in seconds.
+        timeout: Longest time for a body to arrive, and for the work on it, in seconds.
         no_page: Serve the API alone.
         no_token: Let everybody in, whatever the host.
         device: cpu, cuda, cuda:1 …; auto: a GPU if there is one.
