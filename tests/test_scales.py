@@ -432,8 +432,9 @@ def test_mistakes_in_decoding(options, words):
     tok, z = multi(), randn(1, 4, 4, 4)
     with pytest.raises(UserError, match=words):
         tok.decode(z, **options)
-    with pytest.raises(UserError, match=words):  # at once, not at the first picture
-        tok.decode_progressive(z, **options)
+    if "overlap" not in options:
+        with pytest.raises(UserError, match=words):  # at once, not at the first picture
+            tok.decode_progressive(z, **options)
 
 
 @torch.no_grad()

@@ -39,9 +39,14 @@ def recipe_path(name: str) -> Path:
 
 
 def weights_names() -> list[str]:
-    """Names of the packaged weights, aliases first."""
-    folders = sorted(p.name for p in (_ROOT / "weights").iterdir() if (p / "model.safetensors").is_file())
-    return [*sorted(_aliases()), *folders]
+    """Names of the packaged weights: those for people first, then those with a version."""
+    versions = _folders() + [name for name in _aliases() if _versioned(name)]
+    return [*short_names(), *sorted(versions)]
+
+
+def short_names() -> list[str]:
+    """Names of the packaged weights without a version, sorted: `default` and so on."""
+    return sorted(name for name in _aliases() if not _versioned(name))
 
 
 def weights_path(name: str) -> Path | None:
@@ -76,6 +81,14 @@ def hint_for_channels(channels: int) -> str:
         if config["encoder"]["latent_channels"] == channels:
             return f"; {name} is packaged for {channels} channels"
     return ""
+
+
+def _folders() -> list[str]:
+    return sorted(p.name for p in (_ROOT / "weights").iterdir() if (p / "model.safetensors").is_file())
+
+
+def _versioned(name: str) -> bool:
+    return any(folder in name for folder in _folders())
 
 
 def _folder(name: str) -> str:

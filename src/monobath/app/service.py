@@ -172,8 +172,7 @@ class Service:
 
 def packaged_names() -> list[str]:
     """What is served where nothing is named: the short names of the packaged weights, default first."""
-    names = [name for name in resources.weights_names() if resources.weights_path(name).name != name]  # type: ignore[union-attr]
-    return names or resources.weights_names()
+    return resources.short_names() or resources.weights_names()
 
 
 def names_and_sources(given: list[str]) -> dict[str, str]:
