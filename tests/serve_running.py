@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import socket
 import threading
 import time
@@ -10,7 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 uvicorn = pytest.importorskip("uvicorn", reason="the extra serve is missing: pip install 'monobath[serve]'")
 requests = pytest.importorskip("requests", reason="requests is missing: pip install 'monobath[diffusers]'")
@@ -87,3 +91,21 @@ def wait_for(condition: Any, seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < until, f"waited {seconds} s in vain"
         time.sleep(0.01)
+
+
+def picture(height: int = 24, width: int = 40) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def query(z: torch.Tensor, **others) -> dict:
+    return {"shape": list(z.shape), "dtype": str(z.dtype).removeprefix("torch."), **others}
+
+
+def raw(z: torch.Tensor) -> bytes:
+    return z.contiguous().view(torch.uint8).numpy().tobytes()
