@@ -150,6 +150,8 @@ def test_models_of_before_kinds_load():
     assert isinstance(TokenizerConfig.from_dict(before | {"kl_decoder": []}).decoder, UViTConfig)
     recipe = load_recipe("cpu-default", ["model.kl_decoder=[8, 8, 16, 16]"])
     assert recipe.model.decoder == KLConfig(channels=CHANNELS, latent_channels=16, padding="replicate")
+    with pytest.raises(UserError, match="kl_decoder is '\\[8': expected a list"):
+        load_recipe("cpu-default", ["model.kl_decoder=[8"])
 
 
 def test_repa_needs_one_of_our_decoders(tmp_path, photos):

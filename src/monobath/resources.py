@@ -69,7 +69,7 @@ def versioned_name(name: str) -> str | None:
     folder, stages = _aliases().get(name, (name, 0))
     if not stages:
         return folder
-    return next((other for other, found in _aliases().items() if found == (folder, stages) and folder in other), name)
+    return next((other for other, found in _aliases().items() if found == (folder, stages) and _versioned(other)), name)
 
 
 def hint_for_channels(channels: int) -> str:
@@ -88,7 +88,7 @@ def _folders() -> list[str]:
 
 
 def _versioned(name: str) -> bool:
-    return any(folder in name for folder in _folders())
+    return any(name.startswith(f"{folder}-") for folder in _folders())
 
 
 def _folder(name: str) -> str:

@@ -82,7 +82,10 @@ def _without_kl_decoder(content: dict[Any, Any], overrides: Sequence[str]) -> li
     for override in overrides:
         key, _, value = override.removeprefix("--").partition("=")
         if key == "model.kl_decoder" and isinstance(model, dict):
-            model["kl_decoder"] = yaml.safe_load(value)
+            try:
+                model["kl_decoder"] = yaml.safe_load(value)
+            except yaml.YAMLError:
+                raise UserError(f"{key} is {value!r}: expected a list of int, such as [1, 2]") from None
         else:
             kept_overrides.append(override)
     if isinstance(model, dict) and (channels := model.pop("kl_decoder", None)):
