@@ -294,7 +294,7 @@ def test_full_disk_reconstruct(prepared, tmp_path, capsys, full_disk):
 
 def test_full_disk_encode(prepared, tmp_path, capsys, full_disk):
     command = ["encode", str(prepared / "photos"), "--model", str(prepared / "model"), "--out", str(tmp_path / "out")]
-    full_disk(Path, "write_bytes")
+    full_disk(monobath.store, "save_file")
     assert "No space left on device" in fails(capsys, command)
     assert files_under(tmp_path) == []
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from pathlib import Path
 
+import faults
 import pytest
+from faults import at_operation, kill
 
+from monobath import files
 from monobath.errors import UserError
 from monobath.files import write_file, write_folder, write_text
 
@@ -115,8 +119,6 @@ def test_a_failure_keeps_the_old_folder(tmp_path, failure):
 def test_a_failing_swap_puts_the_old_folder_back(tmp_path, monkeypatch):
     path = tmp_path / "model"
     write_folder(path, fill("old"))
-    import monobath.files as files
-
     rename = files.os.rename
 
     def refuse(source, target):
@@ -125,6 +127,7 @@ def test_a_failing_swap_puts_the_old_folder_back(tmp_path, monkeypatch):
         rename(source, target)
 
     monkeypatch.setattr(files.os, "rename", refuse)
+    monkeypatch.setattr(files.ctypes, "CDLL", lambda name: None)  # a system that cannot exchange folders at once
     with pytest.raises(UserError, match="Input/output"):
         write_folder(path, fill("new"))
     assert {p.read_text(encoding="utf-8") for p in path.iterdir()} == {"old"}
@@ -172,3 +175,43 @@ def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="is a file"):
         write_folder(tmp_path / "model", lambda partial: None)
     assert (tmp_path / "model").read_text() == "mine"
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_what_else_lies_in_a_folder_outlives_a_kill_at_any_operation(tmp_path, monkeypatch, at_once):
+    """A user's files, links and folders, and whole contents: the old or the new ones, after the next call the new."""
+    if not at_once:
+        monkeypatch.setattr(files.ctypes, "CDLL", lambda name: None)
+    place = tmp_path / "place"
+
+    def lay(folder: Path) -> None:
+        shutil.rmtree(place, ignore_errors=True)
+        write_folder(folder, fill("old"))
+        (folder / "notes").mkdir()
+        (folder / "notes" / "a.md").write_text("mine")
+        (folder / "README.md").symlink_to("notes/a.md")
+
+    folder = place / "model"
+    lay(folder)
+    count = faults.operations(lambda: write_folder(folder, fill("new")), place)
+    assert count > 8
+    for number in range(count):
+        lay(folder)
+        assert faults.forked(lambda: write_folder(folder, fill("new")), at_operation(place, number, kill)).killed
+        if at_once:
+            assert (folder / "one").read_text() == (folder / "two").read_text()
+            assert (folder / "README.md").read_text() == "mine"
+        write_folder(folder, fill("new"))
+        assert (folder / "one").read_text() == (folder / "two").read_text() == "new"
+        assert (folder / "README.md").is_symlink()
+        assert (folder / "README.md").read_text() == "mine"
+        assert leftovers(place) == []
+
+
+def test_a_link_to_a_folder_stays_one(tmp_path):
+    write_folder(tmp_path / "there", fill("old"))
+    (tmp_path / "here").symlink_to("there")
+    write_folder(tmp_path / "here", fill("new"))
+    assert (tmp_path / "here").is_symlink()
+    assert (tmp_path / "there" / "one").read_text() == "new"
+    assert leftovers(tmp_path) == []

@@ -418,3 +418,15 @@ def test_lazy_top_level():
     assert monobath.Tokenizer is Tokenizer
     with pytest.raises(AttributeError, match="no attribute 'Tokeniser'"):
         _ = monobath.Tokeniser
+
+
+def test_a_saved_model_has_the_same_bytes_each_time(tmp_path):
+    """safetensors orders metadata by lot."""
+    found = set()
+    for number in range(8):
+        tiny_tokenizer().save_pretrained(tmp_path / str(number))
+        found.add((tmp_path / str(number) / "model.safetensors").read_bytes())
+    assert len(found) == 1
+    with safe_open(tmp_path / "0/model.safetensors", framework="pt") as opened:
+        assert opened.metadata()["format"] == "pt"
+        assert json.loads(opened.metadata()["config"]) == json.loads((tmp_path / "0/config.json").read_text())

@@ -280,6 +280,17 @@ def test_kill_nine_then_the_same_command_gives_the_same_weights(tmp_path, photos
     assert same(weights(tmp_path / "cut" / "model"), weights(tmp_path / "whole" / "model"))
 
 
+def test_a_run_that_begins_anew_writes_its_first_line_once(tmp_path, photos, monkeypatch):
+    def die(self):
+        raise MemoryError
+
+    with monkeypatch.context() as context, pytest.raises(MemoryError):
+        context.setattr(Run, "step", die)
+        train(tiny_recipe(tmp_path / "run", photos, steps=2))
+    train(tiny_recipe(tmp_path / "run", photos, steps=2))
+    assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 2, 2]
+
+
 def test_ctrl_c_saves_first_and_exits_130(tmp_path, photos):
     recipe = tiny_recipe(Path("unused"), photos, steps=100_000, sample_every=0, checkpoint_every=50_000)
     write_recipe(tmp_path / "recipe.yaml", recipe)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,36 +39,63 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
 def write_folder(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write(temporary folder)`, then rename it to `path`.
 
-    A folder that is there already is replaced only at the end, and keeps whatever else lies in it.
+    A folder that is there already is replaced only at the end, and keeps whatever else lies in it. A process that is
+    killed leaves the old one or the new one; the next call removes what else it left.
 
     Raises:
         UserError: the disk is full, the folder cannot be written, or a file has its name; `path` is as it was before.
     """
-    path = path.absolute() if path.name else path.resolve()
+    path = path.resolve()  # of a link: what it leads to is replaced
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file: choose another name for the folder")
     partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        if old.exists() and not path.exists():  # a process was killed between the two renames of `_swap`
+            os.rename(old, path)
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
         write(partial)
         for file in partial.iterdir():
             _flush(file)
         if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(path, old)
-        os.rename(partial, path)
-        if old.exists():
-            for other in old.iterdir():
-                if not (path / other.name).exists():
-                    os.rename(other, path / other.name)
-            shutil.rmtree(old, ignore_errors=True)
+            _carry_over(path, partial)
+            _swap(partial, path, old)
+            for replaced in (partial, old):
+                shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            os.rename(partial, path)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if old.exists() and not path.exists():
             os.rename(old, path)
         _explain(error, path)
         raise
+
+
+def _carry_over(path: Path, partial: Path) -> None:
+    """What else lies in a folder, into the one that will replace it, as links, so that it is never in neither."""
+    for other in path.iterdir():
+        if other.is_dir() and not other.is_symlink() and not (partial / other.name).exists():
+            shutil.copytree(other, partial / other.name, symlinks=True, copy_function=_link)
+        elif not os.path.lexists(partial / other.name):
+            _link(other, partial / other.name)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # some file systems have no links
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _swap(partial: Path, path: Path, old: Path) -> None:
+    """Put a folder in the place of another: at once where the system can, which is Linux, else in two renames."""
+    exchange = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if exchange is None or exchange(here, os.fsencode(partial), here, os.fsencode(path), swap) != 0:
+        os.rename(path, old)
+        os.rename(partial, path)
 
 
 def write_text(path: Path, text: str) -> None:

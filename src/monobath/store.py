@@ -82,10 +82,24 @@ def write_files(folder: Path, config: dict[str, Any], state: Mapping[str, Tensor
     """The same of a whole configuration and tensors, as `stored` and `read` give them."""
 
     def files(partial: Path) -> None:
-        save_file(dict(state), partial / "model.safetensors", metadata={"config": json.dumps(config), "format": "pt"})
+        save_tensors(partial / "model.safetensors", state, {"config": json.dumps(config), "format": "pt"})
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     write_folder(folder, files)
+
+
+def save_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, the same to the byte for the same tensors and metadata, whose order safetensors draws
+    by lot."""
+    save_file(dict(state), path, metadata=dict(metadata))
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(metadata.items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
+        assert len(text) == length, (len(text), length)
+        file.seek(8)
+        file.write(text)
 
 
 def read(path: Path, format: str, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

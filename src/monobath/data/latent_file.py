@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
+from .. import store
 from ..errors import UserError
 from ..files import write_file
 
@@ -31,8 +31,8 @@ class LatentFile:
     def write(self, path: Path) -> None:
         """Write a safetensors file, atomically."""
         facts = {"size": f"{self.size[0]}x{self.size[1]}", "factor": str(self.factor), "model": self.model}
-        data = save({"latent": self.latent.cpu().contiguous()}, metadata={"format": FORMAT, **facts})
-        write_file(path, lambda partial: partial.write_bytes(data))
+        state, metadata = {"latent": self.latent.cpu().contiguous()}, {"format": FORMAT, **facts}
+        write_file(path, lambda partial: store.save_tensors(partial, state, metadata))
 
     @classmethod
     def read(cls, path: Path) -> LatentFile:

@@ -38,7 +38,7 @@ class Progress:
     def __enter__(self) -> Progress:
         if not self.enabled:
             return self
-        _trim(self.run / "metrics.jsonl", self.step)
+        _trim(self.run / "metrics.jsonl", self.step or -1)  # a run that starts anew writes its step 0 anew
         self.file = open(self.run / "metrics.jsonl", "a", encoding="utf-8")
         try:
             from torch.utils.tensorboard import SummaryWriter
