@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
 
 class UserError(ValueError):
@@ -18,3 +19,22 @@ def check_least(least: float, values: Mapping[str, float | None]) -> None:
     for name, value in values.items():
         if value is not None and value < least:
             raise UserError(f"{name} is {value}: it must be at least {least}")
+
+
+@contextlib.contextmanager
+def explained_as(text: str) -> Iterator[None]:
+    """Within, any error but a `UserError` becomes one: `text`, then the reason in brackets, on one line.
+
+    For reading files: a damaged or hostile one makes libraries raise nearly anything.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{text} ({reason(error)})") from None
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error's text, at most 200 characters; its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -6,6 +6,7 @@ x̂ = ε + v(ε, 1, z).
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -16,15 +17,18 @@ from torch import Tensor
 from .flow import Prediction, euler_step
 
 Noise = Literal["gaussian", "zero"]
+MOST_STEPS = 100_000
 
 
 def time_grid(steps: int, power: float = 2.0) -> Tensor:
     """The `steps + 1` times of the sampler, from 1 to 0, float64. power > 1 puts more steps near the image."""
     if steps < 1:
         raise ValueError(f"steps={steps}: sampling needs at least one step")
-    if power <= 0:
+    if steps > MOST_STEPS:
+        raise ValueError(f"steps={steps}: sampling takes at most {MOST_STEPS:,} steps")
+    if not 0 < power < math.inf:
         raise ValueError(f"power={power}: the exponent of the time grid must be positive")
-    return torch.linspace(1, 0, steps + 1, dtype=torch.float64) ** power
+    return torch.linspace(1, 0, steps + 1, dtype=torch.float64) ** float(power)
 
 
 def seeds_for(seed: int | Sequence[int], batch: int) -> list[int]:

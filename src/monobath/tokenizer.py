@@ -31,7 +31,7 @@ from .errors import UserError
 from .images import MAX_PIXELS, Images, images_to_tensor, tensor_to_pil, to_uint8
 from .models.encoder import EncoderConfig, Posterior
 from .models.frozen import make_encoder
-from .models.loading import load_strictly
+from .models.loading import built
 from .sampling import Noise
 
 FORMAT = "monobath-tokenizer-1"
@@ -90,12 +90,13 @@ class TokenizerConfig:
             stages: `sampler.stages`, whatever the values say; 0: what they say.
         """
         values = dict(values)
-        if stages:
-            values["sampler"] = values["sampler"] | {"stages": stages}
-        channels = values.pop("kl_decoder", None)  # as it was written before decoders had kinds
-        if channels:
-            kept = {name: values["decoder"][name] for name in SHARED if name in values.get("decoder", {})}
-            values["decoder"] = {"kind": "kl", "channels": channels, **kept}
+        with store.describing("tokenizer"):
+            if stages:
+                values["sampler"] = values["sampler"] | {"stages": stages}
+            channels = values.pop("kl_decoder", None)  # as it was written before decoders had kinds
+            if channels:
+                kept = {name: values["decoder"][name] for name in SHARED if name in values.get("decoder", {})}
+                values["decoder"] = {"kind": "kl", "channels": channels, **kept}
         parts: dict[str, Callable[..., Any]] = {
             "encoder": EncoderConfig,
             "decoder": lambda **fields: decoder_config(fields),
@@ -371,8 +372,8 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
         hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         folder, stages = store.locate(name, **hub)
         config, state = store.read(folder, FORMAT, "tokenizer")
-        tokenizer = cls(TokenizerConfig.from_dict(config, stages))
-        load_strictly(tokenizer, state, str(folder))
+        how = TokenizerConfig.from_dict(config, stages)
+        tokenizer = built(lambda: cls(how), state, str(folder))
         if encoder is not None:
             tokenizer.attach_encoder(encoder)
         return tokenizer.to(device=device, dtype=dtype or torch.float32).eval()

@@ -29,10 +29,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..errors import UserError
+from ..errors import UserError, reason
+from ..images import check_pixels
 from ..models.encoder import EncoderConfig
 from ..models.frozen import ForeignEncoder, without_spread
 from ..models.identity import weights_sha256
+from ..store import check_types, config_of
 from .pictures import Crops, Item
 from .sources import Sample, SampleReader, Source, is_remote, parse_label
 
@@ -118,9 +120,14 @@ def read_facts(folder: Path) -> CacheFacts | None:
         values = json.loads(file.read_text(encoding="utf-8"))
         if values.pop("format") != FORMAT:
             raise ValueError(f"not {FORMAT}")
-        return CacheFacts(**values)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is corrupt or of another version ({error}): write the cache anew") from None
+        facts = check_types(CacheFacts(**values))
+        if min(facts.factor, facts.size, facts.copies, facts.pictures, facts.pictures_a_shard) < 1:
+            raise ValueError("a number that must be at least 1 is not")
+        config_of(EncoderConfig, facts.encoder, {}, "encoder")
+        return facts
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        told = f"{file} is corrupt or of another version ({reason(error)}): write the cache anew"
+        raise UserError(told) from None
 
 
 class LatentDataset(Dataset[Item]):
@@ -252,10 +259,11 @@ class LatentDataset(Dataset[Item]):
         item: Item = {"label": label} if facts.labels else {}
         try:
             array = self._reader.read(Sample(f"{name}.moments.npy", str(path), offset_moments, size_moments))
-            moments = np.load(io.BytesIO(array), allow_pickle=False)
+            moments = _moments_of(array)
             if self.pictures:
                 crop = self._reader.read(Sample(f"{name}.webp", str(path), offset, size))
                 with Image.open(io.BytesIO(crop)) as picture:
+                    check_pixels(*picture.size, facts.size**2)
                     pixels = np.array(picture.convert("RGB")).transpose(2, 0, 1)
                 item["image"], shape = torch.from_numpy(np.ascontiguousarray(pixels)), pixels.shape
         except Exception as error:  # a broken picture makes Pillow raise nearly anything
@@ -273,6 +281,17 @@ class LatentDataset(Dataset[Item]):
             return {**item, "moments": found}
         with torch.no_grad():
             return {**item, "features": self.through(found[None, : len(found) // 2].float())[0].half()}
+
+
+def _moments_of(data: bytes) -> np.ndarray:
+    """What `np.save` wrote of moments, writable; nothing is allocated for more than the data are."""
+    file = io.BytesIO(data)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("not a .npy file of version 1.0")
+    shape, reversed_order, kind = np.lib.format.read_array_header_1_0(file)
+    if kind != np.float16 or reversed_order:
+        raise ValueError(f"moments of type {kind}, not in half precision")
+    return np.frombuffer(data, kind, offset=file.tell()).reshape(shape).copy()
 
 
 def _short(value: object) -> str:
@@ -302,7 +321,14 @@ def _open(folder: Path) -> CacheFacts:
 def _index(folder: Path, facts: CacheFacts) -> np.ndarray:
     """int64 `(samples, 5)`: offset and size of each crop, offset and size of its moments, and its label, if any."""
     columns = 5 if facts.labels else 4
-    found = np.full((facts.pictures * facts.copies, 5), -1, dtype=np.int64)
+    samples = facts.pictures * facts.copies
+    held = sum(path.stat().st_size for path in folder.glob("latents-*.tar")) // (2 * 1024)
+    if facts.shards > 1 + held or (samples > held and shard_path(folder, 0).is_file()):
+        raise UserError(
+            f"{folder} lacks shards, or they are cut short: {FACTS_FILE} says {samples:,} samples, which its shards "
+            f"cannot hold; run the same monobath cache-latents command again"
+        )
+    found = np.full((samples, 5), -1, dtype=np.int64)
     for number in range(facts.shards):
         path = shard_path(folder, number)
         try:
@@ -319,8 +345,8 @@ def _index(folder: Path, facts: CacheFacts) -> np.ndarray:
         except (tarfile.TarError, OSError, EOFError, ValueError, IndexError) as error:
             raise UserError(f"{path} cannot be read ({error}): delete it and run the same monobath cache-latents "
                             "command again") from None  # fmt: skip
-        samples = facts.pictures_of(number)
-        part = found[samples.start * facts.copies : samples.stop * facts.copies]
+        pictures = facts.pictures_of(number)
+        part = found[pictures.start * facts.copies : pictures.stop * facts.copies]
         lacking = int((part[:, :columns] < 0).any(1).sum())
         if lacking:
             raise UserError(

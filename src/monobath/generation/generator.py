@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .. import store
 from ..errors import UserError
 from ..models.dit import DiT, DiTConfig
-from ..models.loading import load_strictly
+from ..models.loading import built
 from ..sampling import draw_noise, euler, seeds_for
 from .guidance import guided
 
@@ -237,6 +237,6 @@ class Generator(nn.Module):
                 "runs/dit-64/model"
             )
         config, state = store.read(Path(name), FORMAT, "generator")
-        generator = cls(GeneratorConfig.from_dict(config))
-        load_strictly(generator, state, str(name))
+        how = GeneratorConfig.from_dict(config)
+        generator = built(lambda: cls(how), state, str(name))
         return generator.to(device=device, dtype=dtype or torch.float32).eval()

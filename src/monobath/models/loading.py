@@ -2,15 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from ..errors import UserError
+from ..errors import UserError, explained_as
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def built(make: Callable[[], M], state: Mapping[str, Tensor], what: str) -> M:
+    """What `make` builds, with `state` in it.
+
+    It is built without memory first, as far as the numbers in `state` go: a file cannot claim more than it holds.
+
+    Raises:
+        UserError: it cannot be built, or `state` does not fit.
+    """
+    with explained_as(f"{what} describes no model that can be built"):
+        with torch.device("meta"), _at_most(sum(value.numel() for value in state.values()), what):
+            check_fit(make(), state, what)
+        model = make()
+    load_strictly(model, state, what)
+    return model
+
+
+@contextlib.contextmanager
+def _at_most(numbers: int, what: str) -> Iterator[None]:
+    """Within, modules with more parameters than so many in all raise `UserError`."""
+    found = 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal found
+        found += parameter.numel() if parameter is not None else 0
+        if found > 2 * numbers + 1:  # some modules are made twice, and one is dropped
+            raise UserError(f"{what} does not fit the model: it holds {numbers:,} numbers, which are too few")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Copy `state` into `model` (cast to the model's dtype).
+    """Copy `state` into `model` (cast to the model's dtype); raises as `check_fit`."""
+    check_fit(model, state, what)
+    model.load_state_dict(dict(state))
+
+
+def check_fit(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Raise unless `state` has what `model` has.
 
     Raises:
         UserError: names are missing, unexpected or misshapen; the message starts with `what` and lists them.
@@ -28,7 +74,6 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], what: str) -> N
     if any(problems.values()):
         listed = "; ".join(f"{kind}: {_list(names)}" for kind, names in problems.items() if names)
         raise UserError(f"{what} does not fit the model: {listed}")
-    model.load_state_dict(dict(state))
 
 
 def _list(names: list[str], most: int = 8) -> str:

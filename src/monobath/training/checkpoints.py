@@ -4,31 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
 import re
 import shutil
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..files import write_folder, write_text
 from ..models.loading import load_strictly
 from .ema import EMA
 
 log = logging.getLogger(__name__)
-
-UNREADABLE = (
-    OSError, ValueError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile
-)  # fmt: skip
-"""What reading a damaged file of weights raises."""
 
 
 def claim(run: Path, recipe: dict[str, Any], has_model: Callable[[Mapping[str, Any]], bool]) -> None:
@@ -44,8 +36,8 @@ def claim(run: Path, recipe: dict[str, Any], has_model: Callable[[Mapping[str, A
     if file.is_file():
         try:
             before = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{file} is corrupt ({error}): choose another --run") from None
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise UserError(f"{file} is corrupt ({' '.join(str(error).split())}): choose another --run") from None
         try:
             ours = has_model(before)
         except (UserError, TypeError, KeyError, AttributeError):
@@ -67,10 +59,18 @@ def _differ(before: Any, now: Any, name: str) -> bool:
     return before[name] != now[name]
 
 
+class Damaged(UserError):
+    """A checkpoint that cannot be read."""
+
+
 def latest(run: Path) -> Path | None:
     """The newest complete checkpoint of a run folder."""
+    return next(iter(_newest_first(run)), None)
+
+
+def _newest_first(run: Path) -> list[Path]:
     found = [p for p in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
-    return max(found, key=lambda p: int(p.name[5:]), default=None)
+    return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
 
 
 def save(
@@ -98,28 +98,57 @@ def save(
         (folder / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
 
     write_folder(path, write)
-    old = sorted((run / "checkpoints").glob("step-*"), key=lambda p: int(p.name[5:]))
-    for folder in old[:-keep]:
-        shutil.rmtree(folder, ignore_errors=True)
+    prune(run, keep)
     return path
+
+
+def prune(run: Path, keep: int) -> None:
+    """Remove all checkpoints but the newest `keep`, and what a killed process left of one."""
+    for folder in [*_newest_first(run)[keep:], *(run / "checkpoints").glob(".step-*")]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def load_latest(run: Path, *, model: nn.Module, ema: EMA) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
+    """Restore from the newest checkpoint that can be read; None: there is none at all.
+
+    Returns:
+        Its folder, and what `load` returns.
+
+    Raises:
+        UserError: all are damaged (the newest is named), or it belongs to another architecture.
+    """
+    first: Damaged | None = None
+    for path in _newest_first(run):
+        try:
+            return path, *load(path, model=model, ema=ema)
+        except Damaged as error:
+            first = first or error
+            log.warning("%s", error)
+    if first is not None:
+        raise first
+    return None
 
 
 def load(path: Path, *, model: nn.Module, ema: EMA) -> tuple[dict[str, Any], dict[str, Any]]:
     """Restore `model` and `ema`; returns (`state.json`, the trainer's dict).
 
     Raises:
-        UserError: a file is missing or corrupt, or the checkpoint belongs to another architecture.
+        Damaged: a file is missing or corrupt.
+        UserError: the checkpoint belongs to another architecture.
     """
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         weights, averaged = load_file(path / "model.safetensors"), load_file(path / "ema.safetensors")
         trainer = torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"checkpoint {path} is corrupt ({reason}): delete it to go on from the one before") from None
+        updates, step = state["ema_updates"], state["step"]
+        if not (isinstance(trainer, dict) and isinstance(updates, int) and isinstance(step, int)):
+            raise ValueError("it holds no run's state")
+    except Exception as error:  # a damaged file makes libraries raise nearly anything
+        told = f"checkpoint {path} is corrupt ({reason(error)}): delete it to go on from the one before"
+        raise Damaged(told) from None
     load_strictly(model, weights, f"checkpoint {path}")
     load_strictly(ema.model, averaged, f"checkpoint {path}")
-    ema.updates = state["ema_updates"]
+    ema.updates = updates
     return state, trainer
 
 

@@ -95,5 +95,21 @@ def restore_training_weights(optimizer: Any, kept: list[Tensor]) -> None:
     torch._foreach_copy_(parameters, [k.to(p.device) for k, p in zip(kept, parameters, strict=True)])
 
 
+def check_moments(optimizer: torch.optim.Optimizer, fresh: list[dict[str, Any]]) -> None:
+    """Raise `ValueError` unless what was loaded into an optimizer fits its parameters and is of the usual types.
+
+    Args:
+        fresh: its `param_groups` before.
+    """
+    for group, usual in zip(optimizer.param_groups, fresh, strict=True):
+        strange = [name for name, value in usual.items() if type(group.get(name)) is not type(value)]
+        if strange:
+            raise ValueError(f"its optimizer's {strange[0]} is {group.get(strange[0])!r}")
+    for parameter in _parameters(optimizer):
+        for name, value in optimizer.state[parameter].items():
+            if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                raise ValueError(f"its {name} of a weight {tuple(parameter.shape)} is {tuple(value.shape)}")
+
+
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]

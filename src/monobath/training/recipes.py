@@ -43,7 +43,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     path, text = _read(name)
     try:
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that cannot be, brackets without end
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         found = "empty" if content is None else f"a {type(content).__name__}"

@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 
 from ..data import make_loader
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..files import write_file
 from ..images import tensor_to_pil
 from . import checkpoints
 from .ema import EMA
 from .objectives.base import draw_seed
 from .optimizers import (
+    check_moments,
     evaluation_weights,
     is_schedule_free,
     learning_rate,
@@ -291,6 +292,7 @@ class Run:
         """Write the slim averaged model; returns its folder."""
         folder = self.folder / "model"
         if self.main:
+            checkpoints.prune(self.folder, self.recipe.training.keep)  # a run may have been killed while it did that
             self.ema.model.save_pretrained(  # type: ignore[operator]
                 folder, extra={"recipe": self.recipe.to_dict(), "step": self.done}
             )
@@ -303,10 +305,10 @@ class Run:
 
     def _resume(self) -> None:
         self._scaler_state = None
-        path = checkpoints.latest(self.folder)
-        if path is None:
+        found = checkpoints.load_latest(self.folder, model=self.model, ema=self.ema)
+        if found is None:
             return
-        state, trainer = checkpoints.load(path, model=self.model, ema=self.ema)
+        path, state, trainer = found
         try:
             if trainer.get("kind", "adamw") != self.recipe.optimizer.kind:
                 raise ValueError(f"its optimizer is {trainer.get('kind', 'adamw')}")
@@ -323,12 +325,16 @@ class Run:
             if trainer["optimizer"] is None:  # it did not fit where the checkpoint came from
                 self.anew = state["step"]
             else:
+                fresh = [dict(group) for group in self.optimizer.param_groups]
                 self.optimizer.load_state_dict(trainer["optimizer"])
-        except (ValueError, KeyError) as error:
-            raise UserError(f"checkpoint {path} does not fit this recipe ({error}): choose another --run") from None
-        if self.schedule_free and trainer["optimizer"] is not None:
-            restore_training_weights(self.optimizer, trainer["training_weights"])
-        self._scaler_state = trainer["scaler"]
+                check_moments(self.optimizer, fresh)
+            if self.schedule_free and trainer["optimizer"] is not None:
+                restore_training_weights(self.optimizer, trainer["training_weights"])
+            self._scaler_state = trainer["scaler"]
+        except Exception as error:  # values of any kind may be in there
+            raise UserError(
+                f"checkpoint {path} does not fit this recipe ({reason(error)}): choose another --run"
+            ) from None
         self.done = state["step"]
         if self.main:
             log.info("resuming %s at step %d", self.folder, self.done)
