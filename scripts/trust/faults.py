@@ -22,8 +22,7 @@ from pathlib import Path
 
 from monobath.errors import UserError
 
-OPERATIONS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "shutil.rmtree", "os.listdir",
-              "os.scandir"}  # fmt: skip
+OPERATIONS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.listdir", "os.scandir"}
 
 Fault = Callable[[], None]
 """Called in the child before its work: prepares what will happen to it."""
@@ -36,7 +35,7 @@ class Ended:
     killed: bool
     """By a signal."""
     message: str
-    """Of the `UserError` that it ended with; empty: none."""
+    """Of the `UserError` or `OSError` that it ended with; empty: none."""
     seconds: float
     said: str
     """Traceback of any other error; empty: none."""
@@ -80,7 +79,7 @@ def _child(work: Callable[[], object], fault: Fault | None, tell: int) -> None:
         if fault is not None:
             fault()
         work()
-    except UserError as error:
+    except (UserError, OSError) as error:  # the command line tells both in one line
         said = f"user:{error}"
     except BaseException:
         said = f"other:{traceback.format_exc()}"

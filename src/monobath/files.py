@@ -67,8 +67,9 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
             os.rename(partial, path)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if old.exists() and not path.exists():
-            os.rename(old, path)
+        with contextlib.suppress(OSError):
+            if old.exists() and not path.exists():
+                os.rename(old, path)
         _explain(error, path)
         raise
 

@@ -35,6 +35,9 @@ from .models.loading import built
 from .sampling import Noise
 
 FORMAT = "monobath-tokenizer-1"
+HALF_MAX = 256.0
+"""Larger latents, which no encoder makes, are taken as this in float16: from 1000 on, the packaged decoders' first
+convolution, their first one between levels and their sums overflow."""
 SHARED = ("factor", "latent_channels", "padding")
 """What a KL-VAE decoder takes over from the decoder it stands in place of."""
 
@@ -241,6 +244,8 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
         """Pictures in the form that `how` asks for, coarse to fine, each computed when it is asked for."""
         how = how.checked(self.decoder, self.config.sampler, z, self.config.encoder.name)
         finish = _clipped if how.output == "tensor" else to_uint8
+        if self.dtype == torch.float16:
+            z = z.clamp(-HALF_MAX, HALF_MAX)
         found = pictures(self.decoder, z.to(self.device, self.dtype), how, finish)
         return _finished(found, how.output)
 

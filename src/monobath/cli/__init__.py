@@ -52,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(verb, str(error), 2)
     except argparse.ArgumentError as error:
         return _fail(verb, in_one_sentence(str(error)), 2)
+    except OSError as error:  # the disk is full, read-only or gone
+        if error.errno is None:
+            raise
+        return _fail(verb, f"{error}: free some space, or choose another folder", 2)
     except KeyboardInterrupt as error:
         return _fail(verb, str(error) or "interrupted", 130)
     except SystemExit as done:  # --help and --version
