@@ -86,7 +86,7 @@ def test_a_decoder_of_foreign_latents_in_sittings(photos, tmp_path):
         save_file({k: v.contiguous() for k, v in module.state_dict().items()}, folder / f"taef2_{part}.safetensors")
     small = ["data.size=32", "data.scale=[48, 56]", "loss.perceptual=0", "training.steps=2", "training.batch_size=2"]
     small += ["training.compile=false", "training.precision=fp32", "data.workers=0"]
-    given = ["train", "flux2", "--data", photos, "--minutes", "0", "--limit", "4", "--encode-size", "48"]
+    given = ["train", "flux2-slim", "--data", photos, "--minutes", "0", "--limit", "4", "--encode-size", "48"]
     found = release(*given, "--out", tmp_path / "out", "--encoder", f"taef2={folder}", "--set", *small)
     assert found.returncode == 0, found.stderr
     assert "latents cached in" in found.stdout
@@ -160,7 +160,7 @@ def test_the_releases_have_recipes():
     assert default.model.encoder == baseline.model.encoder
     for name in ("data", "training"):
         assert getattr(default, name) == getattr(baseline, name)
-    progressive, flux2 = load_recipe("progressive"), load_recipe("flux2")
+    progressive, flux2 = load_recipe("progressive"), load_recipe("flux2-slim")
     assert (progressive.model.decoder.stages, progressive.model.sampler.stages) == (3, 1)
     assert progressive.scales.union
     same = dataclasses.replace(progressive.model.decoder, stages=1)
