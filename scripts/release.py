@@ -163,17 +163,21 @@ def steps_that_fit(recipe: Recipe, minutes: float) -> int:
         raise UserError("--fill plans the steps that fit into --minutes, which is 0: give a time")
     with tempfile.TemporaryDirectory() as folder:
         training = dataclasses.replace(recipe.training, steps=2 * TIMED)
+        begin = time.perf_counter()
         run = Run(dataclasses.replace(recipe, run=folder, training=training))
-        for _ in range(TIMED):  # compiling, the first batches of all workers
-            run.step()
+        run.step()
         run.bad.sum().item()  # waits for the device
+        start = time.perf_counter() - begin
+        for _ in range(TIMED - 1):  # the workers have batches in stock
+            run.step()
+        run.bad.sum().item()
         begin = time.perf_counter()
         for _ in range(TIMED):
             run.step()
         run.bad.sum().item()
         each = (time.perf_counter() - begin) / TIMED
-    steps = max(1, int(0.95 * 60 * minutes / each))
-    say(f"{each * 1000:.0f} ms a step: {steps} steps of {recipe.training.batch_size} images")
+    steps = max(1, int((0.95 * 60 * minutes - start) / each))
+    say(f"{start:.0f} s to start, {each * 1000:.0f} ms a step: {steps} steps of {recipe.training.batch_size} images")
     return steps
 
 

@@ -85,6 +85,7 @@ def test_engines_have_it_too():
     tokenizer, z = tokenizer_with(), randn(2, 5, 4, 6)
     found = with_engine(tokenizer, "torch-export").decode(z)
     torch.testing.assert_close(found, tokenizer.decode(z), atol=1e-4, rtol=0)
+    assert with_engine(tokenizer, "torch-export").decoder.reach() is None  # its tiles have their own
 
 
 def test_without_a_context_decoders_are_what_they_were():

@@ -102,6 +102,24 @@ def test_a_decoder_of_foreign_latents_in_sittings(photos, tmp_path):
     assert "add --encoder KIND=WHERE" in found.stderr
 
 
+def test_as_many_steps_as_fit(photos, tmp_path):
+    """A decoder with a context, its encoder run in each step: the schedule ends with the sitting."""
+    save_file(taesd.taesd_encoder(6, channels=8).state_dict(), tmp_path / "taef2_encoder.safetensors")
+    small = ["data.size=32", "data.scale=[32, 48]", "data.workers=0", "loss.perceptual=0", "training.batch_size=2",
+             "training.precision=fp32", "model.decoder.size=custom", "model.decoder.patch=4", "model.decoder.context=4",
+             "model.decoder.channels=[8, 8]", "model.decoder.up=[1, 1]"]  # fmt: skip
+    given = ["train", "flux2", "--data", photos, "--encoder", f"taef2={tmp_path}", "--fill", "--limit", "4"]
+    found = release(*given, "--minutes", "0.02", "--out", tmp_path / "out", "--set", *small)
+    assert found.returncode == 0, found.stderr
+    planned = int(found.stdout.partition("ms a step: ")[2].partition(" ")[0])
+    figures = json.loads((tmp_path / "out/back/figures.json").read_text(encoding="utf-8"))
+    assert figures["of"] == planned
+    assert 1 <= figures["step"] <= planned
+    found = release(*given, "--minutes", "0", "--out", tmp_path / "other", "--set", *small)
+    assert found.returncode == 2
+    assert "--fill plans the steps" in found.stderr
+
+
 def test_mistakes_are_one_line(recipe, photos, tmp_path):
     for arguments, words in (
         (["train", "no-such-recipe", "--data", photos, "--out", tmp_path / "out"], "is neither packaged nor"),

@@ -1,8 +1,9 @@
 """The fast family: convolutions alone, on grids of 4×4 and of 8×8 pixels (docs/performance.md).
 
 No norms, no attention, no modulation by the latent: it reaches the network through the input only. So a pixel depends
-on its neighbourhood alone, and the first weights keep the activations' scale instead of norms (`keep_scale`). On the
-way up each of the four pixels has its own weights.
+on its neighbourhood alone, and on the context of the whole picture where there is one, which is computed once. First
+weights keep the activations' scale instead of norms (`keep_scale`). On the way up each of the four pixels has its own
+weights.
 """
 
 from __future__ import annotations
