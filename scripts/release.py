@@ -88,6 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def sitting(args: argparse.Namespace) -> None:
     """Check, train for a while, evaluate, pack."""
+    if args.fill and not args.minutes:
+        raise UserError("--fill plans the steps that fit into --minutes, which is 0: give a time")
     settings = [f"run={args.out / 'run'}", f"data.source={json.dumps(args.data)}", *args.set]
     if args.encoder:
         family, source = split_spec(args.encoder)
@@ -159,8 +161,6 @@ def check(recipe: Recipe, args: argparse.Namespace) -> None:
 
 def steps_that_fit(recipe: Recipe, minutes: float) -> int:
     """Steps that 95 % of the time allows, as the very recipe takes them elsewhere, once it is under way."""
-    if not minutes:
-        raise UserError("--fill plans the steps that fit into --minutes, which is 0: give a time")
     with tempfile.TemporaryDirectory() as folder:
         training = dataclasses.replace(recipe.training, steps=2 * TIMED)
         begin = time.perf_counter()
