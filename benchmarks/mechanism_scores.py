@@ -79,7 +79,7 @@ class Scorer:
     def figures(self, output: Tensor) -> dict[str, list[float]]:
         """Of outputs in the order of the originals."""
         features = self._features(output)
-        precision, recall = self._precision_recall(features)
+        precision, recall = precision_recall(self.features, features, self.members)
         pairs = zip(output.to(self.device).split(100), self.originals.to(self.device).split(100), strict=True)
         with torch.no_grad():
             distances = torch.cat([self.perceptual(to_float(a), to_float(b)) for a, b in pairs])
@@ -107,19 +107,24 @@ class Scorer:
         statistics.update(features.cpu()[:, None], range(len(features)))
         return statistics.gaussians()
 
-    def _precision_recall(self, features: Tensor) -> tuple[list[float], list[float]]:
-        """Kynkäänniemi et al. 2019 (arXiv 1904.06991), equation 1, of the whole set and its half-samples."""
-        exact = "donot_use_mm_for_euclid_dist"
-        pairs = ((self.features, self.features), (features, features), (self.features, features))
-        real, fake, between = (torch.cdist(a, b, compute_mode=exact) for a, b in pairs)
-        precision, recall = [], []
-        for member in self.members:
-            inside = [matrix[member][:, member] for matrix in (real, fake, between)]
-            k = min(NEIGHBOURS + 1, len(inside[0]))  # a picture is the nearest of itself
-            radius_real, radius_fake = (matrix.kthvalue(k, dim=1).values for matrix in inside[:2])
-            precision.append((inside[2] <= radius_real[:, None]).any(0).float().mean().item())
-            recall.append((inside[2] <= radius_fake[None]).any(1).float().mean().item())
-        return precision, recall
+
+def precision_recall(real: Tensor, fake: Tensor, members: Tensor) -> tuple[list[float], list[float]]:
+    """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991, equation 1), k = 3.
+
+    Args:
+        real, fake: features `(N, d)`.
+        members: which of them belong to each set that is measured, bool `(sets, N)`.
+    """
+    exact = "donot_use_mm_for_euclid_dist"
+    distances = [torch.cdist(a, b, compute_mode=exact) for a, b in ((real, real), (fake, fake), (real, fake))]
+    precision, recall = [], []
+    for member in members:
+        of_real, of_fake, between = (matrix[member][:, member] for matrix in distances)
+        k = min(NEIGHBOURS + 1, len(between))  # the nearest of a picture is itself
+        radius_real, radius_fake = (matrix.kthvalue(k, dim=1).values for matrix in (of_real, of_fake))
+        precision.append((between <= radius_real[:, None]).any(0).float().mean().item())
+        recall.append((between <= radius_fake[None]).any(1).float().mean().item())
+    return precision, recall
 
 
 def held_out(args: argparse.Namespace) -> Tensor:
