@@ -193,7 +193,7 @@ def test_what_else_lies_in_a_folder_outlives_a_kill_at_any_operation(tmp_path, m
 
     folder = place / "model"
     lay(folder)
-    count = faults.operations(lambda: write_folder(folder, fill("new")), place)
+    count, _ = faults.operations(lambda: write_folder(folder, fill("new")), place)
     assert count > 8
     for number in range(count):
         lay(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
 import json
 import shutil
 
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import monobath
-from monobath import Tokenizer, UserError, store
+from monobath import Tokenizer, UserError, resources, store
 from monobath.decoders import decoder_config
 from monobath.flow import euler_step
 from monobath.images import to_float
@@ -429,4 +430,41 @@ def test_a_saved_model_has_the_same_bytes_each_time(tmp_path):
     assert len(found) == 1
     with safe_open(tmp_path / "0/model.safetensors", framework="pt") as opened:
         assert opened.metadata()["format"] == "pt"
-        assert json.loads(opened.metadata()["config"]) == json.loads((tmp_path / "0/config.json").read_text())
+        inside, beside = json.loads(opened.metadata()["config"]), json.loads((tmp_path / "0/config.json").read_text())
+    assert beside == inside | {"model_sha256": hashlib.sha256(found.pop()).hexdigest()}
+
+
+def test_weights_that_were_exchanged_are_refused(tmp_path):
+    for seed in (0, 1):
+        tiny_tokenizer(seed).save_pretrained(tmp_path / str(seed))
+    shutil.copy(tmp_path / "1/model.safetensors", tmp_path / "0/model.safetensors")
+    with pytest.raises(UserError, match="is not the file that"):
+        Tokenizer.from_pretrained(tmp_path / "0")
+    config = json.loads((tmp_path / "0/config.json").read_text())
+    del config["model_sha256"]  # as folders from before there were hashes
+    (tmp_path / "0/config.json").write_text(json.dumps(config))
+    Tokenizer.from_pretrained(tmp_path / "0")
+
+
+def test_packaged_weights_have_hashes():
+    for name in resources.weights_names():
+        assert "model_sha256" in json.loads((resources.weights_path(name) / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [("encoder", "base", 2**40), ("encoder", "factor", 2**30), ("encoder", "multipliers", [10**9, 1, 1]),
+     ("decoder", "channels", [2**31, 8]), ("decoder", "middle_blocks", 10**12), ("decoder", "latent_channels", "four"),
+     ("sampler", "steps", 10**15), ("sampler", "noise", ["zero"])],
+)  # fmt: skip
+def test_a_configuration_cannot_claim_more_than_its_weights_hold(tmp_path, part, name, value):
+    tiny_tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config[part][name] = value
+    if name in ("factor", "latent_channels"):
+        config["decoder" if part == "encoder" else "encoder"][name] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError) as error:
+        Tokenizer.from_pretrained(tmp_path).decode(torch.zeros(1, 4, 2, 3))
+    assert "\n" not in str(error.value)
+    assert "alloc" not in str(error.value)

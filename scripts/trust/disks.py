@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from faults import Ended, Fault, at_byte, at_operation, failing, forked
 from hostile import Target, targets
 from kills import Killer
 from trial import Loss, Trial, exit_code, parser_of, rng_of
-from works import compare, contents, fresh, make_photos, works
+from works import WORKS, compare, contents, fresh, make_photos, works
 
 ERRORS = (errno.ENOSPC, errno.EROFS, errno.EIO, errno.ENOENT, errno.EDQUOT, errno.ESTALE)
 KINDS = ("byte", "error", "lasting error", "vanishing", "full tmpfs", "slow", "torn")
@@ -50,9 +50,9 @@ def tmpfs(folder: Path, kilobytes: int) -> Iterator[bool]:
 class Disks:
     """All works, and a disk that fails."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int, names: Sequence[str] = ()) -> None:
         self.folder, self.seed = folder / "now", seed
-        self.killers = [Killer(work, self.folder) for work in works(make_photos(folder / "photos"))]
+        self.killers = [Killer(work, self.folder) for work in works(make_photos(folder / "photos"), names)]
         self.originals, self.torn = folder / "originals", folder / "torn"
         self.targets = targets(self.originals)
         for target in self.targets:
@@ -113,9 +113,11 @@ class Disks:
 
 
 def main(arguments: list[str]) -> int:
-    options = parser_of(__doc__ or "", cases=2000).parse_args(arguments)
+    parser = parser_of(__doc__ or "", cases=2000)
+    parser.add_argument("--works", nargs="*", choices=WORKS, help="default: all")
+    options = parser.parse_args(arguments)
     trial = Trial("disks", options.work, options.minutes)
-    disks = Disks(trial.folder, options.seed)
+    disks = Disks(trial.folder, options.seed, options.works)
     for number in trial.pending(options.cases):
         try:
             kind, ended = disks.case(number)

@@ -88,8 +88,8 @@ def _child(work: Callable[[], object], fault: Fault | None, tell: int) -> None:
     os._exit(0)
 
 
-def operations(work: Callable[[], object], folder: Path) -> int:
-    """How many file operations below `folder` the work takes, in a child."""
+def operations(work: Callable[[], object], folder: Path) -> tuple[int, float]:
+    """How many file operations below `folder` the work takes, in a child, and how many seconds."""
     counted = folder.parent / f"{folder.name}.operations"
 
     def count() -> None:
@@ -108,7 +108,7 @@ def operations(work: Callable[[], object], folder: Path) -> int:
         raise UserError(f"the work fails without any fault: {ended.said or ended.message}")
     found = int(counted.read_text())
     counted.unlink()
-    return found
+    return found, ended.seconds
 
 
 def _listen(folder: Path, note: Callable[[], None]) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import faulthandler
+import json
 import logging
 import os
 import resource
@@ -38,6 +39,7 @@ from monobath.data.pictures import Crops, PhotoDataset
 from monobath.generation import Generator
 from monobath.generation.generator import GeneratorConfig
 from monobath.models.dit import DiTConfig
+from monobath.store import DIGEST
 from monobath.training import Run
 from monobath.training.recipes import load_recipe
 
@@ -79,6 +81,10 @@ def targets(folder: Path) -> list[Target]:
     dit = DiTConfig(size="custom", patch=1, width=16, depth=1, heads=2, classes=2)
     generator = GeneratorConfig(dit=dit, size=[2, 3], latent_mean=[0.0] * 4, latent_std=[1.0] * 4, labels=[0, 1])
     Generator(generator).save_pretrained(folder / "generator")
+
+    for name in ("model", "generator"):  # whoever changes the weights changes their hash
+        config = json.loads((folder / name / "config.json").read_text())
+        (folder / name / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != DIGEST}))
 
     def model(place: Path) -> None:
         found = Tokenizer.from_pretrained(place)

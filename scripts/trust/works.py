@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,9 +69,9 @@ def make_photos(folder: Path, count: int = 8) -> Path:
     return folder
 
 
-def works(photos: Path) -> list[Work]:
-    """All of them. Photos: a folder of `make_photos`."""
-    return [training(photos), caching(photos), saving(), reporting(photos)]
+def works(photos: Path, names: Sequence[str] = ()) -> list[Work]:
+    """Those of these names; default: all. Photos: a folder of `make_photos`."""
+    return [makes(photos) for name, makes in WORKS.items() if not names or name in names]
 
 
 def training(photos: Path) -> Work:
@@ -112,7 +112,7 @@ def caching(photos: Path) -> Work:
     return Work("cache-latents", lambda folder: None, run, check)
 
 
-def saving() -> Work:
+def saving(photos: Path) -> Work:
     """A model in the place of an older one, beside a file of the user's."""
     old, new = tiny_tokenizer(1), tiny_tokenizer(2)
 
@@ -148,6 +148,9 @@ def reporting(photos: Path) -> Work:
             Image.open(folder / "comparison.png").load()
 
     return Work("report", prepare, run, check)
+
+
+WORKS = {"train": training, "cache-latents": caching, "save_pretrained": saving, "report": reporting}
 
 
 def fresh(work: Work, folder: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import typing
@@ -24,6 +25,8 @@ from .errors import UserError, explained_as, reason
 from .files import write_folder
 
 T = TypeVar("T")
+DIGEST = "model_sha256"
+"""What `config.json` calls the hash of the file of weights beside it; older folders have none."""
 
 
 def locate(name: str | os.PathLike[str], **hub: Any) -> tuple[Path, int]:
@@ -84,9 +87,13 @@ def write(
 def write_files(folder: Path, config: dict[str, Any], state: Mapping[str, Tensor]) -> None:
     """The same of a whole configuration and tensors, as `stored` and `read` give them."""
 
+    config = {name: value for name, value in config.items() if name != DIGEST}  # of the file that was there before
+
     def files(partial: Path) -> None:
-        save_tensors(partial / "model.safetensors", state, {"config": json.dumps(config), "format": "pt"})
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        file = partial / "model.safetensors"
+        save_tensors(file, state, {"config": json.dumps(config), "format": "pt"})
+        beside = config | {DIGEST: _sha256(file)}
+        (partial / "config.json").write_text(json.dumps(beside, indent=2) + "\n", encoding="utf-8")
 
     write_folder(folder, files)
 
@@ -113,10 +120,16 @@ def read(path: Path, format: str, what: str) -> tuple[dict[str, Any], dict[str, 
         what: kind of model, for messages.
 
     Raises:
-        UserError: no such file, a corrupt one, or one of another kind or version.
+        UserError: no such file, a corrupt one, one of another kind or version, or weights that are not those that
+            `config.json` was written with.
     """
-    config = read_config(path, format, what)
+    config, said = read_config(path, format, what), stored(path, format, what).get(DIGEST)
     try:
+        if said is not None and said != _sha256(_weights_of(path)):
+            raise UserError(
+                f"{path}: model.safetensors is not the file that config.json was written with: fetch or save both "
+                f"again, or, if you trust it, delete {DIGEST} from config.json"
+            )
         with safe_open(_weights_of(path), framework="pt") as opened:
             return config, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
@@ -126,7 +139,7 @@ def read(path: Path, format: str, what: str) -> tuple[dict[str, Any], dict[str, 
 def read_config(path: Path, format: str, what: str) -> dict[str, Any]:
     """The configuration alone; arguments and errors are those of `read`."""
     config = stored(path, format, what)
-    return {k: v for k, v in config.items() if k not in ("format", "monobath_version", "training")}
+    return {k: v for k, v in config.items() if k not in ("format", "monobath_version", "training", DIGEST)}
 
 
 def stored(path: Path, format: str, what: str) -> dict[str, Any]:
@@ -150,6 +163,11 @@ def _weights_of(path: Path) -> Path:
     if not file.is_file():
         raise UserError(f"{path} holds no model.safetensors: give the folder that save_pretrained wrote")
     return file
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _corrupt(path: Path, error: Exception) -> UserError:

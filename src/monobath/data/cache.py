@@ -123,7 +123,8 @@ def read_facts(folder: Path) -> CacheFacts | None:
         facts = check_types(CacheFacts(**values))
         if min(facts.factor, facts.size, facts.copies, facts.pictures, facts.pictures_a_shard) < 1:
             raise ValueError("a number that must be at least 1 is not")
-        config_of(EncoderConfig, facts.encoder, {}, "encoder")
+        if config_of(EncoderConfig, facts.encoder, {}, "encoder").latent_channels != facts.encoder["latent_channels"]:
+            raise ValueError("no encoder's channels")
         return facts
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         told = f"{file} is corrupt or of another version ({reason(error)}): write the cache anew"
