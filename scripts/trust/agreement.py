@@ -10,6 +10,7 @@ values of [-1, 1]; then with two threads, as the last of a batch of four, in cha
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,21 +18,23 @@ from torch import Tensor
 from trial import Loss, Trial, exit_code, parser_of, rng_of
 
 from monobath import Tokenizer
-from monobath.export.engines import with_engine
+from monobath.export.engines import Engine, with_engine
 
 MOST = {"2 threads": 1e-5, "batch of 4": 1e-5, "channels-last": 1e-5, "optimized": 1e-4, "onnxruntime": 1e-4,
         "openvino": 1e-4}  # fmt: skip
+
+ENGINES: tuple[Engine, ...] = ("onnxruntime", "openvino")
 
 
 class Forms:
     """One model in all its forms."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, engines: Sequence[Engine] = ENGINES) -> None:
         self.plain = Tokenizer.from_pretrained(name)
         last = Tokenizer.from_pretrained(name)
         last.decoder.to(memory_format=torch.channels_last)
         self.others = {"channels-last": last, "optimized": self.plain.optimize()}
-        self.others |= {engine: with_engine(self.plain, engine) for engine in ("onnxruntime", "openvino")}
+        self.others |= {engine: with_engine(self.plain, engine) for engine in engines}
 
     def differences(self, seed: int, case: int) -> dict[str, float]:
         """Largest difference of a value to the plain form's, by form."""
@@ -52,9 +55,10 @@ def main(arguments: list[str]) -> int:
     parser = parser_of(__doc__ or "")
     parser.add_argument("--pictures", type=int, default=100, help="of each model")
     parser.add_argument("--models", nargs="+", default=["default", "f8c4"], help="names or folders")
+    parser.add_argument("--engines", nargs="*", choices=ENGINES, default=ENGINES, help="default: both")
     options = parser.parse_args(arguments)
     trial = Trial("agreement", options.work, options.minutes)
-    forms = {name: Forms(name) for name in options.models}
+    forms = {name: Forms(name, options.engines) for name in options.models}
     todo = [f"{name}|{number}" for number in range(options.pictures) for name in options.models]
     for case in trial.pending(todo):
         name, _, number = case.rpartition("|")
@@ -66,10 +70,10 @@ def main(arguments: list[str]) -> int:
     lines = ["| model | " + " | ".join(MOST) + " |", "|---" * (1 + len(MOST)) + "|"]
     for name in options.models:
         rows = [row for row in trial.rows if row["case"].startswith(f"{name}|")]
-        cells = [f"{max((row[form] for row in rows), default=0):.1e}" for form in MOST]
+        cells = [f"{max((row.get(form, 0) for row in rows), default=0):.1e}" for form in MOST]
         lines.append(f"| {Path(name).name} | " + " | ".join(cells) + " |")
     sys.stdout.write("\n".join(lines) + "\n")
-    worst = max((max(row[form] for form in MOST) for row in trial.rows), default=0)
+    worst = max((max(row.get(form, 0) for form in MOST) for row in trial.rows), default=0)
     return trial.end(len(todo), largest_difference=f"{worst:.1e}")
 
 

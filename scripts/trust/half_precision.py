@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +87,14 @@ def first_overflow(model: nn.Module, call: Callable[[], object]) -> str:
 
 
 class Halves:
-    """One model in all precisions."""
+    """One model in several precisions."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, kinds: Sequence[str]) -> None:
         self.name = name
         self.whole = Tokenizer.from_pretrained(name)
-        kinds = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-        self.models = {kind: Tokenizer.from_pretrained(name, dtype=dtype) for kind, dtype in kinds.items()}
-        if self.whole.config.sampler.stages == 1:
+        dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+        self.models = {k: Tokenizer.from_pretrained(name, dtype=dtypes[k]) for k in kinds if k in dtypes}
+        if "openvino-bf16" in kinds:
             self.models["openvino-bf16"] = with_engine(self.whole, "openvino-bf16")
 
     def pictures(self, kind: str, images: Tensor) -> list[float]:
@@ -136,12 +136,13 @@ def main(arguments: list[str]) -> int:
     parser = parser_of(__doc__ or "")
     parser.add_argument("--data", nargs="+", required=True, help="folders or shards of photos")
     parser.add_argument("--models", nargs="+", default=["default", "f8c4"], help="names or folders")
+    parser.add_argument("--precisions", nargs="+", choices=LEAST, default=list(LEAST), help="default: all")
     parser.add_argument("--crops", type=int, default=10_000, help="crops of 64²; float16 takes a tenth of them")
     options = parser.parse_args(arguments)
     trial = Trial("half-precision", options.work, options.minutes)
     dataset = make_dataset(options.data, Crops(size=64, scale=(64, 128), seed=options.seed))
     crops = min(options.crops, len(dataset))  # type: ignore[arg-type]
-    halves = {name: Halves(name) for name in options.models}
+    halves = {name: Halves(name, options.precisions) for name in options.models}
     todo = list(cases(options.models, halves, crops))
     for case in trial.pending(["|".join(case) for case in todo]):
         name, kind, inputs = case.split("|")
