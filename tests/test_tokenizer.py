@@ -382,6 +382,9 @@ def test_another_architecture_is_listed(copy):
     state["decoder.conv_in.bias"] = torch.zeros(7)
     del state["encoder.conv_in.weight"]
     save_file(state, file)
+    config = json.loads((copy / "config.json").read_text())
+    del config["model_sha256"]
+    (copy / "config.json").write_text(json.dumps(config))
     message = refused(copy)
     assert "missing: encoder.conv_in.weight" in message
     assert "unexpected: decoder.extra" in message
