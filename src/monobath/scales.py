@@ -132,6 +132,12 @@ class Stage:
         moved = moved + _over(coarse_next - ratio * coarse, state) * up(down(prediction))
         return _over(ratio, state) * state + moved
 
+    def detail_share(self, level: Tensor) -> Tensor:
+        """(1−τ)(1−e), the share of x − P x in the state at noise level ν_τ; that of P x is 1 − ν_τ."""
+        if self.start == 1:
+            return 1 - level
+        return (self.start - level) / (self.start - self.end) * (1 - self.end)
+
     def _shares(self, tau: Tensor) -> tuple[Tensor, Tensor | None]:
         """Factors of x and of P x in m_τ; None where the latter is 0 throughout."""
         return (1 - tau) * (1 - self.end), tau * (1 - self.start) if self.start < 1 else None

@@ -164,7 +164,7 @@ def same_network(ours: PixelDecoder, theirs: PixelDecoder) -> bool:
     """Whether weights of one mean the same in the other; stages and a null latent add some that are zero at first."""
     comparable = ours.stages == theirs.stages or 1 in (ours.stages, theirs.stages)
     added = ("stage_embedding", "null_latent") if comparable else ()
-    free = {"size", "attention", "dropout", "residual", "padding", "stages", "null_latent"}
+    free = {"size", "attention", "dropout", "residual", "residual_shares", "padding", "stages", "null_latent"}
     shapes, fields = [], []
     for decoder in (ours, theirs):
         shapes.append({name: value.shape for name, value in decoder.state_dict().items() if name not in added})
