@@ -110,7 +110,7 @@ def _train(
     if (
         isinstance(resolved, TokenizerRecipe)
         and resolved.model.decoder.standardise
-        and not (resolved.model.encoder.family or resolved.init)
+        and not (resolved.model.encoder.family or resolved.source)
     ):
         raise UserError(
             f"recipe {recipe} names no encoder to fit a decoder to: add --encoder KIND=WHERE, such as kl=FOLDER"

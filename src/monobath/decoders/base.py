@@ -102,8 +102,8 @@ class WrappedShape(DecoderShape):
     clean image is mixed from the network's output and the noisy image as the best linear estimate is (`mixed`; needs
     prediction x): for decoders of several steps. It changes nothing at t = 1."""
     residual_shares: Literal["flow", "stage"] = "flow"
-    """The picture's share in the noisy image, for that. stage: each stage's own, which is right. flow: 1 − t always, too
-    much of the fine detail after the first stage; what models saved without the entry learned."""
+    """The picture's share in the noisy image, for that. stage: each stage's own, which is right. flow: 1 − t always,
+    too much of the fine detail after the first stage; what models saved without the entry learned."""
     standardise: bool = False
     """Bring each channel of the latent to mean 0 and standard deviation ½ by constants, for foreign encoders. They are
     measured, and `linear_skip` is fitted, before training (`training/retrofit.py`); the weights keep them."""

@@ -90,6 +90,8 @@ class TokenizerRecipe(Recipe):
     init: str = ""
     """Start from this model (a name or path, such as runs/stage1/model) instead of random weights. A recipe that says
     nothing of `model` takes that model's shape."""
+    init_encoder: str = ""
+    """Take the encoder alone from this model: the decoder starts anew, whatever its shape (SSDD's stage 1)."""
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     scales: ScalesConfig | None = None
@@ -97,6 +99,11 @@ class TokenizerRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.init and self.init_encoder:
+            raise UserError(
+                f"init is {self.init} and init_encoder {self.init_encoder}: give init to start from all of a model, "
+                "init_encoder to start from its encoder alone"
+            )
         if self.loss.adversarial and self.training.precision == "fp16":
             raise UserError('loss.adversarial needs training.precision "bf16" or "fp32"')
         if self.loss.time_power and (what := self._without_times()):
@@ -116,6 +123,11 @@ class TokenizerRecipe(Recipe):
             )
         else:
             self.scales = None
+
+    @property
+    def source(self) -> str:
+        """The model that weights come from, all or the encoder's; empty: there is none."""
+        return self.init or self.init_encoder
 
     def _without_times(self) -> str:
         """Why a sample's time does not matter, where it does not."""
@@ -155,7 +167,7 @@ class TokenizerRecipe(Recipe):
 
 @dataclass(kw_only=True)
 class DecoderRecipe(TokenizerRecipe):
-    """A decoder learns from the latents of a frozen encoder: `init`'s, or a foreign one (`model.encoder.family`)."""
+    """A decoder learns from the latents of a frozen encoder: a model's, or a foreign one (`model.encoder.family`)."""
 
     trains = "decoder"
     fixed: ClassVar[dict[str, tuple[Any, str]]] = {
@@ -183,7 +195,7 @@ class DistillationRecipe(DecoderRecipe):
     distill: DistillConfig = field(default_factory=DistillConfig)
 
     def __post_init__(self) -> None:
-        self.init = self.init or self.distill.teacher
+        self.init = self.init or ("" if self.init_encoder else self.distill.teacher)
         # A guided teacher's student needs no guidance: it learns the guided pictures.
         self.model.sampler = dataclasses.replace(self.model.sampler, steps=self.distill.student_steps, guidance=1.0)
         super().__post_init__()
