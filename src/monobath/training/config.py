@@ -168,6 +168,9 @@ class TrainingConfig:
     al. 2022, arXiv 2109.01903)."""
     ema_start: float = 0.1
     """The average starts after this fraction of the run; before that it copies the weights."""
+    ema_start_steps: int = 0
+    """It starts after this many steps of the run instead, as SSDD's does after 50 000 of each stage; 0: the fraction
+    says."""
     seed: int = 0
     """Decides initial weights, order of the data, crops and noise."""
     log_every: int = 10
@@ -188,6 +191,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep", "max_bad")
         at_least(1, "training", self, *counts)
+        at_least(0, "training", self, "ema_start_steps")
         if self.minutes < 0:
             raise UserError(f"training.minutes is {self.minutes}: it must be above 0, or 0 for no limit")
         if not 0 <= self.ema < 1 or not 0 <= self.ema_start <= 1:

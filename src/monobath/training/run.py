@@ -217,7 +217,7 @@ class Run:
         in_a_row = (self.bad[0] + 1) * bad
         self.bad = torch.stack([in_a_row, torch.maximum(self.bad[1], in_a_row), self.bad[2] + bad])
         with evaluation_weights(self.optimizer.optimizer):
-            if self.done < training.ema_start * training.steps:
+            if self.done < (training.ema_start_steps or training.ema_start * training.steps):
                 self.ema.copy(self.model)
             else:
                 self.ema.update(self.model)
