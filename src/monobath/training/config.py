@@ -131,7 +131,7 @@ class OptimizerConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     """The optimizer's decay rates."""
     weight_decay: float = 0.01
-    """Decoupled weight decay, on matrices and convolutions only (not on biases and norms)."""
+    """Decoupled weight decay, on matrices and convolutions only (not on biases, norms and relative-position tables)."""
     warmup: int = 100
     """Steps of linear warm-up (adamw)."""
     schedule: Literal["cosine", "constant"] = "cosine"

@@ -310,6 +310,7 @@ class Run:
         try:
             if trainer.get("kind", "adamw") != self.recipe.optimizer.kind:
                 raise ValueError(f"its optimizer is {trainer.get('kind', 'adamw')}")
+            self.optimizer = make_optimizer(self.objective, self.recipe.optimizer, like=trainer["optimizer"])
             own, saved = self._loss_parameters(), trainer.get("losses", {})
             if {n: p.shape for n, p in own.items()} != {n: p.shape for n, p in saved.items()}:
                 raise ValueError("its losses train other parameters")
