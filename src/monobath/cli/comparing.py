@@ -59,8 +59,8 @@ def eval_(
             of each size is encoded and decoded on its own.
         steps: Sampler steps of the models, each count a system of its own; default: what each was made for.
         limit: At most so many pictures.
-        metrics: Names such as psnr ssim mean_error grid4 grid8 efflite fd_efflite lpips rfid dreamsim; default: all
-            that need no download.
+        metrics: Names such as psnr ssim mean_error grid4 grid8 efflite fd_efflite lpips lpips_alex rfid dreamsim;
+            default: all that need no download.
         no_baselines: Leave out bicubic, JPEG, WebP and AVIF.
         bits_per_pixel: Rate of those codecs; default: the first model's latents at 16 bit a value.
         rates: More rates of those codecs, in bits a pixel, for the plot of quality against bits.

@@ -307,16 +307,26 @@ def _load_fd_efflite(info: MetricInfo, setting: Setting) -> Metric:
     return SetMetric(info=info, features=features, dim=features.dim)
 
 
-@_metric(
-    key="lpips",
-    label="LPIPS (VGG)",
-    details="8-bit RGB, data range [-1, 1], network: VGG-16 (ImageNet) with LPIPS 0.1's linear layers, "
-    "features: five ReLU layers, channel-normalised",
+_LPIPS = (
+    "8-bit RGB, data range [-1, 1], network: {} (ImageNet) with LPIPS 0.1's linear layers, features: five ReLU layers, "
+    "channel-normalised"
 )
+
+
+@_metric(key="lpips", label="LPIPS (VGG)", details=_LPIPS.format("VGG-16"))
 def _load_lpips(info: MetricInfo, setting: Setting) -> Metric:
+    return _lpips(info, setting, "vgg", "vgg16-397923af.pth")
+
+
+@_metric(key="lpips_alex", label="LPIPS (Alex)", details=_LPIPS.format("AlexNet"))
+def _load_lpips_alex(info: MetricInfo, setting: Setting) -> Metric:
+    return _lpips(info, setting, "alex", "alexnet-owt-7be5be79.pth")
+
+
+def _lpips(info: MetricInfo, setting: Setting, backbone: Literal["vgg", "alex"], weights: str) -> Metric:
     _need("lpips", "lpips")
-    _need_weights("vgg16-397923af.pth", setting, "lpips")
-    network = LpipsDistance("vgg").to(setting.device)
+    _need_weights(weights, setting, info.key)
+    network = LpipsDistance(backbone).to(setting.device)
     return PictureMetric(info=info, measure=lambda a, b: network(to_float(a), to_float(b)))
 
 

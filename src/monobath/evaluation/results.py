@@ -23,7 +23,8 @@ class MetricInfo:
     """What a column of the table is."""
 
     key: str
-    """Name in results.json: psnr, ssim, mean_error, grid4, grid8, efflite, fd_efflite, lpips, rfid, dreamsim."""
+    """Name in results.json: psnr, ssim, mean_error, grid4, grid8, efflite, fd_efflite, lpips, lpips_alex, rfid or
+    dreamsim."""
     label: str
     """Heading with unit and network, such as "LPIPS (VGG)"."""
     better: Literal["higher", "lower"]
