@@ -105,7 +105,10 @@ class LossConfig:
     repa_model: str = "facebook/dinov2-base"
     """DINOv2 weights: a Hub id or a local folder."""
     repa_block: int = 0
-    """Transformer block that is aligned, counted from 1; 0: block 4, or the middle one of fewer."""
+    """Transformer block that is aligned, counted from 1; 0: block 5 of more than eight, else block 4, or the middle one
+    of fewer."""
+    repa_hidden: int = 2048
+    """Width of the hidden layer between tokens and features; 0: as wide as the tokens, as SSDD's."""
     adversarial: float = 0.0
     """Weight of a discriminator's opinion, relative to the other losses at the last layer. SSDD does without; KL-VAEs
     take 0.5."""
@@ -116,7 +119,7 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         weights = ("flow", "time_power", "perceptual", "pooled", "grid", "kl", "repa", "adversarial", "adversarial_lr")
-        at_least(0, "loss", self, *weights)
+        at_least(0, "loss", self, *weights, "repa_hidden")
         fractions("loss", self, "adversarial_start")
 
 

@@ -146,7 +146,8 @@ def make_alignment(decoder: PixelDecoder, loss: LossConfig) -> Alignment | None:
         raise UserError(f"loss.repa is {loss.repa}, but a KL-VAE decoder has no block to align: set it to 0")
     from ...losses.alignment import Alignment, alignment_features
 
-    return Alignment(decoder, alignment_features(loss.repa_features, loss.repa_model), loss.repa_block)
+    features = alignment_features(loss.repa_features, loss.repa_model)
+    return Alignment(decoder, features, loss.repa_block, loss.repa_hidden)
 
 
 def tap(alignment: Alignment | None, decoder: PixelDecoder) -> contextlib.AbstractContextManager[None]:
