@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import of_kind, tiny_decoder
+from conftest import of_kind, tiny_decoder, tiny_decoder_config, tiny_encoder_config
 from test_training import photos as photos  # the fixture
 from test_training import same, tiny_recipe, weights
 
-from monobath import UserError
+from monobath import Tokenizer, UserError
+from monobath.decoders import decoder_config, make_decoder
+from monobath.evaluation.facts import describe
+from monobath.tokenizer import TokenizerConfig
 from monobath.training import Run, load_recipe, train
 from monobath.training.config import DistillConfig, OptimizerConfig
+from monobath.training.initialise import make_tokenizer
 from monobath.training.optimizers import make_optimizer
-from monobath.training.recipe import DistillationRecipe
+from monobath.training.recipe import DistillationRecipe, TokenizerRecipe
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +119,61 @@ def test_a_run_begun_when_tables_decayed_goes_on_so(tmp_path, photos, monkeypatc
     gone_on = weights(train(recipe("run", 8)))
     assert same(gone_on, weights(whole))
     assert not same(gone_on, weights(train(recipe("new", 8))))
+
+
+@pytest.mark.parametrize("size", ["XS/1", "custom"])
+def test_published_first_weights(size):
+    """Xavier's for linear maps, N(0, 0.02²) for convolutions, zero biases; what starts at zero stays there."""
+    decoder = tiny_decoder_config() if size == "custom" else decoder_config({"size": size})
+    torch.manual_seed(0)
+    usual = make_decoder(decoder)
+    recipe = TokenizerRecipe(model=TokenizerConfig(encoder=tiny_encoder_config(), decoder=decoder))
+    recipe.first_weights = "published"
+    torch.manual_seed(0)
+    published = make_tokenizer(recipe).decoder
+    convolutions = []
+    for (name, before), after in zip(usual.named_modules(), published.modules(), strict=True):
+        if not isinstance(after, torch.nn.Linear | torch.nn.Conv2d):
+            continue
+        assert after.bias is None or not after.bias.any(), name
+        if not before.weight.any():
+            assert not after.weight.any(), name
+        elif isinstance(after, torch.nn.Linear):
+            bound = (6 / (after.in_features + after.out_features)) ** 0.5
+            assert 0.8 * bound < after.weight.abs().max() <= bound, name
+        else:
+            convolutions.append(after.weight.detach().flatten())
+    assert torch.cat(convolutions).std() == pytest.approx(0.02, rel=0.02)
+    assert any(name.endswith("conv2") for name, _ in published.named_modules())
+
+
+def test_first_weights_are_for_the_published_networks():
+    with pytest.raises(UserError, match=r"first_weights is published, .* decoders with group norms, such as S/1; CM/4"):
+        load_recipe("cpu-default", ["first_weights=published"])
+    assert load_recipe("ssdd-stage1-pretrain").first_weights == "published"
+    assert load_recipe("cpu-default").first_weights == "pytorch"
+
+
+def test_a_model_knows_the_times_it_was_trained_at(tmp_path, photos, first):
+    """A teacher that has seen t = 1 alone cannot be sampled in several steps, nor can a student."""
+
+    def distilled(name: str, teacher, steps: int, student_steps: int = 1):
+        recipe = tiny_recipe(tmp_path / name, photos, steps=1, sample_every=0, train_encoder=False)
+        config = DistillConfig(teacher=str(teacher), steps=steps, student_steps=student_steps)
+        return of_kind(DistillationRecipe, recipe, distill=config)
+
+    recipe = tiny_recipe(tmp_path / "ones", photos, steps=1, sample_every=0)
+    recipe.times.ones = 1.0
+    only_ones = train(recipe)
+    with pytest.raises(UserError, match=r"was trained at t = 1 alone, and cannot be sampled in 3 steps: name one"):
+        train(distilled("a", only_ones, 3))
+    assert not (tmp_path / "a" / "checkpoints").exists()
+    train(distilled("b", only_ones, 1))
+    student = train(distilled("c", first, 3, student_steps=2))
+    with pytest.raises(UserError, match=r"was trained at t = 1 and 0\.25 alone, and cannot be sampled in 3 steps"):
+        train(distilled("d", student, 3))
+    train(distilled("e", student, 2))  # what it is made for
+    known = [
+        describe(Tokenizer.from_pretrained(model), str(model))["training"] for model in (first, only_ones, student)
+    ]
+    assert [facts.get("only_times") for facts in known] == [None, [1.0], [1.0, 0.25]]

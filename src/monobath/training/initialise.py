@@ -62,6 +62,8 @@ def make_tokenizer(recipe: TokenizerRecipe, dataset: AnyDataset | None = None, *
     taken = False
     if recipe.model.encoder.source:
         tokenizer.attach_encoder(f"{recipe.model.encoder.family}={recipe.model.encoder.source}")
+    if recipe.first_weights == "published":
+        published_weights(tokenizer.decoder)
     if recipe.source:
         taken = start_from(tokenizer, recipe)
         if recipe.init and not taken and not quiet:
@@ -160,6 +162,20 @@ def start_from(tokenizer: Tokenizer, recipe: TokenizerRecipe) -> bool:
         own["time.2.bias"] = own["time.2.bias"] + weights["stage_embedding"][-1]
     tokenizer.decoder.load_state_dict(own)
     return True
+
+
+def published_weights(decoder: PixelDecoder) -> None:
+    """First weights of SSDD's published decoders: Xavier's for linear maps, N(0, 0.02²) for convolutions, zero biases.
+    What starts at zero stays there."""
+    for module in decoder.modules():
+        if not isinstance(module, nn.Linear | nn.Conv2d) or not module.weight.any():
+            continue
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+        else:
+            nn.init.normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def same_network(ours: PixelDecoder, theirs: PixelDecoder) -> bool:

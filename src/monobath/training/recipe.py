@@ -12,10 +12,12 @@ resolved recipe is stored in the run folder and in every model it writes.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from ..errors import UserError
+from ..sampling import time_grid
 from ..scales import ScaleSchedule
 from ..tokenizer import TokenizerConfig
 from .config import (
@@ -92,6 +94,9 @@ class TokenizerRecipe(Recipe):
     nothing of `model` takes that model's shape."""
     init_encoder: str = ""
     """Take the encoder alone from this model: the decoder starts anew, whatever its shape (SSDD's stage 1)."""
+    first_weights: Literal["pytorch", "published"] = "pytorch"
+    """What a decoder that starts anew starts from. published: as SSDD's do, see `published_weights`; for decoders with
+    group norms, the paper's."""
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     scales: ScalesConfig | None = None
@@ -104,11 +109,16 @@ class TokenizerRecipe(Recipe):
                 f"init is {self.init} and init_encoder {self.init_encoder}: give init to start from all of a model, "
                 "init_encoder to start from its encoder alone"
             )
+        decoder = self.model.decoder
+        if self.first_weights == "published" and getattr(decoder, "norm", "") != "group":
+            raise UserError(
+                f"first_weights is published, which is for decoders with group norms, such as S/1; {decoder.title} has "
+                "weights of its own: leave it out"
+            )
         if self.loss.adversarial and self.training.precision == "fp16":
             raise UserError('loss.adversarial needs training.precision "bf16" or "fp32"')
         if self.loss.time_power and (what := self._without_times()):
             raise UserError(f"loss.time_power is {self.loss.time_power:g}, which would not act on {what}: leave it out")
-        decoder = self.model.decoder
         unit = self.model.encoder.factor * ScaleSchedule(decoder.stages).unit(decoder.factor, decoder.token_side)
         if self.data.size % unit:
             at = "" if decoder.stages == 1 else f", at each of {decoder.stages} stages"
@@ -215,3 +225,11 @@ class DistillationRecipe(DecoderRecipe):
                 "of several stages takes 1 step a stage, and its teacher starts where the student is, so that nothing "
                 "can be kept; leave both out"
             )
+
+
+def only_times(recipe: Mapping[str, Any]) -> list[float]:
+    """The only times, each stage's own where there are several, that a stored recipe trains at; empty: all of them."""
+    distill = recipe.get("distill") or {}
+    if distill.get("teacher"):
+        return time_grid(distill.get("student_steps", 1), recipe["model"]["sampler"]["power"])[:-1].tolist()
+    return [1.0] if recipe.get("times", {}).get("ones") == 1 else []
