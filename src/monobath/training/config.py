@@ -213,6 +213,9 @@ class DistillConfig:
     """Exponent of the teacher's time grid; 0: what its checkpoint says."""
     student_steps: int = 1
     """Steps that the student is made for."""
+    student_guidance: float = 1.0
+    """Guidance that the student takes its steps with, in training and decoding. 1, none, is enough: the student of a
+    guided teacher learns the guided pictures. Another needs `model.decoder.null_latent`."""
     perceptual_to: Literal["", "teacher", "image"] = ""
     """What the student's perceptual distance is taken to: the teacher's sample (SSDD's; default of a single scale) or
     the real image (MSD's; the only one of several stages)."""
@@ -233,9 +236,10 @@ class ScalesConfig:
 
     times: Literal["logit-normal", "uniform"] = "logit-normal"
     """How the other times are drawn."""
-    weighting: Literal["none", "sigmoid"] = "none"
-    """sigmoid: the flow loss of a sample counts e^b·sigmoid(λ−b)/(t(1−t)) with λ = 2·log((1−t)/t), t its noise level.
-    Nothing is left of it at t = 1, where the first stage takes its only step, if it takes one."""
+    weighting: Literal["none", "sigmoid", "sigmoid-local"] = "none"
+    """The flow loss of a sample counts e^b·sigmoid(λ−b)/(t(1−t)) with λ = 2·log((1−t)/t). sigmoid-local (MSD's): t is
+    its stage's own time, and nothing is left at a stage's start. sigmoid: t is its noise level, and nothing is left at
+    1, where the first stage takes its only step, if it takes one."""
     bias: float = -3.0
     """b of that weighting."""
     drop: float = 0.0
@@ -247,8 +251,8 @@ class ScalesConfig:
     resolution. Needs `times.ones` 1. With `model.sampler.stages` 1 the model decodes at full resolution, and
     `decode_progressive` gives its previews."""
     renoise: bool = False
-    """In a distillation: the teacher starts from the student's own image, noised anew to a random time (MSD's), instead
-    of where the student starts."""
+    """In a distillation: MSD's published form. The student's finished picture is noised to one level u per batch, and
+    the teacher goes on from there through all stages that are left; see `StagedDistillation`."""
 
     def __post_init__(self) -> None:
         fractions("scales", self, "drop", "union", below_one=True)

@@ -126,13 +126,17 @@ class TokenizerRecipe(Recipe):
         if decoder.stages > 1:
             self.scales = self.scales or ScalesConfig()
             self._check_stages(self.scales)
-        elif self.scales not in (None, ScalesConfig()):
+        elif self.scales in (None, ScalesConfig()):
+            self.scales = None
+        elif self._has_shape():
             raise UserError(
                 "scales.* is for multi-scale decoders: set model.decoder.stages and model.sampler.stages, or leave it "
                 "out"
             )
-        else:
-            self.scales = None
+
+    def _has_shape(self) -> bool:
+        """Whether `model` is final."""
+        return True
 
     @property
     def source(self) -> str:
@@ -206,9 +210,19 @@ class DistillationRecipe(DecoderRecipe):
 
     def __post_init__(self) -> None:
         self.init = self.init or ("" if self.init_encoder else self.distill.teacher)
-        # A guided teacher's student needs no guidance: it learns the guided pictures.
-        self.model.sampler = dataclasses.replace(self.model.sampler, steps=self.distill.student_steps, guidance=1.0)
+        distill = self.distill
+        self.model.sampler = dataclasses.replace(
+            self.model.sampler, steps=distill.student_steps, guidance=distill.student_guidance
+        )
+        if distill.student_guidance != 1 and self._has_shape() and not self.model.decoder.null_latent:
+            raise UserError(
+                f"distill.student_guidance is {distill.student_guidance}, but the student has no null latent "
+                "(model.decoder.null_latent): leave it at 1, or name a teacher of several stages that has one"
+            )
         super().__post_init__()
+
+    def _has_shape(self) -> bool:
+        return bool(self.distill.teacher)  # else the one that is named later has it
 
     def _without_times(self) -> str:
         return super()._without_times() or ("a student of one step a stage" if self.model.decoder.stages > 1 else "")
@@ -231,5 +245,6 @@ def only_times(recipe: Mapping[str, Any]) -> list[float]:
     """The only times, each stage's own where there are several, that a stored recipe trains at; empty: all of them."""
     distill = recipe.get("distill") or {}
     if distill.get("teacher"):
-        return time_grid(distill.get("student_steps", 1), recipe["model"]["sampler"]["power"])[:-1].tolist()
+        power = recipe.get("model", {}).get("sampler", {}).get("power", 2.0)
+        return time_grid(distill.get("student_steps", 1), power)[:-1].tolist()
     return [1.0] if recipe.get("times", {}).get("ones") == 1 else []

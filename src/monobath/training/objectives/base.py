@@ -52,8 +52,8 @@ class Draws:
     """Each sample's stage; default: all at the first."""
     dropped: Sequence[bool] = ()
     """Whether each sample's latent is dropped; default: none is."""
-    renoising: tuple[int, int, int] = (0, 0, 0)
-    """For new noise of a batch: seed, this process' first sample, and samples of all processes."""
+    level: float = 1.0
+    """Noise level in (0, 1] of the batch, the same for all processes; see `StagedDistillation`."""
 
     @classmethod
     def make(
