@@ -190,4 +190,4 @@ class StagedDistillation(DistillationObjective):
             self.schedule[stage],
             [tau * fraction for fraction in grid],
             decoder.prediction,
-        )[0]
+        )
