@@ -202,8 +202,8 @@ class _Progress:
 def _print_tables(evaluations: Sequence[Evaluation]) -> None:
     from ..evaluation import tables
 
-    def text(lines: list[list[tuple[str, str]]]) -> list[list[str]]:
-        return [["\n".join(filter(None, cell)) for cell in line] for line in lines]
+    def text(lines: Sequence[Sequence[tuple[str, ...]]]) -> list[list[str]]:
+        return [["\n".join(filter(None, cell[:2])) for cell in line] for line in lines]
 
     joined = tables.side_by_side(evaluations)
     print_table(tables.head(joined), text(tables.rows(joined)), width=WIDTH)

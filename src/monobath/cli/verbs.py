@@ -339,10 +339,9 @@ def demo(*, out: str = "runs/demo", model: str = "default") -> None:
     """
     folder = shared.out_folder(out)
     from ..evaluation import demo as demonstration
-    from ..evaluation.tables import decibels
 
     result = demonstration.run_demo(folder, model)
-    foot = ("mean", "", decibels(demonstration.mean_psnr(result.rows)), "", "", "")
+    foot = demonstration.mean_line(result.rows)
     shared.print_table(demonstration.HEAD, map(demonstration.cells, result.rows), foot=foot)
     shared.write_lines([*([demonstration.PREVIEW] if result.preview else []), *result.files])
     shared.write(f"{result.seconds:.1f} s in all\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,14 +19,8 @@ from .tables import decibels
 SIDE, ZOOM, BOX = 64, 3, 7
 """Side of the enlarged square and of the box filter before the comparison, in pixels."""
 
-STYLE = """
-.cards { display: grid; gap: 1rem .5rem;
-  grid-template-columns: repeat(auto-fill, minmax(max(8.4rem, (99.9% - (var(--n) - 1) * .5rem) / var(--n)), 1fr)) }
-.cards img { border-radius: 0 } .cards .zoom { image-rendering: pixelated; margin-top: .3rem }
-.whole { position: relative } .whole i { position: absolute; border: 2px solid #fff; outline: 1px solid #000 }
-.cards figcaption { line-height: 1.35; margin-top: .25rem; overflow-wrap: anywhere }
-.cards figcaption b { color: var(--ink) }
-"""
+Card = tuple[str, str, str, str]
+"""Title, caption, the whole picture and the enlarged square, both as data URIs."""
 
 
 @dataclass(kw_only=True)
@@ -114,38 +107,23 @@ def choose(
     return sorted(found, key=lambda c: -c.score)[:count]
 
 
-def html_closeups(closeups: Sequence[Closeup], budget: int = 5_000_000) -> str:
-    """Escaped grid: the original, then every system, whole (the square marked) and enlarged.
+def affordable(closeups: Sequence[Closeup], budget: int = 5_000_000) -> list[tuple[Closeup, list[Card]]]:
+    """What a page shows of each: the original, then every system.
 
     Pictures stop before the page holds more than `budget` bytes of them; the first is always shown.
     """
-    parts: list[str] = []
+    shown: list[tuple[Closeup, list[Card]]] = []
+    spent = 0
     for closeup in closeups:
-        part = _html_picture(closeup)
-        if parts and sum(map(len, parts)) + len(part) > budget:
+        cards = [
+            (title, caption, picture_uri(pixels, "WEBP"), picture_uri(closeup.crop(pixels), "WEBP"))
+            for title, pixels, caption in _versions(closeup)
+        ]
+        spent += sum(len(whole) + len(enlarged) for _, _, whole, enlarged in cards)
+        if shown and spent > budget:
             break
-        parts.append(part)
-    return "\n".join(parts)
-
-
-def _html_picture(closeup: Closeup) -> str:
-    _, height, width = closeup.original.shape
-    frame = (
-        f"left:{100 * closeup.left / width:.2f}%;top:{100 * closeup.top / height:.2f}%;"
-        f"width:{100 * closeup.side / width:.2f}%;height:{100 * closeup.side / height:.2f}%"
-    )
-    cards = []
-    for system, pixels, caption in _versions(closeup):
-        alt = html.escape(f"{closeup.name}, {system}")
-        zoom = ZOOM * closeup.side
-        cards.append(
-            f'<figure><div class="whole"><img src="{picture_uri(pixels, "WEBP")}" width="{width}" height="{height}" '
-            f'alt="{alt}"><i style="{frame}"></i></div>'
-            f'<img class="zoom" src="{picture_uri(closeup.crop(pixels), "WEBP")}" width="{zoom}" height="{zoom}" '
-            f'alt="{alt}, enlarged"><figcaption><b>{html.escape(system)}</b><br>{caption}</figcaption></figure>'
-        )
-    a_row = len(cards) if len(cards) <= 8 else -(-len(cards) // 2)  # where there is room
-    return f'<h3>{html.escape(closeup.name)}</h3>\n<div class="cards" style="--n:{a_row}">{"".join(cards)}</div>'
+        shown.append((closeup, cards))
+    return shown
 
 
 def _versions(closeup: Closeup) -> list[tuple[str, Tensor, str]]:

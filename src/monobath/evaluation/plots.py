@@ -36,18 +36,6 @@ Box = tuple[float, float, float, float]
 Place = tuple[float, float]
 """x, y in the units of the axes."""
 
-STYLE = """
-:root { --ours: #1f5fbf; --network: #b4530a; --codec: #3c7a3f; --resampling: #7d4f9e }
-@media (prefers-color-scheme: dark) {
-  :root { --ours: #7fb2ff; --network: #f0a35e; --codec: #8ccf8f; --resampling: #c9a0e8 }
-}
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(21rem, 100%), 1fr)); gap: 1.4rem 1.6rem }
-.plots text { paint-order: stroke; stroke: var(--paper); stroke-width: 3px; stroke-linejoin: round }
-.plots svg { display: block; width: 100%; max-width: 34rem; height: auto }
-.plots figcaption { color: var(--ink); font-size: .9rem; margin-bottom: .2rem }
-.key { font-size: .85rem; color: var(--soft) } .key span { margin-right: 1.1em; white-space: nowrap }
-"""
-
 
 @dataclass(kw_only=True)
 class Point:
@@ -74,8 +62,8 @@ class Axis:
     log: bool = False
     lower_is_better: bool = False
     """For y: the axis is turned round, so that better is up in every plot."""
-    ticks: Sequence[float] = ()
-    """Where the ticks are; (): wherever they look well."""
+    at_points: bool = False
+    """Ticks are at the points' own values, not wherever they look well."""
 
 
 def group_of(kind: str) -> str:
@@ -86,16 +74,6 @@ def group_of(kind: str) -> str:
     if lower in ("jpeg", "webp", "avif"):
         return "codec"
     return "resampling" if "bicubic" in lower else "network"
-
-
-def key(groups: Sequence[str]) -> str:
-    """HTML line that says what the marks stand for."""
-    spans = (
-        f'<span><span style="color:var(--{name});margin:0">{sign}</span> {words}</span>'
-        for name, (_, sign, words) in GROUPS.items()
-        if name in groups
-    )
-    return f'<p class="key">{" ".join(spans)}</p>'
 
 
 def pareto_front(points: Sequence[Point], *, lower_is_better: bool) -> list[Point]:
@@ -168,8 +146,8 @@ def _prepare(axes: Axes, points: Sequence[Point], x: Axis, y: Axis) -> None:
         low, high = low - margin, high + margin
         limits = (10**low, 10**high) if given.log else (low, high)
         axes.set(**{f"{name}scale": "log" if given.log else "linear", f"{name}lim": limits})
-        if given.ticks:
-            axis.set_major_locator(FixedLocator(list(given.ticks)))
+        if given.at_points:
+            axis.set_major_locator(FixedLocator(sorted(set(values))))
         elif given.log:
             wide = high - low > 2.5
             axis.set_major_locator(LogLocator(subs=(1, 3) if wide else (1, 2, 5), numticks=99))

@@ -37,6 +37,11 @@ class MetricInfo:
     absent: str = ""
     """Why the metric could not be measured; then no system has a figure for it."""
 
+    @property
+    def heading(self) -> str:
+        """Label, and which way is better."""
+        return f"{self.label} {'↑' if self.better == 'higher' else '↓'}"
+
 
 @dataclass(kw_only=True)
 class Channel:
@@ -123,15 +128,14 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; infinite and undefined figures become null."""
-        values: dict[str, Any] = _finite(dataclasses.asdict(self))
+        values: dict[str, Any] = plain(dataclasses.asdict(self))
         return values
 
 
-def _finite(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value for JSON, in which infinite and undefined numbers are null."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None  # JSON has neither infinity nor NaN
-    return value
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

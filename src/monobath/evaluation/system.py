@@ -12,13 +12,13 @@ import torch
 from PIL import features
 from torch import Tensor, nn
 
-from .. import resources
 from ..autoencoders import Foreign, as_encoder
 from ..errors import UserError
 from ..models.frozen import ForeignEncoder
 from ..sampling import Noise
 from ..tokenizer import Tokenizer
 from ..words import count, did_you_mean
+from .facts import full_name
 
 T = TypeVar("T")
 
@@ -85,8 +85,7 @@ class TokenizerSystem(System):
         sampler = self.tokenizer.config.sampler
         self.steps = sampler.steps if steps is None else steps
         self.noise: Noise = sampler.noise if noise is None else noise
-        packaged = resources.weights_path(name)
-        self.weights = name if packaged is None else packaged.name
+        self.weights = full_name(name)
         # A curve over steps joins what differs in nothing else.
         self.family = name if noise in (None, sampler.noise) else f"{name}, {noise} noise"
         self.name = self.family if steps in (None, sampler.steps) else f"{self.family}, {count(steps, 'step')}"
