@@ -53,24 +53,31 @@ class Channel:
 
 
 @dataclass(kw_only=True)
-class Speed:
-    """Time and memory of one part of one system at one size and batch."""
+class Cost:
+    """Time, operations and memory of a call."""
+
+    ms: float
+    """Median milliseconds."""
+    ms_low: float
+    """First quartile."""
+    ms_high: float
+    """Third quartile."""
+    gflop: float | None
+    """10⁹ floating-point operations (a multiply-add counts two); see `speed.count_flops` for what is left out. None:
+    computed outside PyTorch, where they are not counted."""
+    peak_mb: float | None
+    """Peak memory above what was held before the call, in 10⁶ bytes; None: cannot be measured here."""
+
+
+@dataclass(kw_only=True)
+class Speed(Cost):
+    """What one part of one system costs at one size and batch; a call is a whole batch."""
 
     part: Literal["encode", "decode"]
     size: tuple[int, int]
     """(H, W) in pixels."""
     batch: int
-    ms: float
-    """Median milliseconds a call (a whole batch)."""
-    ms_low: float
-    """First quartile."""
-    ms_high: float
-    """Third quartile."""
     repeats: int
-    gflop: float | None
-    """10⁹ floating-point operations a call (a multiply-add counts two); None: not a network."""
-    peak_mb: float | None
-    """Peak memory of a call above what was held before it, in 10⁶ bytes; None: cannot be measured here."""
 
     @property
     def images_per_second(self) -> float:
