@@ -16,8 +16,9 @@ from .plots import group_of
 from .results import Evaluation, SystemResult
 from .tables import decibels
 
-SIDE, ZOOM, BOX = 64, 3, 7
-"""Side of the enlarged square and of the box filter before the comparison, in pixels."""
+SIDE, ZOOM, BOX, GAP = 64, 3, 7, 8
+"""Side of the enlarged square, how much larger it is shown, side of the box filter before the comparison, and the space
+between pictures of the sheet, in pixels."""
 
 Card = tuple[str, str, str, str]
 """Title, caption, the whole picture and the enlarged square, both as data URIs."""
@@ -136,19 +137,18 @@ def _versions(closeup: Closeup) -> list[tuple[str, Tensor, str]]:
 
 def comparison_sheet(closeups: Sequence[Closeup]) -> Image.Image:
     """One picture of everything: a row a picture, a column a system, enlarged squares below."""
-    gap, label = 8, 36
-    rows = [(closeup, _versions(closeup)) for closeup in closeups]
-    _, height, width = closeups[0].original.shape
-    zoom = ZOOM * closeups[0].side
-    cell, tall = max(width, zoom) + gap, height + zoom + label + 2 * gap
-    labels, pictures = [], []
-    for row, (closeup, versions) in enumerate(rows):
+    lines = []
+    for closeup in closeups:
+        zoom, (_, height, width) = ZOOM * closeup.side, closeup.original.shape
         frame = (closeup.left, closeup.top, closeup.left + closeup.side - 1, closeup.top + closeup.side - 1)
-        for column, (system, pixels, caption) in enumerate(versions):
-            x, y = gap + column * cell, gap + row * tall
-            labels.append(((x, y), f"{f'{closeup.name}, ' if column == 0 else ''}{system}\n{caption}"))
+        line: list[tuple[str, Image.Image]] = []
+        for system, pixels, caption in _versions(closeup):
             whole = tensor_to_pil(pixels)
             enlarged = tensor_to_pil(closeup.crop(pixels)).resize((zoom, zoom), Image.Resampling.NEAREST)
             ImageDraw.Draw(whole).rectangle(frame, outline="white", width=1)
-            pictures += [((x, y + label), whole), ((x, y + label + height + gap), enlarged)]
-    return sheet((gap + cell * len(rows[0][1]), gap + tall * len(rows)), labels, pictures)
+            both = Image.new("RGB", (max(width, zoom), height + GAP + zoom), "white")
+            both.paste(whole, (0, 0))
+            both.paste(enlarged, (0, height + GAP))
+            line.append((f"{system}\n{caption}" if line else f"{closeup.name}, {system}\n{caption}", both))
+        lines.append(line)
+    return sheet(lines, label=36, gap=GAP)

@@ -38,11 +38,6 @@ PREVIEW = (
     "Preview weights, as their name says: a small model after a short training. They show that everything works; "
     "they are not a tokenizer to build on."
 )
-LIMITS = (
-    "A handful of pictures is a demonstration, not an evaluation: compare models on a large held-out set. "
-    "A reconstruction is a guess: small text, faces and fine texture may come out plausible but wrong, so do not use "
-    "it where details are evidence. Times depend on the machine named below and on what else it was doing."
-)
 
 
 @dataclass(kw_only=True)
@@ -121,23 +116,19 @@ def comparison(rows: Sequence[Reconstruction]) -> Image.Image:
 
     Pictures flow from left to right and wrap, so that two small ones share a line with room for a wide one.
     """
-    gap, label = 8, 24
-    widths = [3 * (row.size[1] + gap) for row in rows]
+    widths = [row.size[1] for row in rows]
     limit = max(max(widths), 2 * min(widths))
-    places, x, y, line = [], 0, 0, 0
-    for row, width in zip(rows, widths, strict=True):
-        if x + width > limit:
-            x, y, line = 0, y + line, 0
-        places.append((gap + x, gap + y))
-        x, line = x + width, max(line, row.size[0] + label + gap)
-    labels, pictures = [], []
-    for row, (left, top) in zip(rows, places, strict=True):
+    lines: list[list[tuple[str, Image.Image]]] = []
+    room = 0
+    for row in rows:
+        if row.size[1] > room:
+            lines.append([])
+            room = limit
+        room -= row.size[1]
         titles = (row.name, f"reconstruction, {decibels(row.psnr)}", "absolute difference, times 5")
-        for title, pixels in zip(titles, (row.original, row.output, row.difference), strict=True):
-            labels.append(((left, top + 2), title))
-            pictures.append(((left, top + label), tensor_to_pil(pixels)))
-            left += row.size[1] + gap
-    return sheet((gap + limit, gap + y + line), labels, pictures)
+        pictures = map(tensor_to_pil, (row.original, row.output, row.difference))
+        lines[-1] += zip(titles, pictures, strict=True)
+    return sheet(lines, label=24)
 
 
 @dataclass(kw_only=True)
@@ -233,7 +224,6 @@ def _report(rows: Sequence[Reconstruction], facts: dict[str, Any]) -> str:
         timing=facts["timing"],
         rows=rows,
         model={key: in_words(value) for key, value in model.items()},
-        limits=LIMITS,
         command=facts["command"],
         machine=facts["machine"],
     )

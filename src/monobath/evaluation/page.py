@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from jinja2 import Environment, PackageLoader
@@ -19,9 +19,6 @@ from ..words import count
 from . import tables
 from .plots import GROUPS
 
-Place = tuple[int, int]
-"""x, y in pixels."""
-
 
 def picture_uri(pixels: Tensor, kind: Literal["PNG", "WEBP"] = "PNG") -> str:
     """A uint8 image `(3, H, W)` as a data URI, without loss. WebP is a quarter smaller, and slower to write."""
@@ -30,16 +27,19 @@ def picture_uri(pixels: Tensor, kind: Literal["PNG", "WEBP"] = "PNG") -> str:
     return f"data:image/{kind.lower()};base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def sheet(
-    size: tuple[int, int], labels: Iterable[tuple[Place, str]], pictures: Iterable[tuple[Place, Image.Image]]
-) -> Image.Image:
-    """One white picture of `size` = (width, height) with labels and pictures, each at (x, y) of its corner."""
-    made, font = Image.new("RGB", size, "white"), ImageFont.load_default(14)
-    draw = ImageDraw.Draw(made)
-    for place, text in labels:
-        draw.text(place, text.replace("×", "x").replace("÷", "/"), fill="black", font=font)  # which the font lacks
-    for place, picture in pictures:
-        made.paste(picture, place)
+def sheet(lines: Sequence[Sequence[tuple[str, Image.Image]]], label: int, gap: int = 8) -> Image.Image:
+    """One white picture of lines of pictures, each below its label, which has `label` pixels; pixels one to one."""
+    width = max(sum(gap + picture.width for _, picture in line) for line in lines)
+    heights = [gap + label + max(picture.height for _, picture in line) for line in lines]
+    made, font = Image.new("RGB", (width + gap, sum(heights) + gap), "white"), ImageFont.load_default(14)
+    draw, y = ImageDraw.Draw(made), gap
+    for line, height in zip(lines, heights, strict=True):
+        x = gap
+        for text, picture in line:
+            draw.text((x, y), text.replace("×", "x").replace("÷", "/"), fill="black", font=font)  # which the font lacks
+            made.paste(picture, (x, y + label))
+            x += picture.width + gap
+        y += height
     return made
 
 

@@ -19,17 +19,6 @@ if TYPE_CHECKING:
     from .bench import Bench
     from .compare import Kept
 
-LIMITS = (
-    "The figures hold for these pictures at this size: other pictures, larger ones, text or "
-    "faces may rank the systems differently. The intervals say how much the choice of pictures matters; they say "
-    "nothing about another training run of the same model.",
-    "No metric is what people see. PSNR and SSIM reward blur; distances between features of a network reward texture "
-    "that looks right and need not be. Look at the pictures. A reconstruction is a guess: do not use it where details "
-    "are evidence.",
-    "Systems that keep more bits a pixel have an easier task; compare along the plot of quality against bits. Times "
-    "depend on the machine named below and on what else it was doing; all systems were timed in turns in one process.",
-)
-
 
 class Drawing(NamedTuple):
     """A plot of a page."""
@@ -54,11 +43,10 @@ def eval_page(evaluations: Sequence[Evaluation], pictures: Sequence[Closeup]) ->
         evaluation=evaluation,
         joined=joined,
         main=_main_rows(evaluations, joined),
-        sections=_plots(evaluation),
+        plots=_plots(evaluation),
         groups=[group_of(s.kind) for s in evaluation.systems],
         pictures=closeups.affordable(pictures),
         magnification=closeups.ZOOM,
-        limits=LIMITS,
         command=evaluation.command,
         machine={**evaluation.machine, "time of quality pass": minutes},
     )
@@ -74,35 +62,23 @@ def _main_rows(evaluations: Sequence[Evaluation], joined: Evaluation) -> list[li
     ]
 
 
-def _plots(evaluation: Evaluation) -> list[tuple[str, str, list[Drawing]]]:
-    """Title, explanation and plots of each section."""
+def _plots(evaluation: Evaluation) -> dict[str, list[Drawing]]:
+    """By what quality is drawn against: a plot for each metric, as far as there is something to draw."""
     # SSIM says what PSNR says; the others are faults that nobody trades against time or bits.
     drawn = [m for m in tables.measured(evaluation) if m.key not in ("ssim", "mean_error", "grid4", "grid8")]
-    sections = (
-        (
-            "Quality and speed",
-            "Up is better, left is faster. Dashed: the Pareto front, on which nothing is both faster and better. "
-            "Vertical lines: the intervals.",
-            Axis(label="decode time, ms a picture", log=True),
-            _by_speed,
-        ),
-        ("Quality and sampler steps", "", Axis(label="steps", log=True, at_points=True), _by_steps),
-        (
-            "Quality and bits",
-            "Up is better, left is smaller. A codec at several rates is joined by a line; a model is shown "
-            "at one step count.",
-            Axis(label="bits a pixel", log=True),
-            _by_rate,
-        ),
-    )
-    return [
-        (
-            title,
-            words,
-            [_drawing(m, points, x, front=chosen is _by_speed) for m in drawn if (points := chosen(evaluation, m))],
-        )
-        for title, words, x, chosen in sections
-    ]
+    axes = {
+        "speed": (Axis(label="decode time, ms a picture", log=True), _by_speed),
+        "steps": (Axis(label="steps", log=True, at_points=True), _by_steps),
+        "bits": (Axis(label="bits a pixel", log=True), _by_rate),
+    }
+    return {
+        name: [
+            _drawing(metric, points, x, front=name == "speed")
+            for metric in drawn
+            if (points := choose(evaluation, metric))
+        ]
+        for name, (x, choose) in axes.items()
+    }
 
 
 def _drawing(metric: MetricInfo, points: Sequence[Point], x: Axis, *, front: bool) -> Drawing:
