@@ -16,6 +16,7 @@ from ..autoencoders import Foreign, as_encoder
 from ..errors import UserError
 from ..models.frozen import ForeignEncoder
 from ..sampling import Noise
+from ..tiles import pad_to_multiple
 from ..tokenizer import Tokenizer
 from ..words import count, did_you_mean
 from .facts import full_name
@@ -55,6 +56,34 @@ class System(ABC):
     @abstractmethod
     def decode(self, code: Code, seeds: Sequence[int]) -> Tensor:
         """Code → float images `(B, 3, H, W)` in [-1, 1], clipped. `seeds`: one a picture, for those that draw noise."""
+
+
+class PaddedSystem(System):
+    """Its code is a tensor, and it takes sides divisible by `factor`: padded by reflection, cropped back."""
+
+    factor: int
+    dtype = torch.float32
+    bits = 16
+    """Of a value of the code: the precision that latents are stored in."""
+
+    @abstractmethod
+    def latents(self, x: Tensor) -> Tensor:
+        """Images `(B, 3, H, W)` in [-1, 1], of type `dtype` → raw latents `(B, c, H/f, W/f)`."""
+
+    @abstractmethod
+    def pixels(self, z: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Raw latents → images `(B, 3, H, W)`, not clipped."""
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Code:
+        """Float images `(B, 3, H, W)` in [-1, 1] → raw latents."""
+        z = self.latents(pad_to_multiple(images.to(self.device), self.factor).to(self.dtype))
+        return Code(payload=z, size=(images.shape[2], images.shape[3]), bits=[self.bits * z[0].numel()] * len(z))
+
+    @torch.no_grad()
+    def decode(self, code: Code, seeds: Sequence[int]) -> Tensor:
+        """Latents → float images `(B, 3, H, W)` in [-1, 1]."""
+        return self.pixels(code.payload, seeds)[:, :, : code.size[0], : code.size[1]].float().clamp(-1, 1)
 
 
 class TokenizerSystem(System):
