@@ -75,7 +75,7 @@ def test_labels_of_near_points_do_not_overlap():
 
 def test_labels_stay_inside():
     corners = [Point(name=w, label=w, x=x, y=y) for w, x, y in [("a long name", 1, 1), ("another name", 100, 9)]]
-    svg = plot(corners, X, Y, size=(370, 280))
+    svg = plot(corners, X, Y)
     for label in ("a long name", "another name"):
         x, y = texts(svg)[label]
         assert 0 < x < 370 - 60
