@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,16 +79,9 @@ class FileCodec(System):
         return to_float(torch.stack([pil_to_tensor(Image.open(io.BytesIO(file))) for file in code.payload]))
 
     def _best(self, image: Image.Image, budget: float) -> bytes:
-        low, high = self.format.lowest, self.format.highest
-        best = self._file(image, low)
-        while low < high:  # quality `low` fits or is the lowest; none above `high` fits
-            middle = (low + high + 1) // 2
-            file = self._file(image, middle)
-            if 8 * len(file) <= budget:
-                low, best = middle, file
-            else:
-                high = middle - 1
-        return best
+        file = functools.cache(lambda quality: self._file(image, quality))
+        above = range(self.format.lowest + 1, self.format.highest + 1)
+        return file(self.format.lowest + bisect.bisect(above, budget, key=lambda quality: 8 * len(file(quality))))
 
     def _file(self, image: Image.Image, quality: int) -> bytes:
         buffer = io.BytesIO()
