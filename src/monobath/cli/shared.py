@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +13,7 @@ from ..errors import UserError, check_least
 
 if TYPE_CHECKING:
     import torch
+    from rich.progress import ProgressColumn
 
     from ..models.frozen import ForeignEncoder
     from ..tokenizer import Tokenizer
@@ -171,6 +173,22 @@ def show(table: Any, *, width: int | None = None) -> None:
     from rich.console import Console
 
     Console(width=None if sys.stdout.isatty() else width).print(table)
+
+
+@contextmanager
+def progress(*more: type[ProgressColumn]) -> Iterator[Callable[..., None]]:
+    """Within: a line on stderr where that is a terminal; what is yielded takes description, completed and total.
+
+    Args:
+        more: columns beside the description.
+    """
+    from rich.console import Console
+    from rich.progress import Progress, TextColumn
+
+    columns = (TextColumn("{task.description}", markup=False), *(column() for column in more))
+    stderr = Console(stderr=True)
+    with Progress(*columns, console=stderr, transient=True, disable=not sys.stderr.isatty()) as shown:
+        yield partial(shown.update, shown.add_task("", total=None))
 
 
 def write(text: str) -> None:
