@@ -167,13 +167,15 @@ def cache_latents(
     import torch
     from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
+    from ..autoencoders import as_encoder
     from ..data import Crops
     from ..data.encoding import Caching
     from ..data.encoding import cache_latents as write_cache
+    from ..devices import usable_device
 
     source: Tokenizer | ForeignEncoder
     if encoder is not None and model is None:
-        source, name = shared.read_encoder(encoder, device), encoder
+        source, name = as_encoder(encoder).to(usable_device(device)), encoder
     else:
         name = model or "default"
         source = shared.load_tokenizer(name, device, "float32", encoder)

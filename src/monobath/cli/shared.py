@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import torch
     from rich.progress import ProgressColumn
 
-    from ..models.frozen import ForeignEncoder
     from ..tokenizer import Tokenizer
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -31,14 +30,6 @@ def load_tokenizer(name: str, device: str, dtype: str, encoder: str | None = Non
 
     place = usable_device(device)
     return Tokenizer.from_pretrained(name, encoder=encoder, device=place, dtype=getattr(torch, dtype))
-
-
-def read_encoder(encoder: str, device: str) -> ForeignEncoder:
-    """A foreign encoder, KIND=WHERE, alone."""
-    from ..autoencoders import as_encoder
-    from ..devices import usable_device
-
-    return as_encoder(encoder).to(usable_device(device))
 
 
 @contextmanager

@@ -57,6 +57,24 @@ class BenchRow(Cost):
         return None if self.gflop is None else 1000 * self.gflop / self.ms
 
 
+def _text(value: float | None, form: str) -> str:
+    return NONE if value is None else format(value, form)
+
+
+_COLUMNS: dict[str, Callable[[BenchRow], str]] = {
+    "decoder": lambda row: row.name,
+    "parameters": lambda row: parameters(row.parameters),
+    "GFLOP": lambda row: _text(row.gflop, ".4g"),
+    "ms": lambda row: f"{row.ms:.4g}",
+    "quartiles, ms": lambda row: f"{row.ms_low:.4g}–{row.ms_high:.4g}",
+    "GFLOP/s": lambda row: _text(row.gflop_per_second, ".3g"),
+    "peak MB": lambda row: _text(row.peak_mb, ".0f"),
+    f"speed ÷ {KL}": lambda row: f"{row.speed_to_kl:.3g}×",
+    f"speed ÷ {TINY}": lambda row: f"{row.speed_to_tiny:.3g}×",
+}
+"""The table: headings, and what stands below them."""
+
+
 @dataclass(kw_only=True)
 class Bench:
     """A whole benchmark; `rows()` under `head` are its tables, one a size."""
@@ -72,10 +90,7 @@ class Bench:
     @property
     def head(self) -> list[str]:
         """Column headings."""
-        return [
-            "decoder", "parameters", "GFLOP", "ms", "quartiles, ms", "GFLOP/s", "peak MB", f"speed ÷ {KL}",
-            f"speed ÷ {TINY}",
-        ]  # fmt: skip
+        return list(_COLUMNS)
 
     @property
     def sizes(self) -> list[int]:
@@ -84,24 +99,10 @@ class Bench:
 
     def rows(self) -> dict[int, list[list[str]]]:
         """By size: the table's rows, peers first."""
-
-        def text(value: float | None, form: str) -> str:
-            return NONE if value is None else format(value, form)
-
-        def cells(row: BenchRow) -> list[str]:
-            return [
-                row.name,
-                parameters(row.parameters),
-                text(row.gflop, ".4g"),
-                f"{row.ms:.4g}",
-                f"{row.ms_low:.4g}–{row.ms_high:.4g}",
-                text(row.gflop_per_second, ".3g"),
-                text(row.peak_mb, ".0f"),
-                f"{row.speed_to_kl:.3g}×",
-                f"{row.speed_to_tiny:.3g}×",
-            ]
-
-        return {size: [cells(row) for row in self.results if row.size == size] for size in self.sizes}
+        return {
+            size: [[cell(row) for cell in _COLUMNS.values()] for row in self.results if row.size == size]
+            for size in self.sizes
+        }
 
     @property
     def notes(self) -> list[str]:

@@ -19,12 +19,11 @@ from PIL import Image
 from torch import Tensor
 
 from .. import resources
-from ..files import write_file, write_json, write_text
 from ..images import MAX_PIXELS, open_image, pil_to_tensor, psnr, tensor_to_pil
 from ..tokenizer import Tokenizer
 from ..words import in_words
 from .facts import describe, machine
-from .page import render, sheet
+from .page import render, sheet, write_all
 from .results import plain
 from .speed import measure
 from .tables import decibels
@@ -179,11 +178,8 @@ def run_demo(out: Path, model: str = "default", *, pictures: Sequence[Path] | No
             for row in rows
         ],
     }
-    image, report = comparison(rows), _report(rows, facts)
-    files = [out / "comparison.png", out / "results.json", out / "report.html"]
-    write_file(files[0], image.save)
-    write_json(files[1], plain(facts))
-    write_text(files[2], report)
+    page = _report(rows, facts)
+    files = write_all(out, {"comparison.png": comparison(rows), "results.json": plain(facts), "report.html": page})
     return Demo(rows=rows, files=files, seconds=time.perf_counter() - began, preview=facts["preview"])
 
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from jinja2 import Environment, PackageLoader
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..files import write_file, write_json, write_text
 from ..images import tensor_to_pil
 from ..words import count
 from . import tables
@@ -25,6 +27,16 @@ def picture_uri(pixels: Tensor, kind: Literal["PNG", "WEBP"] = "PNG") -> str:
     buffer = io.BytesIO()
     tensor_to_pil(pixels).save(buffer, kind, **({"lossless": True} if kind == "WEBP" else {}))
     return f"data:image/{kind.lower()};base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def write_all(folder: Path, contents: Mapping[str, Any]) -> list[Path]:
+    """Write files by name: pictures as such, text as text, and plain values as JSON; returns their paths."""
+    for name, content in contents.items():
+        if isinstance(content, Image.Image):
+            write_file(folder / name, content.save)
+        else:
+            (write_text if isinstance(content, str) else write_json)(folder / name, content)
+    return [folder / name for name in contents]
 
 
 def sheet(lines: Sequence[Sequence[tuple[str, Image.Image]]], label: int, gap: int = 8) -> Image.Image:

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..files import write_file, write_json, write_text
 from ..words import count
 from . import closeups, tables
 from .closeups import Closeup, shown_systems
-from .page import render
+from .page import render, write_all
 from .plots import Axis, Point, group_of, plot
 from .results import Evaluation, MetricInfo, SystemResult
 
@@ -152,23 +151,15 @@ def write_evaluation(folder: Path, evaluations: Sequence[Evaluation], kept: Kept
     """
     evaluation = evaluations[-1]
     chosen = closeups.choose(kept.names, kept.originals, kept.outputs, shown_systems(evaluation))
-    files = [folder / "results.json", folder / "comparison.png", folder / "report.html"]
-    shown = eval_page(evaluations, chosen)
     results = {"sizes": {str(e.size): e.as_dict() for e in evaluations}} if by_size else evaluation.as_dict()
-    write_json(files[0], results)
-    write_file(files[1], closeups.comparison_sheet(chosen).save)
-    write_text(files[2], shown)
-    return files
+    page, sheet = eval_page(evaluations, chosen), closeups.comparison_sheet(chosen)
+    return write_all(folder, {"results.json": results, "comparison.png": sheet, "report.html": page})
 
 
 def write_bench(folder: Path, bench: Bench) -> list[Path]:
     """Write results.json, bench.md and report.html; returns their paths."""
-    files = [folder / "results.json", folder / "bench.md", folder / "report.html"]
-    shown = bench_page(bench)
-    write_json(files[0], bench.as_dict())
-    write_text(files[1], bench.markdown())
-    write_text(files[2], shown)
-    return files
+    contents = {"results.json": bench.as_dict(), "bench.md": bench.markdown(), "report.html": bench_page(bench)}
+    return write_all(folder, contents)
 
 
 def bench_page(bench: Bench) -> str:

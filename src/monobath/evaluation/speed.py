@@ -188,17 +188,16 @@ def system_speeds(
     parts: Sequence[Part] = ("encode", "decode"),
     repeats: int = 5,
     *,
-    images: Tensor | None = None,
     progress: Callable[[str], None] = logger.info,
 ) -> dict[str, list[Speed]]:
     """Speed of several systems at one picture size, interleaved part by part.
+
+    The packaged sample photos are encoded, repeated up to the batch: what a picture holds matters to codecs of files.
 
     Args:
         systems: with distinct names, all on one device.
         size: (H, W) in pixels.
         batches: pictures a call.
-        images: what is encoded, `(N, 3, H, W)` in [-1, 1]; default: the packaged sample photos, which matters to
-            codecs of files. They are repeated up to the batch.
         progress: told in words what comes next.
 
     Returns:
@@ -208,8 +207,7 @@ def system_speeds(
     systems = list(systems)
     found: dict[str, list[Speed]] = {system.name: [] for system in systems}
     assert len(found) == len(systems), "two systems of one name"
-    images = sample_images(size) if images is None else images
-    assert tuple(images.shape[2:]) == tuple(size), (images.shape, size)
+    images = sample_images(size)
     for batch, part in itertools.product(batches, parts):
         x = images[torch.arange(batch) % len(images)]
         works = {system.name: (_work(system, part, x), system.device) for system in systems}

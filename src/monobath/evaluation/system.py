@@ -164,19 +164,18 @@ def make_models(
         UserError: an encoder that no model needs, or as `TokenizerSystem`.
     """
     labels = [_label(name) for name in names]
-    shared, used = None if encoder is None else as_encoder(encoder), False
+    shared = None if encoder is None else as_encoder(encoder)
     systems: list[TokenizerSystem] = []
     for name, label in zip(names, labels, strict=True):
         for number in dict.fromkeys(steps) if steps else [None]:
             system = TokenizerSystem(name, steps=number, device=device, dtype=dtype)
             if shared is not None and system.tokenizer.config.encoder.family:
                 system.attach_encoder(shared)
-                used = True
             if labels.count(label) == 1:
                 system.name = system.name.replace(name, label, 1)
                 system.family = system.family.replace(name, label, 1)
             systems.append(system)
-    if shared is not None and not used:
+    if shared is not None and not any(system.tokenizer.config.encoder.family for system in systems):
         raise UserError(f"--encoder {encoder}: {', '.join(names)} has an encoder of its own; leave it out")
     return systems
 
