@@ -142,27 +142,21 @@ def print_table(
     """Print a table, its first column left-aligned text, the others figures.
 
     Args:
-        head: headings.
+        head: headings; none: columns of text without.
         rows: cells.
         title: above the table.
         foot: cells of a last line.
         width: in columns, where stdout is not a terminal.
     """
+    from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title and plain(title), show_footer=bool(foot))
+    table = Table(title=title and plain(title), show_header=bool(head), show_footer=bool(foot))
     for number, words in enumerate(head):
         footer = plain(foot[number]) if foot else ""
         table.add_column(plain(words), footer, justify="right" if number else "left")
     for row in rows:
         table.add_row(*map(plain, row))
-    show(table, width=width)
-
-
-def show(table: Any, *, width: int | None = None) -> None:
-    """Print a table; `width`, in columns, holds where stdout is not a terminal."""
-    from rich.console import Console
-
     Console(width=None if sys.stdout.isatty() else width).print(table)
 
 

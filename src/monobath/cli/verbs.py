@@ -309,14 +309,11 @@ def info(model: str | None = None, *, json: bool = False) -> None:
     if json:
         shared.write(dumps(facts, indent=2) + "\n")
         return
-    from rich.table import Table
-
-    table = Table(show_header=False)
+    rows = []
     for key, value in facts.items():
-        rows = value.items() if isinstance(value, dict) else [("", value)]
-        for part, single in rows:
-            table.add_row(shared.plain(f"{key} {part}".strip().replace("_", " ")), shared.plain(in_words(single)))
-    shared.show(table)
+        parts = value.items() if isinstance(value, dict) else [("", value)]
+        rows += [(f"{key} {part}".strip().replace("_", " "), in_words(single)) for part, single in parts]
+    shared.print_table((), rows)
 
 
 def demo(*, out: str = "runs/demo", model: str = "default") -> None:

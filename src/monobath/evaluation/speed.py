@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -50,9 +51,7 @@ class Timing:
     @property
     def quartiles(self) -> tuple[float, float]:
         """First and third quartile; of a single round, that round twice."""
-        if len(self.times) == 1:
-            return self.times[0], self.times[0]
-        low, _, high = statistics.quantiles(self.times, n=4, method="inclusive")
+        low, high = np.quantile(self.times, [0.25, 0.75]).tolist()
         return low, high
 
 
