@@ -62,11 +62,13 @@ class UViTConfig(UNetShape):
     """Between levels on the way up. nearest: enlarged, then a convolution (the paper's). shuffle: a convolution of the
     coarse map, whose channels become pixels: half the operations, and each of the four pixels has its own weights."""
     attention: str = "auto"
-    """Windowed attention backend: auto, dense, blocked or flex. All give the same result."""
+    """Windowed attention backend: auto, dense or blocked. All give the same result."""
 
     def __post_init__(self) -> None:
         if self.down_blocks < 1 or self.reach < 0:
             raise UserError("decoder: down_blocks must be at least 1, reach at least 0")
+        if self.attention == "flex":  # FlexAttention, which earlier versions had
+            self.attention = "auto"
         super().__post_init__()
         if self.channels[-1] % max(1, self.heads):
             raise UserError(f"decoder.heads={self.heads} does not divide the deepest width {self.channels[-1]}")
