@@ -39,7 +39,6 @@ from monobath.scales import (
     image_pyramid,
     integrate,
     noise_pyramid,
-    sample,
     up,
 )
 from monobath.tokenizer import SamplerConfig
@@ -212,13 +211,16 @@ def test_both_kinds_take_the_same_step(stage):
 @pytest.mark.parametrize(("stages", "steps"), [(1, 1), (2, 1), (3, 1), (3, 4), (4, 2)])
 def test_the_truth_leads_through_all_stages(stages, steps, kind):
     """Every preview is the image at its size, rectangular too, and every stage sees the noise of the one field."""
-    x, white = rand_images(2, 3, 16, 24), randn(2, 3, 16, 24)
+    x, white = rand_images(2, 3, 64, 128), draw_noise((3, 64, 128), [4, 5])
     images, fields, schedule = image_pyramid(x, stages), noise_pyramid(white, stages), ScaleSchedule(stages)
+    decoder = tiny_decoder(patch=1, prediction=kind, stages=stages)
 
-    def predict(state, level, s):
+    def predict(state, level, features, s=None):
+        s = s or 0
         return images[s] if kind == "x" else schedule[s].velocity(images[s], fields[s])
 
-    found = list(sample(predict, fields, schedule, kind=kind, steps=steps))
+    decoder.predict = predict
+    found = previews(decoder, randn(2, 4, 8, 16), [4, 5], steps=steps)
     assert len(found) == stages
     for preview, image in zip(found, images, strict=True):
         assert torch.allclose(preview, image, atol=1e-5)
@@ -250,7 +252,8 @@ def test_one_stage_samples_as_the_single_scale_does(kind, steps):
     def predict(x_t, t, stage=None):
         return (x_t.cos() + t[:, None, None, None]) * 0.7
 
-    (found,) = sample(predict, [noise], ScaleSchedule(1), kind=kind, steps=steps)
+    times = [t.float().expand(2) for t in time_grid(steps)]
+    found, _ = integrate(predict, noise, ScaleSchedule(1)[0], times, kind)
     assert torch.equal(found, euler(predict, noise, kind=kind, steps=steps))
 
 

@@ -53,11 +53,6 @@ def to_clean(prediction: Tensor, x_t: Tensor, t: Tensor, kind: Prediction) -> Te
     return prediction if kind == "x" else clean_from_velocity(x_t, prediction, t)
 
 
-def to_velocity(prediction: Tensor, x_t: Tensor, t: Tensor, kind: Prediction) -> Tensor:
-    """A decoder's raw prediction, of either kind, as a velocity."""
-    return prediction if kind == "v" else velocity_from_clean(x_t, prediction, t)
-
-
 def euler_step(prediction: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor, kind: Prediction) -> Tensor:
     """One Euler step from t to t_next < t.
 

@@ -22,12 +22,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .flow import Prediction, _over
-from .sampling import time_grid
 
 Predict = Callable[[Tensor, Tensor, int], Tensor]
 """`(state (B, 3, h, w), noise level (B,), stage) → raw prediction (B, 3, h, w)`."""
@@ -213,33 +211,3 @@ def integrate(
         preview = stage.clean(prediction, state, tau, kind)
         state = stage.step(prediction, state, tau, tau_next, kind)
     return state, preview
-
-
-def sample(
-    predict: Predict,
-    fields: Sequence[Tensor],
-    schedule: ScaleSchedule,
-    *,
-    kind: Prediction,
-    steps: int = 1,
-    power: float = 2.0,
-) -> Iterator[Tensor]:
-    """From noise to the image, stage by stage.
-
-    Args:
-        fields: white noise of each stage's size, see `noise_pyramid`.
-        steps: Euler steps a stage.
-        power: exponent of each stage's time grid.
-
-    Yields:
-        Each stage's clean image as soon as it exists, `(B, 3, h, w)`, not clipped; the last one is the picture.
-    """
-    state = fields[0]
-    grid = time_grid(steps, power).to(device=state.device, dtype=torch.float32)
-    times = [tau.expand(len(state)) for tau in grid]
-    for stage in schedule:
-        state, preview = integrate(predict, state, stage, times, kind)
-        last = stage.index == len(schedule) - 1
-        yield state if last else preview
-        if not last:
-            state = schedule.hand_over(state, stage.index, fields[stage.index + 1])

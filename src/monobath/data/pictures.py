@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from ..errors import UserError
+from ..errors import UserError, imported
 from ..images import MAX_PIXELS, ImageTooLarge, open_image
 from .sources import (
     Source,
@@ -325,10 +325,7 @@ class StreamDataset(_Pictures, IterableDataset[Item]):
                 )
 
     def _epoch(self, epoch: int) -> Iterator[Item]:
-        try:
-            import webdataset as wds
-        except ImportError:
-            raise UserError("streaming shards needs webdataset: pip install 'monobath[train]'") from None
+        wds = imported("webdataset", "streaming shards needs webdataset: pip install 'monobath[train]'")
         worker = get_worker_info()
         workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
         parts, part = self._world_size * workers, self._rank * workers + number

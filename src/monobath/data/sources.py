@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, imported
 
 logger = logging.getLogger(__name__)
 
@@ -172,14 +172,11 @@ def _as_list(source: Source) -> list[str | os.PathLike[str]]:
 def _expand_braces(pattern: str) -> list[str]:
     if "{" not in pattern:
         return [pattern]
+    lacking = f"{pattern} has braces, which need the braceexpand package: pip install 'monobath[train]'"
     try:
-        from braceexpand import braceexpand
-    except ImportError:
-        raise UserError(
-            f"{pattern} has braces, which need the braceexpand package: pip install 'monobath[train]'"
-        ) from None
-    try:
-        return list(braceexpand(pattern))
+        return list(imported("braceexpand", lacking).braceexpand(pattern))
+    except UserError:
+        raise
     except ValueError:
         raise UserError(f"{pattern} has unbalanced braces: write name-{{000000..000009}}.tar") from None
 

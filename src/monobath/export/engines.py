@@ -12,7 +12,6 @@ decoders that start from Gaussian noise, `noise` (B, 3, H, W); output `image` (B
 from __future__ import annotations
 
 import copy
-import importlib
 import io
 import logging
 import os
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 from ..decoders import Features, PixelDecoder
 from ..decoders.base import Interval
 from ..decoders.folded import OneStepCall, folded
-from ..errors import UserError
+from ..errors import UserError, imported
 from ..files import write_file
 from ..flow import Prediction
 from ..sampling import Noise, draw_noise
@@ -355,10 +354,7 @@ def _torch_runner(engine: Engine, file: Path) -> Run:
 
 
 def _package(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UserError(f"this engine needs {name}: pip install 'monobath[export]'") from None
+    return imported(name, f"this engine needs {name}: pip install 'monobath[export]'")
 
 
 def _check(engine: str) -> None:

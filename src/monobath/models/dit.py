@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import UserError
+from ..errors import UserError, check_least
 from .blocks import timestep_embedding, zero_init
 
 # arXiv 2212.09748, table 1: layers N, hidden size d, heads; and the parameters that it states, with patch 2, c = 4.
@@ -68,8 +68,7 @@ class DiTConfig:
                 raise UserError(f"dit.{name} is {getattr(self, name)}: with dit.size {self.size} give at least 1")
         if self.width % self.heads or self.width % 4:
             raise UserError(f"dit.width={self.width} must be divisible by dit.heads={self.heads} and by 4")
-        if self.classes < 0:
-            raise UserError(f"dit.classes is {self.classes}: it must be at least 0")
+        check_least(0, {"dit.classes": self.classes})
 
 
 def positions(height: int, width: int, dim: int, device: torch.device | None = None) -> Tensor:

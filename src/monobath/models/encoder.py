@@ -9,7 +9,6 @@ convolution, no middle attention, and a linear shortcut from the pixels of a lat
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import UserError
+from ..errors import UserError, check_least
+from ..words import did_you_mean
 from .blocks import Conv2d, Padding, check_padding, cosine_basis, norm_groups, replicated
 
 FAMILIES = {
@@ -64,8 +64,7 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         if self.family and self.family not in FAMILIES:
-            near = difflib.get_close_matches(self.family, FAMILIES, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(FAMILIES)}"
+            hint = did_you_mean(self.family, FAMILIES, f"choose from {', '.join(FAMILIES)}")
             raise UserError(f"encoder.family is {self.family!r}: {hint}")
         for name in ("factor", "patch"):
             value = getattr(self, name)
@@ -74,8 +73,7 @@ class EncoderConfig:
         if self.patch > self.factor:
             raise UserError(f"encoder.patch={self.patch} is above encoder.factor={self.factor}: lower the patch")
         check_padding("encoder.padding", self.padding)
-        if self.latent_channels < 1:
-            raise UserError(f"encoder.latent_channels is {self.latent_channels}: it must be at least 1")
+        check_least(1, {"encoder.latent_channels": self.latent_channels})
         if self.family:
             return
         levels = (self.factor // self.patch).bit_length()
@@ -86,9 +84,7 @@ class EncoderConfig:
                 f"encoder.multipliers={self.multipliers} has {len(self.multipliers)} levels, but factor="
                 f"{self.factor} with patch={self.patch} needs {levels}"
             )
-        for name in ("base", "blocks"):
-            if getattr(self, name) < 1:
-                raise UserError(f"encoder.{name} is {getattr(self, name)}: it must be at least 1")
+        check_least(1, {"encoder.base": self.base, "encoder.blocks": self.blocks})
 
     @property
     def name(self) -> str:

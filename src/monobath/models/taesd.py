@@ -21,7 +21,7 @@ FACTOR = 8
 """Side of the pixel square behind one latent position."""
 CHANNELS = 64
 """Of the features between the layers of the published networks."""
-TRUNKS = {3: 1, 4: 1, 5: 1, 6: 1, 9: 2, 10: 2, 11: 2, 14: 4, 15: 4, 16: 4}
+TRUNKS = {6: 1, 11: 2, 16: 4}
 """How many first layers of a decoder make a `Trunk`, and how many times the latent's resolution their features have."""
 
 
@@ -157,20 +157,23 @@ def taesd_decoder(latent_channels: int, channels: int = 64) -> nn.Sequential:
     return nn.Sequential(*layers, Block(channels), conv(channels, 3))
 
 
-def encoder_from_state(state: Mapping[str, Tensor], what: str) -> nn.Sequential:
-    """Build the encoder behind a state dict, in float32 and evaluation mode; sizes are read from the shapes.
+def from_state(part: str, state: Mapping[str, Tensor], what: str) -> nn.Sequential:
+    """Build the encoder or decoder behind a state dict, in float32 and evaluation mode; sizes are read from the shapes.
+
+    Args:
+        part: `encoder` or `decoder`.
 
     Raises:
         UserError: another architecture; the message starts with `what` and says what does not fit.
     """
-    first, last = _shape(state, "0.weight", what), _shape(state, "14.weight", what)
-    return _load(taesd_encoder(latent_channels=last[0], channels=first[0]), state, what)
-
-
-def decoder_from_state(state: Mapping[str, Tensor], what: str) -> nn.Sequential:
-    """Build the decoder behind a state dict, likewise."""
-    first = _shape(state, "1.weight", what)
-    return _load(taesd_decoder(latent_channels=first[1], channels=first[0]), state, what)
+    if part == "encoder":
+        channels = _shape(state, "0.weight", what)[0]
+        model = taesd_encoder(_shape(state, "14.weight", what)[0], channels)
+    else:
+        channels, latent_channels = _shape(state, "1.weight", what)[:2]
+        model = taesd_decoder(latent_channels, channels)
+    load_strictly(model, state, what)
+    return model.eval()
 
 
 def _shape(state: Mapping[str, Tensor], name: str, what: str) -> tuple[int, ...]:
@@ -179,8 +182,3 @@ def _shape(state: Mapping[str, Tensor], name: str, what: str) -> tuple[int, ...]
         found = "is missing" if tensor is None else f"is {tuple(tensor.shape)}"
         raise UserError(f"{what} does not fit the model: {name}, a 3×3 convolution of this architecture, {found}")
     return tuple(tensor.shape)
-
-
-def _load(model: nn.Sequential, state: Mapping[str, Tensor], what: str) -> nn.Sequential:
-    load_strictly(model, state, what)
-    return model.eval()
