@@ -70,7 +70,8 @@ class EngineDecoder(PixelDecoder):
         # A trunk inside the program takes its statistics over a tile: such tiles are never exact.
         self.source = None if source.config.trunk else (source,)
 
-    trains = False
+    trains, stages = False, 1
+    prediction: Prediction = "x"
 
     def receptive_field(self, output: Interval, factor: int | None = None) -> tuple[Interval, Interval] | None:
         return None if self.source is None else self.source[0].receptive_field(output, factor)
@@ -78,14 +79,6 @@ class EngineDecoder(PixelDecoder):
     @property
     def feature_side(self) -> int:
         return int(self.config.factor)
-
-    @property
-    def prediction(self) -> Prediction:
-        return "x"
-
-    @property
-    def stages(self) -> int:
-        return 1
 
     def features(self, z: Tensor) -> Features:
         return Features(z, self.feature_side)
@@ -216,13 +209,7 @@ def engine_call(
     """
     _check(engine)
     if engine in ("torch", "compile"):
-        ready = torch.compile(module) if engine == "compile" else module
-
-        @torch.no_grad()
-        def run(arrays: dict[str, np.ndarray]) -> np.ndarray:
-            return ready(*(torch.from_numpy(array) for array in arrays.values())).numpy()
-
-        return run
+        return _torch_call(torch.compile(module) if engine == "compile" else module)
     with tempfile.TemporaryDirectory() as temporary:
         target = Path(temporary) / FILES[engine]
         if engine in ("torch-export", "aotinductor"):
@@ -319,8 +306,12 @@ def _outer_convolutions(model: Any) -> list[str]:
 
 
 def _runner(engine: Engine, file: Path) -> Run:
-    if engine in ("torch-export", "aotinductor"):
-        return _torch_runner(engine, file)
+    if engine == "torch-export":
+        return _torch_call(torch.export.load(file).module(check_guards=False))
+    if engine == "aotinductor":
+        from torch._inductor import aoti_load_package
+
+        return _torch_call(aoti_load_package(str(file)))
     if engine == "onnxruntime":
         runtime = _package("onnxruntime")
         options = runtime.SessionOptions()
@@ -338,17 +329,10 @@ def _runner(engine: Engine, file: Path) -> Run:
     return lambda inputs: compiled(inputs)[0].copy()
 
 
-def _torch_runner(engine: Engine, file: Path) -> Run:
-    if engine == "torch-export":
-        call: Any = torch.export.load(file).module(check_guards=False)
-    else:
-        from torch._inductor import aoti_load_package
-
-        call = aoti_load_package(str(file))
-
+def _torch_call(module: Callable[..., Tensor]) -> Run:
     @torch.no_grad()
     def run(arrays: dict[str, np.ndarray]) -> np.ndarray:
-        return call(*(torch.from_numpy(array) for array in arrays.values())).numpy()
+        return module(*(torch.from_numpy(array) for array in arrays.values())).numpy()
 
     return run
 

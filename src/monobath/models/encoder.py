@@ -14,11 +14,10 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError, check_least
 from ..words import did_you_mean
-from .blocks import Conv2d, Padding, check_padding, cosine_basis, norm_groups, replicated
+from .blocks import Checkpointed, Conv2d, Padding, check_padding, cosine_basis, norm_groups, replicated
 
 FAMILIES = {
     "kl": "diffusers' AutoencoderKL",
@@ -189,13 +188,12 @@ def check_images(x: Tensor, factor: int) -> None:
         raise ValueError(f"encoder input is {tuple(x.shape)}: expected (B, 3, H, W) with sides divisible by {factor}")
 
 
-class Encoder(nn.Module):
+class Encoder(Checkpointed):
     """Image `(B, 3, H, W)` in [-1, 1], sides divisible by `factor` → moments `(B, 2c, H/f, W/f)`."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpointing = False
         widths = [config.base * m for m in config.multipliers]
         self.conv_in = Conv2d(3 * config.patch**2, widths[0], config.padding)
         self.levels = nn.ModuleList()
@@ -230,25 +228,16 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         f = self.config.factor
         check_images(x, f)
-        run = _checkpointed if self.checkpointing and torch.is_grad_enabled() else _direct
         h = self.conv_in(F.pixel_unshuffle(x, self.config.patch))
         for level in self.levels:
             for block in level["blocks"]:  # type: ignore[index]
-                h = run(block, h)
+                h = self._run(block, h)
             h = level["down"](h)  # type: ignore[index]
-        h = run(self.middle_in, h)
+        h = self._run(self.middle_in, h)
         h = self.middle_attention(h)
-        h = run(self.middle_out, h)
+        h = self._run(self.middle_out, h)
         moments = self.moments(self.conv_out(F.silu(self.norm_out(h))))
         if self.config.linear_skip:
             mean = self.linear_skip(F.pixel_unshuffle(x, f))
             moments = moments + F.pad(mean, (0, 0, 0, 0, 0, mean.shape[1]))  # the log-variance has no shortcut
         return moments
-
-
-def _direct(module: nn.Module, *args: Tensor) -> Tensor:
-    return module(*args)
-
-
-def _checkpointed(module: nn.Module, *args: Tensor) -> Tensor:
-    return checkpoint(module, *args, use_reentrant=False)
