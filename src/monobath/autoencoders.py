@@ -331,4 +331,5 @@ def read_taesd(family: str, folder: str, part: str) -> nn.Sequential:
         state = load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{file} is not a readable safetensors file ({error}): fetch it again") from None
-    return taesd.from_state(part, state, str(file))
+    build = taesd.encoder_from_state if part == "encoder" else taesd.decoder_from_state
+    return build(state, str(file))

@@ -157,23 +157,20 @@ def taesd_decoder(latent_channels: int, channels: int = 64) -> nn.Sequential:
     return nn.Sequential(*layers, Block(channels), conv(channels, 3))
 
 
-def from_state(part: str, state: Mapping[str, Tensor], what: str) -> nn.Sequential:
-    """Build the encoder or decoder behind a state dict, in float32 and evaluation mode; sizes are read from the shapes.
-
-    Args:
-        part: `encoder` or `decoder`.
+def encoder_from_state(state: Mapping[str, Tensor], what: str) -> nn.Sequential:
+    """Build the encoder behind a state dict, in float32 and evaluation mode; sizes are read from the shapes.
 
     Raises:
         UserError: another architecture; the message starts with `what` and says what does not fit.
     """
-    if part == "encoder":
-        channels = _shape(state, "0.weight", what)[0]
-        model = taesd_encoder(_shape(state, "14.weight", what)[0], channels)
-    else:
-        channels, latent_channels = _shape(state, "1.weight", what)[:2]
-        model = taesd_decoder(latent_channels, channels)
-    load_strictly(model, state, what)
-    return model.eval()
+    first, last = _shape(state, "0.weight", what), _shape(state, "14.weight", what)
+    return _load(taesd_encoder(latent_channels=last[0], channels=first[0]), state, what)
+
+
+def decoder_from_state(state: Mapping[str, Tensor], what: str) -> nn.Sequential:
+    """Build the decoder behind a state dict, likewise."""
+    first = _shape(state, "1.weight", what)
+    return _load(taesd_decoder(latent_channels=first[1], channels=first[0]), state, what)
 
 
 def _shape(state: Mapping[str, Tensor], name: str, what: str) -> tuple[int, ...]:
@@ -182,3 +179,8 @@ def _shape(state: Mapping[str, Tensor], name: str, what: str) -> tuple[int, ...]
         found = "is missing" if tensor is None else f"is {tuple(tensor.shape)}"
         raise UserError(f"{what} does not fit the model: {name}, a 3×3 convolution of this architecture, {found}")
     return tuple(tensor.shape)
+
+
+def _load(model: nn.Sequential, state: Mapping[str, Tensor], what: str) -> nn.Sequential:
+    load_strictly(model, state, what)
+    return model.eval()
