@@ -57,8 +57,8 @@ class EffLiteDistance(Frozen):
     def __init__(self, network: Network = "lite0") -> None:
         super().__init__()
         self.network = network
-        model = load_efficientnet_lite(network)
-        self.stem = nn.Sequential(_fuse(model._conv_stem, model._bn0), model._swish)
+        model = _fused(load_efficientnet_lite(network))
+        self.stem = nn.Sequential(model._conv_stem, model._swish)
         self.stages = nn.ModuleList()  # blocks up to the last one at strides 4, 8, 16
         stage: list[nn.Module] = []
         stride = 2
@@ -70,7 +70,7 @@ class EffLiteDistance(Frozen):
             stride *= step
             if stride > 16:
                 break
-            stage.append(_fuse_block(block))
+            stage.append(block)
         self.freeze()
 
     def features(self, images: Tensor) -> list[Tensor]:
@@ -102,12 +102,7 @@ class PooledDistance(Frozen):
 
     def __init__(self) -> None:
         super().__init__()
-        model = load_efficientnet_lite("lite0")
-        for convolution, norm in (("_conv_stem", "_bn0"), ("_conv_head", "_bn1")):
-            _fuse_pair(model, convolution, norm)
-        for block in model._blocks:
-            _fuse_block(block)
-        self.network = model
+        self.network = _fused(load_efficientnet_lite("lite0"))
         self.freeze()
 
     def features(self, images: Tensor) -> Tensor:
@@ -196,19 +191,13 @@ def _lean(features: Callable[[Tensor], Any], images: Tensor) -> Any:
         return features(images)
 
 
-def _fuse(conv: nn.Module, norm: nn.Module) -> nn.Module:
-    """A convolution with its frozen BatchNorm folded in: the same function, fewer passes over memory."""
-    return fuse_conv_bn_eval(conv.eval(), norm.eval())  # type: ignore[type-var, arg-type]
-
-
-def _fuse_block(block: nn.Module) -> nn.Module:
-    for conv, norm in [("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")]:
-        if hasattr(block, conv):
-            _fuse_pair(block, conv, norm)
-    return block
-
-
-def _fuse_pair(module: nn.Module, conv: str, norm: str) -> None:
-    """Fold the BatchNorm of that name into the convolution of that name."""
-    setattr(module, conv, _fuse(getattr(module, conv), getattr(module, norm)))
-    setattr(module, norm, nn.Identity())
+def _fused(model: Any) -> Any:
+    """An EfficientNet-Lite, its frozen BatchNorms folded into its convolutions: the same function, fewer passes over
+    memory."""
+    ends, inside = ("_conv_stem", "_conv_head"), ("_expand_conv", "_depthwise_conv", "_project_conv")
+    for module, convolutions in [(model, ends), *((block, inside) for block in model._blocks)]:
+        for number, name in enumerate(convolutions):
+            if hasattr(module, name):
+                setattr(module, name, fuse_conv_bn_eval(getattr(module, name), getattr(module, f"_bn{number}")))
+                setattr(module, f"_bn{number}", nn.Identity())
+    return model
