@@ -124,7 +124,8 @@ class TokenizerTask(Task):
                     "data.latents is true with training.train_encoder true: cached latents are those of a frozen "
                     "encoder; set training.train_encoder to false, or data.latents to false"
                 )
-            self.dataset = open_cache(data.source, crops_of(recipe), memory=bool(data.cache), windows=True)
+            whole = bool(recipe.model.decoder.context)  # a window's statistics are not those of the picture
+            self.dataset = open_cache(data.source, crops_of(recipe), memory=bool(data.cache), windows=not whole)
         else:
             self.dataset = make_dataset(data.source, crops_of(recipe), cache=bool(data.cache))
         self.examples = self._examples() if place.main and training.sample_every else None
