@@ -63,11 +63,6 @@ def full_name(name: str) -> str:
     return name if packaged is None else packaged.name
 
 
-def is_preview(name: str) -> bool:
-    """Whether a model's own name says that it is a preview."""
-    return "preview" in full_name(name)
-
-
 def machine(device: torch.device) -> dict[str, Any]:
     """Versions and hardware, as plain values."""
     facts: dict[str, Any] = {
