@@ -15,9 +15,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from ..config import TokenizerConfig
 from ..errors import UserError
 from ..scales import ScaleSchedule
-from ..tokenizer import TokenizerConfig
 from .config import (
     DataConfig,
     DistillConfig,

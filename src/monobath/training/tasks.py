@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
+from ..config import TokenizerConfig
 from ..data import Crops, LatentDataset, StreamDataset, iterate_eval, make_dataset
 from ..data.cache import check_encoder, open_cache, stored_moments
 from ..errors import UserError
 from ..images import to_float
 from ..models.identity import weights_sha256
-from ..tokenizer import Tokenizer, TokenizerConfig
+from ..tokenizer import Tokenizer
 from .initialise import AnyDataset, make_tokenizer
 from .objectives.base import AutoencoderObjective, Batch, Draws, Losses
 from .recipe import DistillationRecipe, Recipe, TokenizerRecipe
