@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from monobath.errors import UserError
+from ..errors import UserError
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
