@@ -76,7 +76,5 @@ def _export_for(model: str, program: ProgramName, folder: Path) -> None:
     from ..export.formats import write_for
 
     path, fidelity = write_for(tokenizer, program, folder)
-    same = (
-        "its pictures are the model's" if fidelity > 90 else f"its pictures are within {fidelity:.1f} dB of the model's"
-    )
-    write(f"{path}: {same}\n")
+    nearly = f"{fidelity:.1f} dB between its pictures and the model's"
+    write(f"{path}: {nearly if fidelity < 90 else 'the same pictures as the model'}\n")
