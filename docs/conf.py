@@ -24,6 +24,7 @@ nb_execution_raise_on_error = True
 nb_execution_in_temp = True
 nb_execution_timeout = 300
 nb_merge_streams = True
+nb_output_stderr = "remove"  # warnings of the machine that built the site
 suppress_warnings = ["mystnb.unknown_mime_type"]
 
 autodoc_typehints = "none"  # signatures say them

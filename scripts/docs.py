@@ -38,7 +38,7 @@ def for_site(text: str, folder: str) -> str:
             return f"[{words}](/models.md)" if anchor else f"[{words}](/index.md)"
         return words if "`" in words or "/" in words else f"{words} (`{inside}`)"
 
-    text = text.replace("](docs/images/", "](/images/")  # of the cards
+    text = text.replace("](../docs/images/", "](/images/")  # of the cards
     return re.sub(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)", link, text)
 
 

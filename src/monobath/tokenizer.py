@@ -55,7 +55,7 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
 
     @property
     def factor(self) -> int:
-        """f: side of the pixel square behind one latent position."""
+        """Side of the pixel square behind one latent position, f."""
         return self.config.encoder.factor
 
     @property
