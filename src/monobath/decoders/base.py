@@ -49,6 +49,7 @@ class DecoderShape:
     standardise = False
     linear_skip = False
     residual = 0.0
+    context = 0
     prediction = "x"
     padding = "zeros"
 
@@ -79,6 +80,11 @@ class DecoderShape:
     def read_channels(self) -> int:
         """Channels of what the network reads: the latent, or the features that the trunk makes of it."""
         return TRUNK_CHANNELS if self.trunk else self.latent_channels
+
+    @property
+    def known_channels(self) -> int:
+        """Channels of what it knows of a picture: what it reads, and the context beside it."""
+        return self.read_channels + self.context
 
     @property
     def read_factor(self) -> int:
@@ -182,12 +188,12 @@ class PixelDecoder(nn.Module):
         """Add what stands around the network, once that has its weights."""
         config = self.config
         if config.linear_skip:
-            self.linear_skip = zero_init(Conv2d(config.read_channels, 3 * config.read_factor**2, config.padding))
+            self.linear_skip = zero_init(Conv2d(config.known_channels, 3 * config.read_factor**2, config.padding))
             if not (config.standardise or config.trunk):
                 # Starts as the inverse of our encoder's shortcut: the latents' low frequencies as an image.
                 basis = cosine_basis(config.latent_channels, config.factor) * config.factor
                 with torch.no_grad():
-                    self.linear_skip.weight[:, :, 1, 1] = basis.T
+                    self.linear_skip.weight[:, : config.latent_channels, 1, 1] = basis.T
         if config.standardise:
             self.register_buffer("latent_shift", torch.zeros(config.read_channels, 1, 1))
             self.register_buffer("latent_scale", torch.ones(config.read_channels, 1, 1))
@@ -240,7 +246,10 @@ class PixelDecoder(nn.Module):
         z = self.read(z)
         if self.config.standardise:
             z = self.standardised(z)
-        return Features(z, self.feature_side, self.context_of(z))
+        context = self.context_of(z)
+        if self.config.context and context is not None:  # read beside the latent; it modulates nothing
+            z, context = torch.cat([z, context], dim=1), None
+        return Features(z, self.feature_side, context)
 
     def predict(self, x_t: Tensor, t: Tensor, features: Features, stage: int | None = None) -> Tensor:
         """Raw prediction `(B, 3, H, W)` at one step; `features` are of the whole picture, or cropped as x_t is."""
@@ -262,7 +271,7 @@ class PixelDecoder(nn.Module):
     # ---- what a decoder defines ---------------------------------------------------------------------
 
     def context_of(self, z: Tensor) -> Tensor | None:
-        """What modulates the network, from what it reads: `(B, C, h, w)` → `(B, D, h, w)`."""
+        """What modulates the network, or is read beside the latent: `(B, C, h, w)`, which is read, → `(B, D, h, w)`."""
         return None
 
     def output(self, x_t: Tensor, t: Tensor, features: Features, stage: int | None) -> Tensor:

@@ -38,8 +38,9 @@ class DataConfig:
     """The short side is resized to a random length in [low, high] pixels before cropping; default [size, 2·size]."""
     flip: bool = True
     """Mirror half of the crops."""
-    cache: bool = False
-    """Keep decoded pictures in memory, their short side at most the high end of `scale`."""
+    cache: bool | Literal["device"] = False
+    """Keep decoded pictures in memory, their short side at most the high end of `scale`. device: in the GPU's, where
+    they are cropped too: for GPUs that learn faster than `workers` can crop."""
     latents: bool = False
     """`source` is what `monobath cache-latents` wrote: crops that are encoded already. Needs a frozen encoder."""
     workers: int = 2

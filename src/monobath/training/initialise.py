@@ -200,7 +200,9 @@ def fit_to_latents(tokenizer: Tokenizer, dataset: AnyDataset, *, seed: int) -> N
         weight, bias = least_squares(
             [(x, decoder.standardised(z)) for x, z in pairs], decoder.config.read_factor, decoder.config.padding
         )
-        decoder.linear_skip.load_state_dict({"weight": weight, "bias": bias})
+        assert decoder.linear_skip.bias is not None
+        decoder.linear_skip.bias.copy_(bias)
+        decoder.linear_skip.weight[:, : weight.shape[1]] = weight  # the context's weights stay at zero
 
 
 @torch.no_grad()

@@ -154,7 +154,14 @@ class Run:
 
     @cached_property
     def _batches(self) -> Iterator[dict[str, Tensor]]:
-        """The batches that are left."""
+        return self.batches()
+
+    def batches(self) -> Iterator[dict[str, Tensor]]:
+        """The batches that are left, of this process: the recipe's data, unless a subclass takes them from elsewhere.
+
+        Yields:
+            `image`, uint8 `(B, 3, size, size)` on any device, and what else `make_loader` yields.
+        """
         loader = make_loader(
             self.dataset,
             batch_size=self.micro,

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from ..config import TokenizerConfig
-from ..data import Crops, LatentDataset, StreamDataset, iterate_eval, make_dataset
+from ..data import Crops, LatentDataset, PhotoDataset, StreamDataset, iterate_eval, make_dataset
 from ..data.cache import check_encoder, open_cache, stored_moments
+from ..data.resident import ResidentPictures
 from ..errors import UserError
 from ..images import to_float
 from ..models.identity import weights_sha256
@@ -113,6 +114,7 @@ class TokenizerTask(Task):
     """A tokenizer, or its decoder alone, learns from pictures or from cached latents."""
 
     samples: SampleCache | None = None
+    resident: ResidentPictures | None = None
 
     def __init__(self, recipe: TokenizerRecipe, place: Place) -> None:
         self.recipe, self.place = recipe, place
@@ -123,9 +125,10 @@ class TokenizerTask(Task):
                     "data.latents is true with training.train_encoder true: cached latents are those of a frozen "
                     "encoder; set training.train_encoder to false, or data.latents to false"
                 )
-            self.dataset = open_cache(data.source, crops_of(recipe), memory=data.cache, windows=True)
+            whole = bool(recipe.model.decoder.context)  # a window's statistics are not those of the picture
+            self.dataset = open_cache(data.source, crops_of(recipe), memory=bool(data.cache), windows=not whole)
         else:
-            self.dataset = make_dataset(data.source, crops_of(recipe), cache=data.cache)
+            self.dataset = make_dataset(data.source, crops_of(recipe), cache=bool(data.cache))
         self.examples = self._examples() if place.main and training.sample_every else None
 
     def build(self) -> None:
@@ -183,7 +186,8 @@ class TokenizerTask(Task):
 
     def batch(self, loaded: dict[str, Tensor], seed: int, position: int) -> Batch:
         place = self.place
-        x = to_float(loaded["image"].to(place.device, non_blocking=True))
+        pixels = loaded["image"] if self.resident is None else self.resident.crops(loaded["place"])
+        x = to_float(pixels.to(place.device, non_blocking=True))
         moments = stored_moments(loaded)
         moments = None if moments is None else moments.to(place.device, non_blocking=True)
         if self.recipe.training.channels_last:
@@ -209,6 +213,8 @@ class TokenizerTask(Task):
     def resumed(self) -> None:
         if isinstance(self.dataset, LatentDataset):
             check_encoder(self.dataset, self.model.encoder)
+        elif self.recipe.data.cache == "device" and isinstance(self.dataset, PhotoDataset):
+            self.resident = ResidentPictures(self.dataset, self.place.device)
 
     def has_model(self, before: Mapping[str, Any]) -> bool:
         same_kind = before.get("trains") != "generator"
