@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .config import TokenizerConfig
-from .errors import UserError
+from .errors import UserError, imported
 from .models import taesd
 from .models.encoder import FAMILIES, EncoderConfig
 from .models.frozen import Encoding, ForeignEncoder, GaussianMoments, UnitRange
@@ -278,10 +278,7 @@ def coding_parts(vae: Any) -> tuple[nn.Module, nn.Module]:
 
 
 def _class(name: str) -> Any:
-    try:
-        diffusers = importlib.import_module("diffusers")
-    except ImportError:
-        raise UserError(f"{name} needs diffusers: pip install 'monobath[diffusers]'") from None
+    diffusers = imported("diffusers", f"{name} needs diffusers: pip install 'monobath[diffusers]'")
     try:
         return getattr(diffusers, name)
     except (AttributeError, ImportError, RuntimeError) as error:
@@ -345,14 +342,11 @@ def read_taesd(family: str, folder: str, part: str) -> nn.Sequential:
         UserError: the file is missing, unreadable or of another architecture.
     """
     file = Path(folder).expanduser() / f"{family}_{part}.safetensors"
-    build = taesd.encoder_from_state if part == "encoder" else taesd.decoder_from_state
-    return build(_read(file), str(file))
-
-
-def _read(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise UserError(f"{file} does not exist: give the folder that holds {file.name}")
     try:
-        return load_file(file)
+        state = load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{file} is not a readable safetensors file ({error}): fetch it again") from None
+    build = taesd.encoder_from_state if part == "encoder" else taesd.decoder_from_state
+    return build(state, str(file))

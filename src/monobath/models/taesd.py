@@ -21,7 +21,7 @@ FACTOR = 8
 """Side of the pixel square behind one latent position."""
 CHANNELS = 64
 """Of the features between the layers of the published networks."""
-TRUNKS = {3: 1, 4: 1, 5: 1, 6: 1, 9: 2, 10: 2, 11: 2, 14: 4, 15: 4, 16: 4}
+TRUNKS = {6: 1, 11: 2, 16: 4}
 """How many first layers of a decoder make a `Trunk`, and how many times the latent's resolution their features have."""
 
 
