@@ -119,7 +119,7 @@ def eval_(
             add_speeds(evaluations, systems, batches, repeats=repeats, progress=lambda text: update(description=text))
     files = write_evaluation(folder, evaluations, found[-1][1], by_size=bool(sizes))
     if gallery:
-        files.append(write_gallery(folder / "gallery", found[-1][1], shown_systems(evaluations[-1])))
+        files.append(write_gallery(folder / "gallery", *found[-1], shown_systems(evaluations[-1])))
     _print_tables(evaluations)
     write_lines(files)
 
