@@ -9,6 +9,7 @@ import importlib
 import inspect
 import json
 import sys
+import tomllib
 import types
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 from conftest import rand_images, randn, tiny_tokenizer
 
-from monobath import Tokenizer, UserError
+from monobath import Tokenizer, UserError, __version__
 
 RECORD = json.loads((Path(__file__).parent / "fixtures" / "comfyui.json").read_text(encoding="utf-8"))["interface"]
 CPU = torch.device("cpu")
@@ -171,6 +172,13 @@ def test_the_folder_for_custom_nodes_has_the_nodes(nodes):
         inputs = [name for part in node.INPUT_TYPES().values() for name in part]
         assert parameters(getattr(node, node.FUNCTION)) == f"(self, {', '.join(inputs)})"
         assert len(node.RETURN_TYPES) == 1
+
+
+def test_the_registry_is_told_the_package_s_version():
+    file = Path(__file__).resolve().parent.parent / "integrations" / "comfyui" / "pyproject.toml"
+    described = tomllib.loads(file.read_text(encoding="utf-8"))
+    assert described["project"]["version"] == __version__
+    assert described["tool"]["comfy"].keys() >= {"PublisherId", "DisplayName"}
 
 
 def test_comfyui_s_own_nodes_give_the_tokenizer_s_pictures(nodes, model):
