@@ -32,7 +32,7 @@ Output = Literal["tensor", "pil", "uint8"]
 Part = tuple[int, slice, slice]
 """A sample, and rows and columns of its full picture."""
 Predict = Callable[..., Tensor]
-"""`(state (B, 3, h, w), noise level (B,), stage[, the Part that the state is of]) → raw prediction`."""
+"""`(state (B, 3, h, w), noise level (B,), stage or None[, the Part that the state is of]) → raw prediction`."""
 
 
 @dataclass(kw_only=True)
@@ -158,11 +158,10 @@ def predictor(decoder: PixelDecoder, z: Tensor, guidance: float = 1.0, *, apart:
         return [decoder.features(z), *absent]
 
     known = [features(part) for part in (z.split(1) if apart else [z])]
-    single = decoder.stages == 1
 
-    def predict(state: Tensor, level: Tensor, stage: int, where: Part | None = None) -> Tensor:
+    def predict(state: Tensor, level: Tensor, stage: int | None, where: Part | None = None) -> Tensor:
         parts = known[0] if where is None else [part.crop(*where[1:]) for part in known[where[0]]]
-        given, *absent = (decoder.predict(state, level, part, None if single else stage) for part in parts)
+        given, *absent = (decoder.predict(state, level, part, stage) for part in parts)
         return absent[0] + guidance * (given - absent[0]) if absent else given
 
     return predict
@@ -184,7 +183,11 @@ def pictures(
     """
     assert how.stages
     assert how.size
+    assert how.steps
+    assert how.power
+    assert how.guidance is not None
     schedule, factor = ScaleSchedule(how.stages), decoder.config.factor
+    full, guidance, grid = how.size, how.guidance, time_grid(how.steps, how.power).float().to(z.device)
     # A token may be larger than a latent position: then whole tokens are decoded and the excess cropped.
     z = pad_to_multiple(z, schedule.unit(factor, decoder.unit), mode="replicate")
     shrinks = range(how.stages - 1, -1, -1)
@@ -195,43 +198,28 @@ def pictures(
             position = max(1, decoder.feature_side >> shrink)  # of the features, in this stage's pixels
             unit = max(position, decoder.unit, 2 if s else 1)  # later stages pair their pixels
             layouts[s] = plan(sides[s], how.tile, how.overlap, unit, decoder.reach(position))
-    return _pictures(decoder, z, how, schedule, sides, layouts, finish)
 
+    def found() -> Iterator[Tensor]:
+        predict = {apart: predictor(decoder, z, guidance, apart=apart) for apart in {x is not None for x in layouts}}
+        fields = _noise(z, how, sides)
+        state = fields[0]
+        for stage, side, layout, shrink in zip(schedule, sides, layouts, shrinks, strict=True):
+            size = schedule.size(stage.index, full)
+            for number, (tau, after) in enumerate(itertools.pairwise(grid), start=1):
+                ends = number == how.steps
+                step = _Step(decoder, predict[layout is not None], stage, tau, after, shrink, ends)
+                keep, kept = (lambda x: x.to(z.dtype), side) if shrink or not ends else (finish, size)
+                if layout is None:
+                    state = keep(step(state)[:, :, : kept[0], : kept[1]])
+                else:
+                    state = assembled(partial(step.tile, state), len(z), layout, kept, keep)
+            if shrink:
+                state, preview = state.chunk(2, dim=1)
+                yield finish(preview[:, :, : size[0], : size[1]])
+                state = schedule.hand_over(state, stage.index, fields[stage.index + 1])
+        yield state
 
-def _pictures(
-    decoder: PixelDecoder,
-    z: Tensor,
-    how: Decoding,
-    schedule: ScaleSchedule,
-    sides: list[tuple[int, int]],
-    layouts: list[Layout | None],
-    finish: Callable[[Tensor], Tensor],
-) -> Iterator[Tensor]:
-    assert how.steps
-    assert how.power
-    assert how.guidance is not None
-    assert how.size
-    predict = {apart: predictor(decoder, z, how.guidance, apart=apart) for apart in {x is not None for x in layouts}}
-    grid = time_grid(how.steps, how.power).to(device=z.device, dtype=torch.float32)
-    fields = _noise(z, how, sides)
-    state = fields[0]
-    for stage, side, layout in zip(schedule, sides, layouts, strict=True):
-        last = stage.index == len(schedule) - 1
-        size = schedule.size(stage.index, how.size)
-        for number, (tau, after) in enumerate(itertools.pairwise(grid), start=1):
-            ends = number == how.steps
-            step = _Step(decoder, predict[layout is not None], stage, tau, after, len(schedule) - 1 - stage.index, ends)
-            final = last and ends
-            keep, kept = (finish, size) if final else (lambda x: x.to(z.dtype), side)
-            if layout is None:
-                state = keep(step(state)[:, :, : kept[0], : kept[1]])
-            else:
-                state = assembled(partial(step.tile, state), len(z), layout, kept, keep)
-        if not last:
-            state, preview = state.chunk(2, dim=1)
-            yield finish(preview[:, :, : size[0], : size[1]])
-            state = schedule.hand_over(state, stage.index, fields[stage.index + 1])
-    yield state
+    return found()
 
 
 @dataclass(frozen=True)
@@ -249,9 +237,9 @@ class _Step:
     """The stage's last step: behind the next state comes the stage's preview, unless the state is the picture."""
 
     @property
-    def number(self) -> int:
-        """Of the stage, as the decoder counts: the full resolution is its last one."""
-        return self.decoder.stages - 1 - self.shrink
+    def number(self) -> int | None:
+        """Of the stage; None: it is all of the path, which is that of one scale."""
+        return None if (self.stage.start, self.stage.end) == (1, 0) else self.stage.index
 
     def __call__(self, state: Tensor, where: Part | None = None) -> Tensor:
         """A state `(B, 3, h, w)`, or a part of it → the next one."""

@@ -1,9 +1,11 @@
-"""The one exception class for mistakes that the user can mend, and the commonest check."""
+"""The one exception class for mistakes that the user can mend, and the commonest checks."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 
 class UserError(ValueError):
@@ -38,3 +40,15 @@ def explained_as(text: str) -> Iterator[None]:
 def reason(error: BaseException) -> str:
     """The first line of an error's text, at most 200 characters; its class where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def imported(package: str, lacking: str) -> Any:
+    """The package of that name.
+
+    Raises:
+        UserError: it is not installed; `lacking` is the message.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise UserError(lacking) from None

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
-import typing
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -21,10 +18,9 @@ from torch import Tensor, nn
 
 from . import resources
 from ._version import __version__
-from .errors import UserError, explained_as, reason
+from .errors import UserError, reason
 from .files import write_folder
 
-T = TypeVar("T")
 DIGEST = "model_sha256"
 """What `config.json` calls the hash of the file of weights beside it; older folders have none."""
 
@@ -172,51 +168,3 @@ def _sha256(file: Path) -> str:
 
 def _corrupt(path: Path, error: Exception) -> UserError:
     return UserError(f"{path} is corrupt or not a monobath checkpoint ({reason(error)}): fetch or save it again")
-
-
-def config_of(kind: type[T], values: Mapping[str, Any], parts: Mapping[str, Callable[..., Any]], what: str) -> T:
-    """A configuration dataclass from plain values, its `parts` from dictionaries of their own.
-
-    Raises:
-        UserError: an unknown key, which the message names, or values that cannot be.
-    """
-    with describing(what):
-        return check_types(kind(**{k: parts[k](**v) if k in parts else v for k, v in values.items()}))
-
-
-def check_types(config: T) -> T:
-    """A dataclass whose values, and those of the dataclasses in it, have the types that it says; returns it.
-
-    Raises:
-        TypeError: one has another type; the message names it.
-    """
-    hints = typing.get_type_hints(type(config))
-    for field in dataclasses.fields(config):  # type: ignore[arg-type]
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            check_types(value)
-        elif not _is_a(value, hints[field.name]):
-            raise TypeError(f"{field.name} is {str(value)[:80]!r}: expected {_name(hints[field.name])}")
-    return config
-
-
-def _is_a(value: Any, kind: Any) -> bool:
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return True
-    if origin is typing.Literal:
-        return value in inner
-    if origin is list:
-        return isinstance(value, list) and all(_is_a(item, inner[0]) for item in value)
-    if kind in (int, float):
-        return isinstance(value, (int, kind)) and not isinstance(value, bool) and abs(value) < 2**63
-    return isinstance(value, origin or kind)
-
-
-def _name(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
-
-
-def describing(what: str) -> AbstractContextManager[None]:
-    """Within, whatever stored values make a configuration raise becomes a `UserError`."""
-    return explained_as(f"not a {what} configuration of this version")

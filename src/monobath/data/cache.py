@@ -29,14 +29,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ..config import check_types, config_of
 from ..errors import UserError, reason
 from ..images import check_pixels
 from ..models.encoder import EncoderConfig
 from ..models.frozen import ForeignEncoder, without_spread
 from ..models.identity import weights_sha256
-from ..store import check_types, config_of
 from .pictures import Crops, Item
-from .sources import Sample, SampleReader, Source, is_remote, parse_label
+from .sources import Sample, Source, is_remote, parse_label, shard_members
 
 FORMAT = "monobath-latents-1"
 FACTS_FILE = "latents.json"
@@ -182,7 +182,6 @@ class LatentDataset(Dataset[Item]):
         self._starts = np.cumsum([0, *(facts.pictures for facts in self.caches)])
         self._index = [_index(folder, facts) for folder, facts in zip(self.folders, self.caches, strict=True)]
         self._chosen = np.arange(self._starts[-1])  # positions of the pictures that are in use
-        self._reader = SampleReader()
         self._kept: dict[tuple[int, int], Item] = {}
 
     @property
@@ -259,10 +258,9 @@ class LatentDataset(Dataset[Item]):
         name, shape = f"{sample:09d}", (3, facts.size, facts.size)
         item: Item = {"label": label} if facts.labels else {}
         try:
-            array = self._reader.read(Sample(f"{name}.moments.npy", str(path), offset_moments, size_moments))
-            moments = _moments_of(array)
+            moments = _moments_of(Sample(f"{name}.moments.npy", str(path), offset_moments, size_moments).read())
             if self.pictures:
-                crop = self._reader.read(Sample(f"{name}.webp", str(path), offset, size))
+                crop = Sample(f"{name}.webp", str(path), offset, size).read()
                 with Image.open(io.BytesIO(crop)) as picture:
                     check_pixels(*picture.size, facts.size**2)
                     pixels = np.array(picture.convert("RGB")).transpose(2, 0, 1)
@@ -333,16 +331,12 @@ def _index(folder: Path, facts: CacheFacts) -> np.ndarray:
     for number in range(facts.shards):
         path = shard_path(folder, number)
         try:
-            with tarfile.open(path, "r:") as shard:
-                for member in shard:
-                    key, _, kind = member.name.partition(".")
-                    if kind == "cls":
-                        content = shard.extractfile(member)
-                        assert content is not None
-                        found[int(key), 4] = parse_label(content.read(), f"{path}:{member.name}")
-                    elif kind in ("webp", "moments.npy"):
-                        column = 0 if kind == "webp" else 2
-                        found[int(key), column : column + 2] = member.offset_data, member.size
+            for key, members in shard_members(path).items():
+                for kind, column in (("webp", 0), ("moments.npy", 2)):
+                    if kind in members:
+                        found[int(key), column : column + 2] = members[kind].offset, members[kind].size
+                if facts.labels and "cls" in members:
+                    found[int(key), 4] = parse_label(members["cls"].read(), members["cls"].location)
         except (tarfile.TarError, OSError, EOFError, ValueError, IndexError) as error:
             raise UserError(f"{path} cannot be read ({error}): delete it and run the same monobath cache-latents "
                             "command again") from None  # fmt: skip

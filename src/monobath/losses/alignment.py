@@ -25,14 +25,11 @@ from torch import Tensor, nn
 from ..decoders import PixelDecoder
 from ..decoders.unet import UNet
 from ..decoders.uvit import Middle
-from ..errors import UserError
-from .perceptual import EffLiteDistance
-
-HIDDEN = 2048
-"""Width of the projector's hidden layer (REPA's)."""
+from ..errors import UserError, imported
+from .perceptual import EffLiteDistance, Frozen
 
 
-class Features(nn.Module):
+class Features(Frozen):
     """A frozen network that describes an image on a grid: `features(images, (h, w))` → `(B, width, h, w)`.
 
     The image is resized so that the network yields one feature a grid cell; features are never resampled.
@@ -44,10 +41,6 @@ class Features(nn.Module):
 
     width: int
     side: int
-
-    def train(self, mode: bool = True) -> Features:
-        """Stay in evaluation mode: the features are a fixed target."""
-        return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -77,7 +70,7 @@ class EffLiteFeatures(Features):
         self.network = EffLiteDistance("lite0")
         with torch.no_grad():
             self.width = self.network.features(torch.zeros(1, 3, 16, 16))[-1].shape[1]
-        self.eval()
+        self.freeze()
 
     def describe(self, images: Tensor) -> Tensor:
         return self.network.features(images)[-1]
@@ -99,19 +92,17 @@ class DinoFeatures(Features):
 
     def __init__(self, name: str = "facebook/dinov2-base") -> None:
         super().__init__()
+        otherwise = "or use loss.repa_features efflite"
+        transformers = imported(
+            "transformers", f"DINOv2 features need transformers: pip install 'monobath[repa]', {otherwise}"
+        )
         try:
-            from transformers import AutoModel
-        except ImportError:
-            raise UserError(
-                "DINOv2 features need transformers: pip install 'monobath[repa]', or use loss.repa_features efflite"
-            ) from None
-        try:
-            self.model: Any = AutoModel.from_pretrained(name, use_safetensors=True).float()
+            self.model: Any = transformers.AutoModel.from_pretrained(name, use_safetensors=True).float()
         except (OSError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise UserError(
                 f"DINOv2 {name!r} could not be loaded ({reason}): set loss.repa_model to a local folder that holds it, "
-                "or use loss.repa_features efflite, which works offline"
+                f"{otherwise}, which works offline"
             ) from None
         config = self.model.config
         if not isinstance(getattr(config, "patch_size", None), int):
@@ -121,8 +112,7 @@ class DinoFeatures(Features):
         self.width, self.side = config.hidden_size, config.patch_size
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
-        self.requires_grad_(False)
-        self.eval()
+        self.freeze()
 
     def describe(self, images: Tensor) -> Tensor:
         h, w = images.shape[2] // self.side, images.shape[3] // self.side
@@ -148,8 +138,9 @@ def tapped_block(decoder: PixelDecoder, number: int = 0) -> nn.Module:
     """The block whose output is aligned; that output has `config.channels[-1]` channels.
 
     Args:
-        number: a transformer block, counted from 1; 0 is SSDD's choice: block 4, or the middle one of fewer. A decoder
-            without a transformer gives its last residual block before the way up, or the first one on it.
+        number: a transformer block, counted from 1; 0 is SSDD's choice: block 5 of more than eight, else block 4, or
+            the middle one of fewer than four. A decoder without a transformer gives its last residual block before the
+            way up, or the first one on it.
 
     Raises:
         UserError: the decoder has no block of that number.
@@ -161,7 +152,7 @@ def tapped_block(decoder: PixelDecoder, number: int = 0) -> nn.Module:
         remedy = f"give a number from 1 to {count}, or 0 for the default" if count else "leave it at 0"
         raise UserError(f"loss.repa_block is {number}, but the decoder has {count} transformer blocks: {remedy}")
     if count:
-        number = number or (4 if count >= 4 else (count + 1) // 2)
+        number = number or (5 if count > 8 else 4 if count >= 4 else (count + 1) // 2)
         return blocks[number - 1]
     return decoder.hidden_block
 
@@ -193,18 +184,19 @@ class Alignment(nn.Module):
         decoder: what will be tapped. It is not kept: its parameters are not those of the loss.
         features: the frozen network.
         block: see `tapped_block`.
+        hidden: width of the projector's hidden layer (REPA's); 0: as wide as the tokens (SSDD's).
 
     Raises:
         UserError: the decoder has no such block.
     """
 
-    def __init__(self, decoder: PixelDecoder, features: Features, block: int = 0) -> None:
+    def __init__(self, decoder: PixelDecoder, features: Features, block: int = 0, hidden: int = 2048) -> None:
         super().__init__()
         tapped_block(decoder, block)  # a wrong number says so now
         self.features, self.block, self.tapped = features, block, Tap()
-        self.projector = nn.Sequential(
-            nn.Linear(decoder.config.channels[-1], HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, features.width)
-        )
+        width = decoder.config.channels[-1]
+        hidden = hidden or width
+        self.projector = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, features.width))
 
     @contextlib.contextmanager
     def tap(self, decoder: PixelDecoder) -> Iterator[None]:
