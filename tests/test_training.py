@@ -37,6 +37,7 @@ from monobath.training.ema import EMA
 from monobath.training.objectives.base import AutoencoderObjective, Draws, draw_seed
 from monobath.training.optimizers import learning_rate, make_optimizer
 from monobath.training.recipe import DecoderRecipe, TokenizerRecipe
+from monobath.training.recipes import load_recipe
 
 
 @pytest.fixture(scope="session")
@@ -244,6 +245,12 @@ def test_without_its_package_schedule_free_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "schedulefree", None)
     with pytest.raises(UserError, match=r"pip install 'monobath\[train\]', or use adamw"):
         make_optimizer(torch.nn.Linear(1, 1), OptimizerConfig(kind="radam_schedulefree"))
+
+
+def test_the_recipe_that_a_run_states_is_read_again(tmp_path, photos):
+    recipe = tiny_recipe(tmp_path / "run", photos)
+    write_recipe(tmp_path / "config.yaml", recipe)
+    assert load_recipe(str(tmp_path / "config.yaml")) == recipe
 
 
 def run_command(run: Path, photos: Path, recipe_file: Path, **popen: object) -> subprocess.Popen:

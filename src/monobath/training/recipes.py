@@ -222,6 +222,8 @@ class _Schema:
 
     def convert(self, key: str, value: Any, where: str = "") -> Any:
         """A value from a file, as the type of `key`."""
+        if value is None and type(None) in typing.get_args(self.types[key]):
+            return None
         try:
             converted = self.parser.parse_object({key: value}, defaults=False)[key]
         except ArgumentError:
