@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,7 +93,7 @@ def stats(
     if in_place:
         folder = check_writable(model)
     tokenizer = shared.load_tokenizer(model, device, "float32", encoder)
-    with _progress("pictures") as progress:
+    with shared.progress_bar("pictures") as progress:
         statistics = latent_statistics(
             tokenizer, data, size=size, limit=limit, batch_size=batch, workers=workers, max_pixels=max_pixels,
             progress=progress,
@@ -177,7 +174,7 @@ def cache_latents(
     else:
         name = model or "default"
         source = shared.load_tokenizer(name, device, "float32", encoder)
-    with _progress("crops") as progress:
+    with shared.progress_bar("crops") as progress:
         crops = Crops(
             size=size, scale=None if scale is None else (scale[0], scale[1]), flip=not no_flip, seed=seed,
             max_pixels=max_pixels, min_side=min_side,
@@ -189,17 +186,3 @@ def cache_latents(
         facts = write_cache(source, data, folder, crops, options)
     made, pictures, shards = facts.pictures * facts.copies, facts.pictures, facts.shards
     shared.write(f"{count(made, 'crop')} of {count(pictures, 'picture')} in {count(shards, 'shard')}: {folder}\n")
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int | None], None]]:
-    """Within: a bar on stderr where that is a terminal; call what is yielded with (done, in all)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(
-        *columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
-    ) as progress:  # fmt: skip
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -41,7 +41,8 @@ from ..errors import UserError
 from ..files import write_file, write_json, write_text
 from .cache_shards import Stored, write_samples
 
-T, U = TypeVar("T"), TypeVar("U")
+T = TypeVar("T")
+U = TypeVar("U")
 
 DONE, PARTIAL, SKIPPED = "done", "partial", "skipped.jsonl"
 BATCH_SIDE = 512

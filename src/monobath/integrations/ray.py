@@ -194,27 +194,33 @@ class Cluster:
     """Where work runs."""
 
     workers: int | None = None
-    """Actors; default: one for each GPU, or without them as many as fit the CPUs."""
+    """Actors; default: one for each GPU, or as many as the CPUs have threads for."""
+    gpus: bool = False
+    """Each actor has one."""
     address: str | None = None
     """Of a running Ray cluster, "auto" for the one of this machine; default: an embedded one, for this command."""
 
 
 @contextmanager
-def connected(cluster: Cluster, threads: int) -> Iterator[tuple[int, bool]]:
-    """Within: Ray is there. Yields the number of workers, and whether each has a GPU.
+def connected(cluster: Cluster, threads: int) -> Iterator[int]:
+    """Within: Ray is there. Yields the number of workers.
 
     A program that has called `ray.init` itself keeps its cluster.
 
     Raises:
-        UserError: no cluster at the address.
+        UserError: no cluster at the address, or no GPU in it.
     """
     own = not ray.is_initialized()
     if own:
+        # Its C++ part calls it an error that actors are given their networks; what fails is raised.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         options: dict[str, Any] = {"address": cluster.address}
         if cluster.address is None:  # "local" never joins a cluster that happens to run
             cores = max(os.cpu_count() or 1, (cluster.workers or 1) * threads)
             options = {"address": "local", "num_cpus": cores, "include_dashboard": False}
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            # Nothing is sent anywhere; and these workers are this command's own work, not to give way to any other.
+            for name, value in (("RAY_USAGE_STATS_ENABLED", "0"), ("RAY_worker_niceness", "0")):
+                os.environ.setdefault(name, value)
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -222,9 +228,10 @@ def connected(cluster: Cluster, threads: int) -> Iterator[tuple[int, bool]]:
             raise UserError(f"--address {cluster.address}: no Ray cluster answers there ({reason})") from None
     try:
         there = ray.cluster_resources()
-        gpus = int(there.get("GPU", 0))
-        fitting = gpus or max(1, int(there.get("CPU", 1)) // threads)
-        yield cluster.workers or fitting, gpus > 0
+        fitting = int(there.get("GPU", 0)) if cluster.gpus else max(1, int(there.get("CPU", 1)) // threads)
+        if not fitting:
+            raise UserError("the Ray cluster has no GPU: add --device cpu")
+        yield cluster.workers or fitting
     finally:
         if own:
             ray.shutdown()
@@ -249,8 +256,9 @@ def run(
     with claimed(work) as missing:
         errors: list[str] = []
         if missing:
-            with connected(cluster or Cluster(), work.threads) as (workers, gpu):
-                for report in _reports(work, missing, min(workers, len(missing)), gpu):
+            cluster = cluster or Cluster()
+            with connected(cluster, work.threads) as workers:
+                for report in _reports(work, missing, min(workers, len(missing)), cluster.gpus):
                     errors += [report.error] if report.error else []
                     if progress:
                         progress(report, len(work.shards))
@@ -263,8 +271,8 @@ def run(
 class _Worker:
     """Does shards, one at a time, with a copy of the networks."""
 
-    def __init__(self, work: Any, gpu: bool) -> None:
-        self.work: Work = ray.get(work)
+    def __init__(self, work: list[Any], gpu: bool) -> None:
+        self.work: Work = ray.get(work[0])
         torch.set_num_threads(self.work.threads)
         if gpu:
             self.work.to("cuda")
@@ -275,7 +283,7 @@ class _Worker:
 
 
 def _reports(work: Work, missing: Sequence[int], workers: int, gpu: bool) -> Iterator[Report]:
-    shared = ray.put(work)
+    shared = [ray.put(work)]  # in a list: each actor fetches it, also one that takes another's place
     for row in mapped([{"number": number} for number in missing], _Worker, (shared, gpu), workers, work.threads, gpu):
         yield Report(**json.loads(row["report"]))
 
@@ -295,7 +303,6 @@ def mapped(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = in_order
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     data = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         worker,
         fn_constructor_args=arguments,
@@ -305,4 +312,6 @@ def mapped(
         num_cpus=threads,
         num_gpus=1 if gpu else 0,
     )
+    for name in ("ray", "ray.data"):  # whose set-up of their loggers comes late
+        logging.getLogger(name).setLevel(logging.ERROR)
     yield from data.iter_rows()
