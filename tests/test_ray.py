@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,3 +120,25 @@ def test_the_callable_classes_on_rows_of_any_size(tokenizer, photos):
     for figure, image, original in zip(measured["psnr"], pictures["image"], originals, strict=True):
         expected = 10 * np.log10(255**2 / np.square(image.astype(float) - original).mean())
         assert figure == pytest.approx(expected, rel=1e-4)
+
+
+def test_eval_on_ray_gives_the_figures_of_eval(tokenizer, photos, tmp_path):
+    from monobath.evaluation.compare import Settings, evaluate
+    from monobath.evaluation.system import TokenizerSystem
+    from monobath.integrations.ray import engine
+
+    tokenizer.save_pretrained(tmp_path / "model")
+    source = tmp_path / "photos"
+    shutil.copytree(photos, source)
+    (source / "00-broken.jpg").write_bytes(b"no picture")
+    systems = [TokenizerSystem(str(tmp_path / "model"))]
+    settings = Settings(size=32, metrics=["psnr", "fd_efflite"], batch_size=4, limit=10, keep=2)
+    here, kept = evaluate(systems, str(source), settings)
+    with engine(Cluster(workers=1)) as measure:
+        there, kept_there = evaluate(systems, str(source), dataclasses.replace(settings, engine=measure))
+    assert there.names == here.names
+    assert there.skipped == here.skipped == 1
+    for key, figure in here.systems[0].figures.items():
+        assert there.systems[0].figures[key].value == pytest.approx(figure.value, rel=1e-5)
+        assert there.systems[0].figures[key].low == pytest.approx(figure.low, rel=1e-4)
+    assert kept_there.originals.equal(kept.originals)

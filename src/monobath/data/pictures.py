@@ -200,6 +200,16 @@ class PhotoDataset(_Pictures, Dataset[Item | None]):
         found = torch.nonzero(self._codes).flatten().tolist()
         return {self.samples[index].location: REASONS[int(self._codes[index])] for index in found}
 
+    @property
+    def unusable(self) -> dict[int, int]:
+        """Pictures found unusable so far: index → position in `REASONS`. Other processes' findings can be set."""
+        return {i: int(self._codes[i]) for i in torch.nonzero(self._codes).flatten().tolist()}
+
+    @unusable.setter
+    def unusable(self, found: dict[int, int]) -> None:
+        for index, code in found.items():
+            self._codes[index] = code
+
     def preload(self, *, threads: int | None = None) -> None:
         """Decode everything into the cache now, with a pool of threads (default: one per core).
 

@@ -296,7 +296,7 @@ def _bytes(path: str) -> bytes:
     import fsspec
 
     with fsspec.open(path, "rb") as file:
-        return file.read()  # type: ignore[attr-defined,no-any-return]
+        return file.read()
 
 
 @contextmanager

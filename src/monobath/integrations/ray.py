@@ -14,6 +14,7 @@ import io
 import json
 import logging
 import os
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -315,3 +316,30 @@ def mapped(
     for name in ("ray", "ray.data"):  # whose set-up of their loggers comes late
         logging.getLogger(name).setLevel(logging.ERROR)
     yield from data.iter_rows()
+
+
+@contextmanager
+def engine(cluster: Cluster, threads: int = 1) -> Iterator[Callable[[Callable[[Any], T], Sequence[Any]], Iterator[T]]]:
+    """Within: what is yielded is `map`, by actors; for `evaluation.compare.Settings`."""
+    with connected(cluster, threads) as workers:
+
+        def mapping(function: Callable[[Any], T], items: Sequence[Any]) -> Iterator[T]:
+            arguments = ([ray.put(function)], threads)
+            rows = [{"item": pickle.dumps(item)} for item in items]
+            many = min(workers, len(rows))
+            for row in mapped(rows, _Caller, arguments, many, threads, False, in_order=True):
+                yield pickle.loads(row["result"])
+
+        yield mapping
+
+
+class _Caller:
+    """Calls a function that the driver has put into the object store."""
+
+    def __init__(self, function: list[Any], threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.function = ray.get(function[0])
+
+    def __call__(self, rows: Rows) -> Rows:
+        found = [pickle.dumps(self.function(pickle.loads(item))) for item in rows["item"]]
+        return {"result": np.array(found, dtype=object)}

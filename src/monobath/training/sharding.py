@@ -99,7 +99,7 @@ class Sharding:
                 state[name] = gathered.cpu()
         if not main:
             return None
-        model = self.kind(self.ema.model.config)  # type: ignore[call-arg]
+        model = self.kind(self.ema.model.config)
         load_strictly(model, state, "the average")
         if isinstance(getattr(self.model, "encoder", None), ForeignEncoder):
             model.encoder = self.model.encoder
