@@ -30,11 +30,11 @@ class Plan:
     """Pictures in a shard."""
     picture_bytes: float = 110e3
     """Of a JPEG of about half a megapixel."""
-    read: float = 0.012
+    read: float = 0.011
     """Seconds of one core to decode a picture."""
     readers: int = 1
     """Cores that decode for a worker."""
-    network: float = 0.3
+    network: float = 0.41
     """Seconds for a picture."""
     overlapped: bool = False
     """Pictures are decoded while the network runs, as on a GPU."""

@@ -297,3 +297,17 @@ def test_whole_pictures_are_not_for_training(tokenizer, photos, tmp_path, capsys
     tiny_tokenizer(1).save_pretrained(other)
     assert main(["decode-dataset", str(out), "--out", str(tmp_path / "back"), "--model", str(other)]) == 2
     assert "choose a model that shares it" in capsys.readouterr().err
+
+
+def test_frechet_sums_do_not_grow_with_the_pictures():
+    from monobath.evaluation.frechet import HalfSampled
+
+    def held(sums: HalfSampled) -> int:
+        return sum(t.nbytes for part in (sums.whole, *sums.halves) for t in (part.count, part.total, part.outer))
+
+    sums = HalfSampled(8)
+    empty = held(sums)
+    for start in range(0, 50_000, 5000):
+        sums.update(torch.randn(5000, 2, 8), range(start, start + 5000))
+    assert held(sums) == empty
+    assert int(sums.whole.count) == 100_000

@@ -124,6 +124,8 @@ def test_the_callable_classes_on_rows_of_any_size(tokenizer, photos):
 
 def test_eval_on_ray_gives_the_figures_of_eval(tokenizer, photos, tmp_path):
     from monobath.evaluation.compare import Settings, evaluate
+    from monobath.evaluation.metrics import SetMetric
+    from monobath.evaluation.results import MetricInfo
     from monobath.evaluation.system import TokenizerSystem
     from monobath.integrations.ray import engine
 
@@ -132,7 +134,10 @@ def test_eval_on_ray_gives_the_figures_of_eval(tokenizer, photos, tmp_path):
     shutil.copytree(photos, source)
     (source / "00-broken.jpg").write_bytes(b"no picture")
     systems = [TokenizerSystem(str(tmp_path / "model"))]
-    settings = Settings(size=32, metrics=["psnr", "fd_efflite"], batch_size=4, limit=10, keep=2)
+    colours = SetMetric(info=MetricInfo(key="fd_colours", label="FD of colours", details="", kind="set", better="lower",
+                                          interval=""), dim=3,
+                        features=lambda images, indices: images.float().mean((2, 3))[:, None])  # fmt: skip
+    settings = Settings(size=32, metrics=["psnr", colours], batch_size=4, limit=10, keep=2)
     here, kept = evaluate(systems, str(source), settings)
     with engine(Cluster(workers=1)) as measure:
         there, kept_there = evaluate(systems, str(source), dataclasses.replace(settings, engine=measure))

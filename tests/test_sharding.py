@@ -141,7 +141,7 @@ def fall(self):
     step(self)
 Run.step = fall
 recipe = recipe_of(out / "run")
-recipe.training.checkpoint_every = 1
+recipe.training.checkpoint_every, recipe.training.sample_every, recipe.training.shard = 3, 0, True
 train(recipe)
 """
 )

@@ -39,6 +39,7 @@ from .optimizers import (
 )
 from .progress import Progress
 from .recipe import Recipe, TokenizerRecipe
+from .rejoining import rejoin
 from .stopping import Stopping
 from .tasks import Place, task_of
 
@@ -391,6 +392,7 @@ def _accelerator(recipe: Recipe) -> Any:
         raise UserError('training.precision is "fp16", which needs a GPU: use bf16 or fp32')
     # accelerate remembers the precision of a process' first run; a second run may want another.
     AcceleratorState._reset_state()
+    rejoin()
     return Accelerator(
         mixed_precision=precision, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
     )
