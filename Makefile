@@ -15,7 +15,7 @@ demo: ## reconstruct the packaged photos with the packaged weights: runs/demo/
 	@PYTHON="$(PYTHON)" scripts/with-venv base demo $(BIN)/monobath demo --out runs/demo $(ARGS)
 
 test: ## run the tests (ARGS="-k NAME" chooses)
-	@PYTHON="$(PYTHON)" HF_HUB_OFFLINE=1 scripts/with-venv dev test $(BIN)/python -m pytest $(ARGS)
+	@PYTHON="$(PYTHON)" HF_HUB_OFFLINE=1 scripts/with-venv dev test $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 check: ## lint, format and types
 	@PYTHON="$(PYTHON)" scripts/with-venv dev check scripts/check

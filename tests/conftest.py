@@ -21,6 +21,15 @@ from monobath.training import Recipe
 from monobath.training.objectives.base import Batch, Draws, Judge, Losses
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Several processes of several threads each would fight for the cores: those of `-n` share them."""
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if processes > 1:
+        threads = max(1, (os.cpu_count() or 1) // processes)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that tests start
+        torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

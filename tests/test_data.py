@@ -25,11 +25,13 @@ from monobath.data import (
     make_dataset,
     make_loader,
 )
+from monobath.data.resident import ResidentPictures
 from monobath.data.sources import SampleReader, remote_urls
 from monobath.data.transforms import (
     center_crop,
     crop_resized,
-    random_crop,
+    cut,
+    draw_place,
     resized_size,
     sample_generator,
     shrink,
@@ -240,6 +242,10 @@ def test_random_scale_covers_its_range_and_no_more(monkeypatch):
         crop = random_crop(image, size=16, scale=(16, 20), flip=True, generator=generator)
         assert crop.shape == (3, 16, 16)
     assert set(seen) == {16, 17, 18, 19, 20}
+
+
+def random_crop(image, *, size, **drawn):
+    return cut(image, draw_place(*image.size, size=size, **drawn), size)
 
 
 def test_flips_are_mirrored_crops_half_of_the_time():
@@ -531,3 +537,19 @@ def test_stream_without_pictures_is_an_error(tmp_path):
         next(iterate_eval(StreamDataset(source, Crops(size=16, augment=False)), batch_size=1))
     with pytest.raises(UserError, match="cache=True cannot be used"):
         make_dataset(source, Crops(size=16), cache=True)
+
+
+@pytest.mark.parametrize("scale", [(16, 16), (16, 40), (48, 70)])
+def test_crops_on_the_device_are_those_of_the_dataset(folder, scale):
+    dataset = PhotoDataset(folder, Crops(size=16, scale=scale, seed=3), cache=True)
+    dataset.preload()
+    keys = [(epoch, index) for epoch in range(12) for index in range(len(dataset))]
+    expected = torch.stack([dataset[key]["image"] for key in keys]).float()
+    resident = ResidentPictures(dataset, "cpu")
+    items = [dataset[key] for key in keys]
+    assert all("image" not in item for item in items)
+    found = resident.crops(torch.stack([item["place"] for item in items]))
+    assert found.dtype == torch.uint8
+    # Pillow rounds between both directions, and holds boxes in float32.
+    assert (found.float() - expected).abs().max() <= 3
+    assert (found.float() - expected).abs().mean() < 0.3

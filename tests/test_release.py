@@ -86,7 +86,7 @@ def test_a_decoder_of_foreign_latents_in_sittings(photos, tmp_path):
         save_file({k: v.contiguous() for k, v in module.state_dict().items()}, folder / f"taef2_{part}.safetensors")
     small = ["data.size=32", "data.scale=[48, 56]", "loss.perceptual=0", "training.steps=2", "training.batch_size=2"]
     small += ["training.compile=false", "training.precision=fp32", "data.workers=0"]
-    given = ["train", "flux2", "--data", photos, "--minutes", "0", "--limit", "4", "--encode-size", "48"]
+    given = ["train", "flux2-slim", "--data", photos, "--minutes", "0", "--limit", "4", "--encode-size", "48"]
     found = release(*given, "--out", tmp_path / "out", "--encoder", f"taef2={folder}", "--set", *small)
     assert found.returncode == 0, found.stderr
     assert "latents cached in" in found.stdout
@@ -102,10 +102,26 @@ def test_a_decoder_of_foreign_latents_in_sittings(photos, tmp_path):
     assert "add --encoder KIND=WHERE" in found.stderr
 
 
+def test_as_many_steps_as_fit(photos, tmp_path):
+    """A decoder with a context, its encoder run in each step: the schedule ends with the sitting."""
+    save_file(taesd.taesd_encoder(6, channels=8).state_dict(), tmp_path / "taef2_encoder.safetensors")
+    small = ["data.size=32", "data.scale=[32, 48]", "data.workers=0", "loss.perceptual=0", "training.batch_size=2",
+             "training.precision=fp32", "model.decoder.size=custom", "model.decoder.patch=4", "model.decoder.context=4",
+             "model.decoder.channels=[8, 8]", "model.decoder.up=[1, 1]"]  # fmt: skip
+    given = ["train", "flux2", "--data", photos, "--encoder", f"taef2={tmp_path}", "--fill", "--limit", "4"]
+    found = release(*given, "--minutes", "0.02", "--out", tmp_path / "out", "--set", *small)
+    assert found.returncode == 0, found.stderr
+    planned = int(found.stdout.partition("ms a step: ")[2].partition(" ")[0])
+    figures = json.loads((tmp_path / "out/back/figures.json").read_text(encoding="utf-8"))
+    assert figures["of"] == planned
+    assert 1 <= figures["step"] <= planned
+
+
 def test_mistakes_are_one_line(recipe, photos, tmp_path):
     for arguments, words in (
         (["train", "no-such-recipe", "--data", photos, "--out", tmp_path / "out"], "is neither packaged nor"),
         (["train", recipe, "--data", tmp_path / "nothing", "--out", tmp_path / "out"], "nothing"),
+        (["train", recipe, "--data", photos, "--out", tmp_path / "out", "--fill", "--minutes", "0"], "--fill plans"),
         (["export", tmp_path, "--out", tmp_path / "model"], "holds no state.00"),
         (["luggage", "--out", tmp_path / "bag", "--files", tmp_path / "nothing", "--no-wheels"], "does not exist"),
     ):
@@ -160,7 +176,7 @@ def test_the_releases_have_recipes():
     assert default.model.encoder == baseline.model.encoder
     for name in ("data", "training"):
         assert getattr(default, name) == getattr(baseline, name)
-    progressive, flux2 = load_recipe("progressive"), load_recipe("flux2")
+    progressive, flux2 = load_recipe("progressive"), load_recipe("flux2-slim")
     assert (progressive.model.decoder.stages, progressive.model.sampler.stages) == (3, 1)
     assert progressive.scales.union
     same = dataclasses.replace(progressive.model.decoder, stages=1)

@@ -22,12 +22,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .flow import Prediction, _over
-from .sampling import time_grid
 
 Predict = Callable[[Tensor, Tensor, int], Tensor]
 """`(state (B, 3, h, w), noise level (B,), stage) → raw prediction (B, 3, h, w)`."""
@@ -132,6 +130,12 @@ class Stage:
         moved = moved + _over(coarse_next - ratio * coarse, state) * up(down(prediction))
         return _over(ratio, state) * state + moved
 
+    def detail_share(self, level: Tensor) -> Tensor:
+        """(1−τ)(1−e), the share of x − P x in the state at noise level ν_τ; that of P x is 1 − ν_τ."""
+        if self.start == 1:
+            return 1 - level
+        return (self.start - level) / (self.start - self.end) * (1 - self.end)
+
     def _shares(self, tau: Tensor) -> tuple[Tensor, Tensor | None]:
         """Factors of x and of P x in m_τ; None where the latter is 0 throughout."""
         return (1 - tau) * (1 - self.end), tau * (1 - self.start) if self.start < 1 else None
@@ -197,49 +201,15 @@ class ScaleSchedule:
         return 2 ** (self.stages - 1) * max(1, token_side // factor)
 
 
-def integrate(
-    predict: Predict, state: Tensor, stage: Stage, times: Sequence[Tensor], kind: Prediction
-) -> tuple[Tensor, Tensor]:
+def integrate(predict: Predict, state: Tensor, stage: Stage, times: Sequence[Tensor], kind: Prediction) -> Tensor:
     """Euler steps within a stage.
 
     Args:
         times: local times `(B,)` each, from the state's down to the last.
 
     Returns:
-        The state at the last time, and the clean image that the last prediction means.
+        The state at the last time.
     """
     for tau, tau_next in itertools.pairwise(times):
-        prediction = predict(state, stage.level(tau), stage.index)
-        preview = stage.clean(prediction, state, tau, kind)
-        state = stage.step(prediction, state, tau, tau_next, kind)
-    return state, preview
-
-
-def sample(
-    predict: Predict,
-    fields: Sequence[Tensor],
-    schedule: ScaleSchedule,
-    *,
-    kind: Prediction,
-    steps: int = 1,
-    power: float = 2.0,
-) -> Iterator[Tensor]:
-    """From noise to the image, stage by stage.
-
-    Args:
-        fields: white noise of each stage's size, see `noise_pyramid`.
-        steps: Euler steps a stage.
-        power: exponent of each stage's time grid.
-
-    Yields:
-        Each stage's clean image as soon as it exists, `(B, 3, h, w)`, not clipped; the last one is the picture.
-    """
-    state = fields[0]
-    grid = time_grid(steps, power).to(device=state.device, dtype=torch.float32)
-    times = [tau.expand(len(state)) for tau in grid]
-    for stage in schedule:
-        state, preview = integrate(predict, state, stage, times, kind)
-        last = stage.index == len(schedule) - 1
-        yield state if last else preview
-        if not last:
-            state = schedule.hand_over(state, stage.index, fields[stage.index + 1])
+        state = stage.step(predict(state, stage.level(tau), stage.index), state, tau, tau_next, kind)
+    return state

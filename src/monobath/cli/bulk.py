@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..errors import UserError
 from ..words import count
 from . import shared
-from .shared import MAX_PIXELS, DType, progress_bar
+from .shared import MAX_PIXELS, DType
 
 if TYPE_CHECKING:
     from ..data.bulk import Report, Work
@@ -173,15 +173,17 @@ def _kind_of_device(device: str) -> str:
 
 
 def _run(work: Work, workers: int | None, address: str | None) -> None:
+    from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
+
     from ..integrations.ray import Cluster, run
 
     done: list[Report] = []
     start = time.monotonic()
-    with progress_bar("shards") as progress:
+    with shared.progress(BarColumn, MofNCompleteColumn, TimeRemainingColumn) as update:
 
         def tell(report: Report, total: int) -> None:
             done.append(report)
-            progress(len(done), total)
+            update(description="shards", completed=len(done), total=total)
 
         reports = run(work, Cluster(workers=workers, address=address, gpus=_wants_gpus(work)), tell)
     if not reports:

@@ -37,7 +37,7 @@ from .sources import (
     picture_extension,
     remote_urls,
 )
-from .transforms import center_crop, mix_seed, random_crop, sample_generator, shrink
+from .transforms import Place, center_crop, cut, draw_place, mix_seed, sample_generator, shrink
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +111,12 @@ class Crops:
         """uint8 `(3, size, size)`."""
         if not self.augment:
             return center_crop(image, size=self.size)
+        return cut(image, self.place(*image.size, epoch, index), self.size)
+
+    def place(self, width: int, height: int, epoch: int, index: int) -> Place:
+        """Where the crop of an epoch lies in picture `index`, of that size in pixels."""
         generator = sample_generator(seed=self.seed, epoch=epoch, index=index)
-        return random_crop(image, size=self.size, scale=self.lengths, flip=self.flip, generator=generator)
+        return draw_place(width, height, size=self.size, scale=self.lengths, flip=self.flip, generator=generator)
 
 
 class _Pictures:
@@ -167,6 +171,9 @@ class PhotoDataset(_Pictures, Dataset[Item | None]):
         UserError: as `sources.find_samples`, or settings that contradict each other.
     """
 
+    places = False
+    """Items say where a crop lies; see `release`."""
+
     def __init__(self, source: Source, crops: Crops, *, cache: bool = False, labels: bool = False) -> None:
         self.samples = find_samples(source, labels=labels)
         super().__init__(source, crops, labels, slots=len(self.samples))
@@ -197,18 +204,16 @@ class PhotoDataset(_Pictures, Dataset[Item | None]):
     @property
     def skipped(self) -> dict[str, str]:
         """Pictures found unusable so far, by any process: location → reason (one of `REASONS`)."""
-        found = torch.nonzero(self._codes).flatten().tolist()
-        return {self.samples[index].location: REASONS[int(self._codes[index])] for index in found}
+        return {self.samples[index].location: REASONS[code] for index, code in self.unusable.items()}
 
     @property
     def unusable(self) -> dict[int, int]:
-        """Pictures found unusable so far: index → position in `REASONS`. Other processes' findings can be set."""
+        """Pictures found unusable so far: index → position in `REASONS`. What other processes found can be set."""
         return {i: int(self._codes[i]) for i in torch.nonzero(self._codes).flatten().tolist()}
 
     @unusable.setter
     def unusable(self, found: dict[int, int]) -> None:
-        for index, code in found.items():
-            self._codes[index] = code
+        self._codes[list(found)] = torch.tensor(list(found.values()), dtype=torch.uint8)
 
     def preload(self, *, threads: int | None = None) -> None:
         """Decode everything into the cache now, with a pool of threads (default: one per core).
@@ -226,17 +231,32 @@ class PhotoDataset(_Pictures, Dataset[Item | None]):
         memory = sum(picture.nbytes for picture in self._pictures if picture is not None)
         logger.info("cached %d pictures, %.0f MiB", len(self) - self.skipped_count, memory / 2**20)
 
-    def _item(self, picture: Image.Image, epoch: int, index: int, used: int) -> Item:
-        sample = self.samples[used]
-        return self._finished(self.crops.cut(picture, epoch, index), used, sample.label, sample.name)
+    def release(self) -> list[np.ndarray | None]:
+        """Hand over the cached pictures, uint8 `(H, W, 3)` each, None for an unusable one. From here on items have
+        `place` (int64 `(5,)`: picture, short side, left, top, mirrored; see `transforms.Place`) in place of `image`."""
+        pictures, self.places = self._pictures, True
+        # Their sizes are all that is needed from here on: such arrays hold no memory.
+        self._pictures = [None if p is None else np.broadcast_to(np.uint8(0), p.shape) for p in pictures]
+        return pictures
 
-    def _picture(self, index: int) -> Image.Image | None:
-        """The decoded picture, or None if it is unusable."""
+    def _item(self, picture: Image.Image | tuple[int, int], epoch: int, index: int, used: int) -> Item:
+        sample = self.samples[used]
+        if isinstance(picture, Image.Image):
+            return self._finished(self.crops.cut(picture, epoch, index), used, sample.label, sample.name)
+        item = self._finished(torch.empty(0), used, sample.label, sample.name)
+        item["place"] = torch.tensor([used, *self.crops.place(*picture, epoch, index)])
+        del item["image"]
+        return item
+
+    def _picture(self, index: int) -> Image.Image | tuple[int, int] | None:
+        """The decoded picture, or its width and height where others hold the pixels; None if it is unusable."""
         if self._codes.numpy()[index]:
             return None
         if self.cache:
             pixels = self._fill(index)
-            return None if pixels is None else Image.fromarray(pixels)
+            if pixels is None or self.places:
+                return None if pixels is None else (pixels.shape[1], pixels.shape[0])
+            return Image.fromarray(pixels)
         return self._load(index)
 
     def _fill(self, index: int) -> np.ndarray | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -52,10 +53,19 @@ def crop_resized(image: Image.Image, *, short: int, size: int, left: int, top: i
     return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
 
-def random_crop(
-    image: Image.Image, *, size: int, scale: tuple[int, int], flip: bool, generator: np.random.Generator
-) -> Tensor:
-    """Random scale, crop and flip: RGB image → uint8 `(3, size, size)`.
+class Place(NamedTuple):
+    """Where a training crop lies: the picture's short side is resized to `short`, then the crop is cut."""
+
+    short: int
+    left: int
+    top: int
+    mirrored: bool
+
+
+def draw_place(
+    width: int, height: int, *, size: int, scale: tuple[int, int], flip: bool, generator: np.random.Generator
+) -> Place:
+    """A random place in a picture of that size, in pixels.
 
     The short side is resized to an integer drawn uniformly from `scale` (both ends included), a size × size
     crop is drawn uniformly, and, if `flip`, mirrored left-right half of the time. Always four draws, so that
@@ -64,10 +74,15 @@ def random_crop(
     lo, hi = scale
     draws = generator.random(4)
     short = lo + int(draws[0] * (hi - lo + 1))
-    width, height = resized_size(*image.size, short)
+    width, height = resized_size(width, height, short)
     left, top = int(draws[1] * (width - size + 1)), int(draws[2] * (height - size + 1))
-    crop = crop_resized(image, short=short, size=size, left=left, top=top)
-    return _to_tensor(crop, mirrored=flip and bool(draws[3] < 0.5))
+    return Place(short, left, top, flip and bool(draws[3] < 0.5))
+
+
+def cut(image: Image.Image, place: Place, size: int) -> Tensor:
+    """The crop at a place of an RGB image: uint8 `(3, size, size)`."""
+    crop = crop_resized(image, short=place.short, size=size, left=place.left, top=place.top)
+    return _to_tensor(crop, mirrored=place.mirrored)
 
 
 def center_crop(image: Image.Image, *, size: int) -> Tensor:

@@ -157,7 +157,7 @@ class UNet(PixelDecoder):
         self.add_trunk()
         widths = config.channels
         time, last = 4 * widths[0], len(widths) - 1
-        self.conv_in = Conv2d(3 * config.patch**2 + config.read_channels, widths[0], config.padding)
+        self.conv_in = Conv2d(3 * config.patch**2 + config.known_channels, widths[0], config.padding)
         width = self.add_context()
         self.modulated = width > 0
         self.time = nn.Sequential(nn.Linear(widths[0], time), nn.SiLU(), nn.Linear(time, time))

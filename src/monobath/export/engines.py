@@ -68,8 +68,8 @@ class EngineDecoder(PixelDecoder):
     def __init__(self, source: PixelDecoder, noise: Noise, run: Run) -> None:
         super().__init__(source.config)
         self.fixed, self.run = noise, run
-        # A trunk inside the program takes its statistics over a tile: such tiles are never exact.
-        self.source = None if source.config.trunk else (source,)
+        # A trunk or a context inside the program takes its statistics over a tile: such tiles are never exact.
+        self.source = None if source.config.trunk or source.config.context else (source,)
 
     trains = False
 

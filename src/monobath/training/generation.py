@@ -89,7 +89,7 @@ class GenerationTask(Task):
     def __init__(self, recipe: GeneratorRecipe, place: Place) -> None:
         self.recipe, self.place = recipe, place
         ours, folder = recipe.generator, recipe.data.source[0]
-        cache = open_cache(recipe.data.source, crops_of(recipe), memory=recipe.data.cache)
+        cache = open_cache(recipe.data.source, crops_of(recipe), memory=bool(recipe.data.cache))
         if ours.conditional and not cache.labels:
             raise UserError(f"{folder} has no labels: {NO_LABELS}; or set generator.conditional to false")
         self.dataset = cache.for_generation(ours.classes)

@@ -82,10 +82,6 @@ class Run:
         training = recipe.training
         self.stopping = Stopping(training.minutes)
         self.recipe, self.folder = recipe, Path(recipe.run)
-        if training.shard:
-            from .sharding import check
-
-            check(recipe)
         self.accelerator = _accelerator(recipe)
         self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -113,7 +109,7 @@ class Run:
             from .sharding import Sharding
 
             self.task.resumed()  # a frozen encoder is the same in every checkpoint
-            self.sharding = Sharding(self.objective, self.model, self.ema, self.accelerator)
+            self.sharding = Sharding(recipe, self.objective, self.model, self.ema, self.accelerator)
         self.optimizer: Any = make_optimizer(self.objective, recipe.optimizer)
         self.schedule_free = is_schedule_free(self.optimizer)
         self.adversary = None
@@ -169,7 +165,14 @@ class Run:
 
     @cached_property
     def _batches(self) -> Iterator[dict[str, Tensor]]:
-        """The batches that are left."""
+        return self.batches()
+
+    def batches(self) -> Iterator[dict[str, Tensor]]:
+        """The batches that are left, of this process: the recipe's data, unless a subclass takes them from elsewhere.
+
+        Yields:
+            `image`, uint8 `(B, 3, size, size)` on any device, and what else `make_loader` yields.
+        """
         loader = make_loader(
             self.dataset,
             batch_size=self.micro,
@@ -234,7 +237,7 @@ class Run:
         in_a_row = (self.bad[0] + 1) * bad
         self.bad = torch.stack([in_a_row, torch.maximum(self.bad[1], in_a_row), self.bad[2] + bad])
         with evaluation_weights(self.optimizer.optimizer):
-            if self.done < training.ema_start * training.steps:
+            if self.done < (training.ema_start_steps or training.ema_start * training.steps):
                 self.ema.copy(self.model)
             else:
                 self.ema.update(self.model)
@@ -282,11 +285,7 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint."""
         if self.sharding is not None:
-            facts = {"recipe": self.recipe.to_dict(), "anew": self.anew}
-            self.sharding.save(
-                self.folder, self.done, self.optimizer.optimizer, self._loss_parameters(), facts,
-                keep=self.recipe.training.keep,
-            )  # fmt: skip
+            self.sharding.save(self.folder, self.done, self.optimizer.optimizer, self._loss_parameters(), self.anew)
         elif self.main:
             scaler, optimizer = self.accelerator.scaler, self.optimizer.optimizer
             # A checkpoint holds the weights to evaluate; where those to train are others, it holds them too.
@@ -342,6 +341,7 @@ class Run:
         try:
             if trainer.get("kind", "adamw") != self.recipe.optimizer.kind:
                 raise ValueError(f"its optimizer is {trainer.get('kind', 'adamw')}")
+            self.optimizer = make_optimizer(self.objective, self.recipe.optimizer, like=trainer["optimizer"])
             own, saved = self._loss_parameters(), trainer.get("losses", {})
             if {n: p.shape for n, p in own.items()} != {n: p.shape for n, p in saved.items()}:
                 raise ValueError("its losses train other parameters")

@@ -71,6 +71,7 @@ class Sharding:
     """What a run does otherwise where `training.shard` is set.
 
     Args:
+        recipe: of the run.
         objective, ema: of the run, on their device; they are sharded in place.
         accelerator: of the run.
 
@@ -78,8 +79,9 @@ class Sharding:
         model: what is trained.
     """
 
-    def __init__(self, objective: Any, model: Any, ema: EMA, accelerator: Any) -> None:
-        self.objective, self.model, self.ema, self.accelerator = objective, model, ema, accelerator
+    def __init__(self, recipe: Any, objective: Any, model: Any, ema: EMA, accelerator: Any) -> None:
+        check(recipe)
+        self.recipe, self.objective, self.model, self.ema, self.accelerator = recipe, objective, model, ema, accelerator
         self.kind = type(ema.model)  # before FSDP2 gives it a class of its own
         for module in (objective, ema.model):
             shard(module, accelerator.device)
@@ -115,15 +117,13 @@ class Sharding:
             "optimizer": get_optimizer_state_dict(self.objective, optimizer),
         }
 
-    def save(
-        self, run: Path, step: int, optimizer: Any, losses: dict[str, Tensor], facts: dict[str, Any], keep: int
-    ) -> None:
-        """Write `checkpoints/step-N/`, each process its part, and remove all but the newest `keep`.
+    def save(self, run: Path, step: int, optimizer: Any, losses: dict[str, Tensor], anew: int) -> None:
+        """Write `checkpoints/step-N/`, each process its part, and remove all but the newest `training.keep`.
 
         Args:
             optimizer: torch's own.
             losses: what trains but is no part of the model.
-            facts: plain values for `state.json`.
+            anew: see `optimizers.learning_rate`.
 
         Raises:
             UserError: it cannot be written; the checkpoint before is whole.
@@ -138,14 +138,14 @@ class Sharding:
         except (OSError, dcp.CheckpointException) as error:
             raise UserError(f"could not write {path} ({error}): free some space or choose another folder") from error
         if self.accelerator.is_main_process:
-            facts = {"step": step, "ema_updates": self.ema.updates, **facts}
+            facts = {"step": step, "ema_updates": self.ema.updates, "recipe": self.recipe.to_dict(), "anew": anew}
             (partial / "state.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
             shutil.rmtree(path, ignore_errors=True)
             os.rename(partial, path)
-            remove_old(run, keep)
+            remove_old(run, self.recipe.training.keep)
 
     def load(self, path: Path, optimizer: Any, losses: dict[str, Tensor]) -> dict[str, Any]:
-        """Restore everything, from any number of processes; returns the `facts` that were saved.
+        """Restore everything, from any number of processes; returns what `state.json` says.
 
         Raises:
             UserError: a checkpoint of another architecture, a corrupt one, or one that is not sharded.

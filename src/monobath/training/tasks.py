@@ -17,15 +17,17 @@ import torch
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
-from ..data import Crops, LatentDataset, StreamDataset, iterate_eval, make_dataset
+from ..data import Crops, LatentDataset, PhotoDataset, StreamDataset, iterate_eval, make_dataset
 from ..data.cache import check_encoder, open_cache, stored_moments
+from ..data.resident import ResidentPictures
 from ..errors import UserError
 from ..images import to_float
 from ..models.identity import weights_sha256
+from ..sampling import time_grid
 from ..tokenizer import Tokenizer, TokenizerConfig
 from .initialise import AnyDataset, make_tokenizer
 from .objectives.base import AutoencoderObjective, Batch, Draws, Losses
-from .recipe import DistillationRecipe, Recipe, TokenizerRecipe
+from .recipe import DistillationRecipe, Recipe, TokenizerRecipe, only_times
 from .samples import SampleCache
 
 
@@ -112,6 +114,7 @@ class TokenizerTask(Task):
     """A tokenizer, or its decoder alone, learns from pictures or from cached latents."""
 
     samples: SampleCache | None = None
+    resident: ResidentPictures | None = None
 
     def __init__(self, recipe: TokenizerRecipe, place: Place) -> None:
         self.recipe, self.place = recipe, place
@@ -122,9 +125,10 @@ class TokenizerTask(Task):
                     "data.latents is true with training.train_encoder true: cached latents are those of a frozen "
                     "encoder; set training.train_encoder to false, or data.latents to false"
                 )
-            self.dataset = open_cache(data.source, crops_of(recipe), memory=data.cache, windows=True)
+            whole = bool(recipe.model.decoder.context)  # a window's statistics are not those of the picture
+            self.dataset = open_cache(data.source, crops_of(recipe), memory=bool(data.cache), windows=not whole)
         else:
-            self.dataset = make_dataset(data.source, crops_of(recipe), cache=data.cache)
+            self.dataset = make_dataset(data.source, crops_of(recipe), cache=bool(data.cache))
         self.examples = self._examples() if place.main and training.sample_every else None
 
     def build(self) -> None:
@@ -161,6 +165,7 @@ class TokenizerTask(Task):
         if not recipe.distill.teacher:
             raise UserError(f"recipe {recipe.name} names no teacher: add distill.teacher")
         teacher = Tokenizer.from_pretrained(recipe.distill.teacher)
+        _check_times(recipe, teacher)
         if recipe.scales is not None:
             return StagedDistillation(self.model, teacher, recipe.loss, recipe.distill, recipe.scales)
         objective = DistillationObjective(self.model, teacher, recipe.loss, recipe.distill)
@@ -182,7 +187,8 @@ class TokenizerTask(Task):
 
     def batch(self, loaded: dict[str, Tensor], seed: int, position: int) -> Batch:
         place = self.place
-        x = to_float(loaded["image"].to(place.device, non_blocking=True))
+        pixels = loaded["image"] if self.resident is None else self.resident.crops(loaded["place"])
+        x = to_float(pixels.to(place.device, non_blocking=True))
         moments = stored_moments(loaded)
         moments = None if moments is None else moments.to(place.device, non_blocking=True)
         if self.recipe.training.channels_last:
@@ -208,6 +214,8 @@ class TokenizerTask(Task):
     def resumed(self) -> None:
         if isinstance(self.dataset, LatentDataset):
             check_encoder(self.dataset, self.model.encoder)
+        elif self.recipe.data.cache == "device" and isinstance(self.dataset, PhotoDataset):
+            self.resident = ResidentPictures(self.dataset, self.place.device)
 
     def has_model(self, before: Mapping[str, Any]) -> bool:
         same_kind = before.get("trains") != "generator"
@@ -247,3 +255,18 @@ def crops_of(recipe: Recipe) -> Crops:
         size=data.size, scale=(data.scale[0], data.scale[1]), flip=data.flip, seed=recipe.training.seed,
         max_pixels=data.max_pixels, min_side=data.min_side,
     )  # fmt: skip
+
+
+def _check_times(recipe: DistillationRecipe, teacher: Tokenizer) -> None:
+    """Raises `UserError` where the teacher would be sampled at other times than it has learned at."""
+    distill, anywhere = recipe.distill, recipe.scales is not None and recipe.scales.renoise
+    known = only_times(Tokenizer.training_of(distill.teacher).get("recipe") or {})
+    asked = time_grid(distill.steps, distill.power or teacher.config.sampler.power)[:-1].tolist()
+    if known and (anywhere or not set(asked) <= set(known)):
+        times = " and ".join(f"{time:g}" for time in known)
+        raise UserError(
+            f"distill.teacher {distill.teacher} was trained at t = {times} alone, and cannot be sampled "
+            + ("from any other (scales.renoise)" if anywhere else f"in {distill.steps} steps")
+            + ": name one that was trained at all times (times.ones below 1)"
+            + ("" if anywhere else ", or set distill.steps to 1")
+        )
