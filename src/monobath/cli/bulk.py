@@ -81,12 +81,13 @@ def encode_dataset(
     _need_ray()
     import torch
 
+    from ..autoencoders import as_encoder
     from ..data import Crops
     from ..data.bulk_encoding import BulkEncoding, EncodingWork
 
     network: Tokenizer | ForeignEncoder
     if encoder is not None and model is None:
-        network, name = shared.read_encoder(encoder, "cpu"), encoder
+        network, name = as_encoder(encoder), encoder
     else:
         name = model or "default"
         network = shared.load_tokenizer(name, "cpu", "float32", encoder)
