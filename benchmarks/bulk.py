@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from monobath import Tokenizer
+from monobath import Tokenizer, resources
 from monobath.data import find_samples
 from monobath.data.bulk import Report, claimed, finish, run_shard
 from monobath.data.bulk_encoding import BulkEncoding, EncodingWork
@@ -62,7 +62,8 @@ def unpacked(source: list[str], folder: Path, limit: int | None) -> Path:
 def work_of(given: argparse.Namespace, photos: Path, name: str) -> EncodingWork:
     folder = given.out / name
     shutil.rmtree(folder, ignore_errors=True)
-    how = BulkEncoding(pictures_a_shard=given.shard, model=given.model)
+    # As the command names it.
+    how = BulkEncoding(pictures_a_shard=given.shard, model=resources.versioned_name(given.model) or given.model)
     return EncodingWork(Tokenizer.from_pretrained(given.model), str(photos), folder, how)
 
 
