@@ -28,7 +28,6 @@ from monobath import Tokenizer, resources
 from monobath.data import find_samples
 from monobath.data.bulk import Report, claimed, finish, run_shard
 from monobath.data.bulk_encoding import BulkEncoding, EncodingWork
-from monobath.data.sources import SampleReader
 
 
 def main() -> None:
@@ -53,9 +52,8 @@ def main() -> None:
 def unpacked(source: list[str], folder: Path, limit: int | None) -> Path:
     """The pictures as files, so that shards are small enough to share out."""
     folder.mkdir(parents=True)
-    reader = SampleReader()
     for number, sample in enumerate(find_samples(source)[:limit]):
-        (folder / f"{number:06d}{Path(sample.name).suffix}").write_bytes(reader.read(sample))
+        (folder / f"{number:06d}{Path(sample.name).suffix}").write_bytes(sample.read())
     return folder
 
 

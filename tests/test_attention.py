@@ -1,18 +1,17 @@
 """Laws of windowed attention: one function, several backends, O(N) outside `dense`."""
 
 import math
-import shutil
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from monobath.decoders import UViTConfig
 from monobath.models import attention
-from monobath.models.attention import available_backends, windowed_attention
+from monobath.models.attention import windowed_attention
 
 # (grid, reach): square, not a multiple of the block, rectangular, below the window, lines, a point
 CASES = [
@@ -59,13 +58,6 @@ def by_loops(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, grid: tuple[int, int
                         logits.append(dot + bias[row + r, col + r, h])
                 out[b, h, i] = torch.stack(logits).softmax(0) @ v[b, h, keys]
     return out
-
-
-@pytest.fixture
-def eager_flex(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FlexAttention without its compiler: slow and N², but the same masks, bias and checks."""
-    torch._dynamo.reset()
-    monkeypatch.setattr(attention, "_flex_kernel", lambda: (flex_attention, RuntimeError))
 
 
 @pytest.mark.parametrize("backend", ["dense", "blocked", "auto"])
@@ -115,60 +107,16 @@ def test_gradients_of_blocked_are_those_of_dense(grid: tuple[int, int], r: int) 
         torch.testing.assert_close(blocked, dense, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("eager_flex")
-@pytest.mark.parametrize(("grid", "r"), CASES)
-def test_flex_is_dense(grid: tuple[int, int], r: int) -> None:
-    q, k, v, bias = inputs(grid, r, d=16)
-    dense = windowed_attention(q, k, v, bias, grid, backend="dense")
-    flex = windowed_attention(q, k, v, bias, grid, backend="flex")
-    torch.testing.assert_close(flex, dense, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(("grid", "r"), [*CASES, ((3, 200), 7), ((40, 40), 3), ((2, 300), 1)])
-def test_flex_mask_keeps_every_tile_that_holds_a_pair(grid: tuple[int, int], r: int) -> None:
-    """Tiles left out by the block mask are never computed, so its eager form alone would not show them."""
-    mask = attention._flex_mask(grid, r, torch.device("cpu"))
-    tokens = torch.arange(math.prod(grid))
-    row, col = tokens // grid[1], tokens % grid[1]
-    pairs = ((row[:, None] - row).abs() <= r) & ((col[:, None] - col).abs() <= r)
-    side = -(-len(tokens) // 128)
-    padded = torch.zeros(side * 128, side * 128, dtype=torch.bool)
-    padded[: len(tokens), : len(tokens)] = pairs
-    needed = padded.view(side, 128, side, 128).any(3).any(1)
-    kept = mask.to_dense()[0, 0].bool()
-    assert (kept | ~needed).all()
-    if grid == (2, 300):  # and it does leave tiles out
-        assert kept.sum() < kept.numel()
-
-
-@pytest.mark.skipif(not shutil.which("g++"), reason="FlexAttention on the CPU needs a C++ compiler")
-def test_flex_compiled() -> None:
-    torch._dynamo.reset()
-    q, k, v, bias = inputs((13, 21), 3, d=16)
-    with torch.no_grad():
-        flex = windowed_attention(q, k, v, bias.requires_grad_(), (13, 21), backend="flex")
-        torch.testing.assert_close(
-            flex, windowed_attention(q, k, v, bias, (13, 21), backend="dense"), rtol=1e-5, atol=1e-5
-        )
-        bias += torch.randn_like(bias)  # same compiled function and masks: the bias must not be baked in
-        torch.testing.assert_close(
-            windowed_attention(q, k, v, bias, (13, 21), backend="flex"),
-            windowed_attention(q, k, v, bias, (13, 21), backend="blocked"), rtol=1e-5, atol=1e-5,
-        )  # fmt: skip
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("backend", ["blocked", "flex"])
-def test_gradients_on_a_gpu(backend: str) -> None:
-    torch._dynamo.reset()
+def test_gradients_on_a_gpu() -> None:
     grid, grads = (13, 37), []
-    for name in ("dense", backend):
+    for name in ("dense", "blocked"):
         leaves = [x.cuda().requires_grad_() for x in inputs(grid, 7, d=40, heads=4)]
         out = windowed_attention(*leaves, grid, backend=name)
         weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).cuda()
         grads.append([out, *torch.autograd.grad((out * weights).sum(), leaves)])
-    for dense, other in zip(*grads, strict=True):
-        torch.testing.assert_close(other, dense, rtol=2e-3, atol=2e-3)
+    for dense, blocked in zip(*grads, strict=True):
+        torch.testing.assert_close(blocked, dense, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("backend", ["dense", "blocked"])
@@ -330,18 +278,13 @@ def test_traces_without_breaks(backend: str) -> None:
     torch.testing.assert_close(exported, eager, rtol=1e-5, atol=1e-5)
 
 
-def test_available_backends() -> None:
-    assert available_backends("cpu") == ("dense", "blocked", "flex")
-    assert available_backends(torch.device("mps")) == ("dense", "blocked")
-
-
 Q = (1, 2, 12, 8)
 
 
 @pytest.mark.parametrize(
     ("shapes", "grid", "backend", "message"),
     [
-        ((Q, Q, Q, (3, 3, 2)), (3, 4), "fast", r"'fast': choose one of auto, dense, blocked, flex"),
+        ((Q, Q, Q, (3, 3, 2)), (3, 4), "fast", r"'fast': choose one of auto, dense, blocked$"),
         ((Q, (1, 2, 11, 8), Q, (3, 3, 2)), (3, 4), "auto", r"\(1, 2, 12, 8\), \(1, 2, 11, 8\)"),
         (((2, 12, 8),) * 3 + ((3, 3, 2),), (3, 4), "auto", r"one shape .* got \(2, 12, 8\)"),
         ((Q, Q, Q, (3, 3, 2)), (3, 5), "auto", r"3×5 grid has 15 tokens, but q is \(1, 2, 12, 8\)"),
@@ -360,19 +303,5 @@ def test_mistakes_are_named(
         windowed_attention(q, k, v, bias, grid, backend=backend)
 
 
-def test_flex_says_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v, bias = inputs((3, 4), 1)
-    with pytest.raises(ValueError, match=r"no backward on the CPU: use 'blocked', or torch.no_grad\(\)"):
-        windowed_attention(q, k, v, bias.requires_grad_(), (3, 4), backend="flex")
-    bias.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"no kernels for torch.float64: use 'blocked' or 'dense'"):
-        windowed_attention(*(x.double() for x in (q, k, v, bias)), (3, 4), backend="flex")
-    with pytest.raises(ValueError, match="runs on cpu and cuda, not on meta: use 'blocked'"):
-        windowed_attention(*(x.to("meta") for x in (q, k, v, bias)), (3, 4), backend="flex")
-
-    def refuse(*_: object, **__: object) -> Tensor:
-        raise NotImplementedError
-
-    monkeypatch.setattr(attention, "_flex_kernel", lambda: (refuse, NotImplementedError))
-    with pytest.raises(ValueError, match="recompile_limit is reached: raise it, or use 'blocked'"):
-        windowed_attention(q, k, v, bias, (3, 4), backend="flex")
+def test_an_old_config_of_the_backend_that_is_gone_loads_as_auto() -> None:
+    assert UViTConfig(size="XS/4", attention="flex").attention == "auto"

@@ -7,6 +7,7 @@ import logging
 import pickle
 import shutil
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 import numpy as np
@@ -26,7 +27,7 @@ from monobath.data import (
     make_loader,
 )
 from monobath.data.resident import ResidentPictures
-from monobath.data.sources import SampleReader, remote_urls
+from monobath.data.sources import remote_urls
 from monobath.data.transforms import (
     center_crop,
     crop_resized,
@@ -97,10 +98,9 @@ def test_shards_hold_what_the_folder_holds(tmp_path, folder):
     more = fill(tmp_path / "more", count=3, start=7)
     shard(tmp_path / "s-000000.tar", folder)
     shard(tmp_path / "s-000001.tar", more)
-    reader = SampleReader()
 
     def content(source):
-        return [(sample.name, reader.read(sample), sample.label) for sample in find_samples(source, labels=True)]
+        return [(sample.name, sample.read(), sample.label) for sample in find_samples(source, labels=True)]
 
     expected = content([folder, str(more)])
     assert len(expected) == 10
@@ -116,19 +116,13 @@ def test_shards_hold_what_the_folder_holds(tmp_path, folder):
     ):
         assert content(source) == expected, source
     assert content(pickle.loads(pickle.dumps([folder, more]))) == expected
-    copy = pickle.loads(pickle.dumps(reader))
-    sample = find_samples(tmp_path / "s-*.tar")[4]
-    assert copy.read(sample) == reader.read(sample)
 
 
-def test_a_forked_process_opens_shards_anew(tmp_path, folder):
-    path = shard(tmp_path / "a.tar", folder)
-    sample, reader = find_samples(path)[0], SampleReader()
-    reader.read(sample)
-    inherited = reader._files[str(path)]
-    reader._pid -= 1  # as after a fork: the file position is shared with the parent
-    reader.read(sample)
-    assert reader._files[str(path)] is not inherited
+def test_threads_read_one_shard_at_once(tmp_path, folder):
+    samples = find_samples(shard(tmp_path / "a.tar", folder))
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda sample: sample.read(), samples * 20))
+    assert found == [(folder / sample.name).read_bytes() for sample in samples] * 20
 
 
 def test_one_sample_a_key(tmp_path):

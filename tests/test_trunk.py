@@ -318,7 +318,7 @@ def test_decoding_starts_from_the_best_linear_map_of_the_features(folder, cache,
 
 def test_what_cannot_be_is_explained(folder, photos, tmp_path, capsys):
     for changes, words in (
-        ({"trunk": 7}, "decoder.trunk is 7 at factor 8: choose of 3, 4, 5, 6, 9"),
+        ({"trunk": 7}, "decoder.trunk is 7 at factor 8: choose of 6, 11, 16"),
         ({"trunk": 6, "factor": 16}, "decoder.trunk is 6 at factor 16"),
         ({"slim": 65}, "decoder.slim is 65: give 1 to 64"),
         ({"slim": 8, "stages": 3}, "decoder.stages is 3: taef2 decoders have no such field"),

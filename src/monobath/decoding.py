@@ -183,7 +183,11 @@ def pictures(
     """
     assert how.stages
     assert how.size
+    assert how.steps
+    assert how.power
+    assert how.guidance is not None
     schedule, factor = ScaleSchedule(how.stages), decoder.config.factor
+    full, guidance, grid = how.size, how.guidance, time_grid(how.steps, how.power).float().to(z.device)
     # A token may be larger than a latent position: then whole tokens are decoded and the excess cropped.
     z = pad_to_multiple(z, schedule.unit(factor, decoder.unit), mode="replicate")
     shrinks = range(how.stages - 1, -1, -1)
@@ -194,43 +198,28 @@ def pictures(
             position = max(1, decoder.feature_side >> shrink)  # of the features, in this stage's pixels
             unit = max(position, decoder.unit, 2 if s else 1)  # later stages pair their pixels
             layouts[s] = plan(sides[s], how.tile, how.overlap, unit, decoder.reach(position))
-    return _pictures(decoder, z, how, schedule, sides, layouts, finish)
 
+    def found() -> Iterator[Tensor]:
+        predict = {apart: predictor(decoder, z, guidance, apart=apart) for apart in {x is not None for x in layouts}}
+        fields = _noise(z, how, sides)
+        state = fields[0]
+        for stage, side, layout, shrink in zip(schedule, sides, layouts, shrinks, strict=True):
+            size = schedule.size(stage.index, full)
+            for number, (tau, after) in enumerate(itertools.pairwise(grid), start=1):
+                ends = number == how.steps
+                step = _Step(decoder, predict[layout is not None], stage, tau, after, shrink, ends)
+                keep, kept = (lambda x: x.to(z.dtype), side) if shrink or not ends else (finish, size)
+                if layout is None:
+                    state = keep(step(state)[:, :, : kept[0], : kept[1]])
+                else:
+                    state = assembled(partial(step.tile, state), len(z), layout, kept, keep)
+            if shrink:
+                state, preview = state.chunk(2, dim=1)
+                yield finish(preview[:, :, : size[0], : size[1]])
+                state = schedule.hand_over(state, stage.index, fields[stage.index + 1])
+        yield state
 
-def _pictures(
-    decoder: PixelDecoder,
-    z: Tensor,
-    how: Decoding,
-    schedule: ScaleSchedule,
-    sides: list[tuple[int, int]],
-    layouts: list[Layout | None],
-    finish: Callable[[Tensor], Tensor],
-) -> Iterator[Tensor]:
-    assert how.steps
-    assert how.power
-    assert how.guidance is not None
-    assert how.size
-    predict = {apart: predictor(decoder, z, how.guidance, apart=apart) for apart in {x is not None for x in layouts}}
-    grid = time_grid(how.steps, how.power).to(device=z.device, dtype=torch.float32)
-    fields = _noise(z, how, sides)
-    state = fields[0]
-    for stage, side, layout in zip(schedule, sides, layouts, strict=True):
-        last = stage.index == len(schedule) - 1
-        size = schedule.size(stage.index, how.size)
-        for number, (tau, after) in enumerate(itertools.pairwise(grid), start=1):
-            ends = number == how.steps
-            step = _Step(decoder, predict[layout is not None], stage, tau, after, len(schedule) - 1 - stage.index, ends)
-            final = last and ends
-            keep, kept = (finish, size) if final else (lambda x: x.to(z.dtype), side)
-            if layout is None:
-                state = keep(step(state)[:, :, : kept[0], : kept[1]])
-            else:
-                state = assembled(partial(step.tile, state), len(z), layout, kept, keep)
-        if not last:
-            state, preview = state.chunk(2, dim=1)
-            yield finish(preview[:, :, : size[0], : size[1]])
-            state = schedule.hand_over(state, stage.index, fields[stage.index + 1])
-    yield state
+    return found()
 
 
 @dataclass(frozen=True)

@@ -53,11 +53,6 @@ def to_clean(prediction: Tensor, x_t: Tensor, t: Tensor, kind: Prediction) -> Te
     return prediction if kind == "x" else clean_from_velocity(x_t, prediction, t)
 
 
-def to_velocity(prediction: Tensor, x_t: Tensor, t: Tensor, kind: Prediction) -> Tensor:
-    """A decoder's raw prediction, of either kind, as a velocity."""
-    return prediction if kind == "v" else velocity_from_clean(x_t, prediction, t)
-
-
 def euler_step(prediction: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor, kind: Prediction) -> Tensor:
     """One Euler step from t to t_next < t.
 
@@ -77,7 +72,6 @@ def sample_times(
     ones: float = 0.0,
     mean: float = 0.0,
     std: float = 1.0,
-    device: torch.device | None = None,
 ) -> Tensor:
     """Training times `(batch,)` in (0, 1]: logit-normal, t = sigmoid(n) with n ~ N(mean, std²) (SSDD section 3: 0, 1).
 
@@ -87,12 +81,12 @@ def sample_times(
     """
     if not 0 <= ones <= 1:
         raise ValueError(f"ones={ones}: the fraction of samples at t = 1 must lie in [0, 1]")
-    source = generator.device if generator is not None else device
+    source = generator.device if generator is not None else None
     t = torch.sigmoid(mean + std * torch.randn(batch, generator=generator, device=source))
     offset = torch.rand((), generator=generator, device=source)  # which samples, and how a fraction is rounded
     positions = torch.arange(batch + 1, device=t.device) * ones + offset
     is_one = positions[1:].floor() > positions[:-1].floor()
-    return torch.where(is_one, 1.0, t).to(device or t.device)
+    return torch.where(is_one, 1.0, t)
 
 
 def flow_loss(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -40,23 +41,23 @@ def recipe_path(name: str) -> Path:
 
 def weights_names() -> list[str]:
     """Names of the packaged weights: those for people first, then those with a version."""
-    versions = _folders() + [name for name in _aliases() if _versioned(name)]
-    return [*short_names(), *sorted(versions)]
+    return list(_packaged(_ROOT))
 
 
 def short_names() -> list[str]:
     """Names of the packaged weights without a version, sorted: `default` and so on."""
-    return sorted(name for name in _aliases() if not _versioned(name))
+    return [name for name, (folder, _) in _packaged(_ROOT).items() if not name.startswith(folder)]
 
 
 def weights_path(name: str) -> Path | None:
     """Folder of packaged weights (an alias is followed), or None where nothing of that name is packaged."""
-    return _ROOT / "weights" / _folder(name) if name in weights_names() else None
+    known = _packaged(_ROOT)
+    return _ROOT / "weights" / known[name][0] if name in known else None
 
 
 def weights_stages(name: str) -> int:
     """How many scales a packaged name decodes through (`SamplerConfig.stages`); 0: as many as its files say."""
-    return _aliases().get(name, (name, 0))[1]
+    return _packaged(_ROOT).get(name, (name, 0))[1]
 
 
 def versioned_name(name: str) -> str | None:
@@ -64,39 +65,27 @@ def versioned_name(name: str) -> str | None:
 
     `default` may mean newer weights tomorrow. What is decoded through stages has a versioned name of its own.
     """
-    if name not in weights_names():
+    known = _packaged(_ROOT)
+    if name not in known:
         return None
-    folder, stages = _aliases().get(name, (name, 0))
-    if not stages:
-        return folder
-    return next((other for other, found in _aliases().items() if found == (folder, stages) and _versioned(other)), name)
+    return next((other for other in known if known[other] == known[name] and other.startswith(known[name][0])), name)
 
 
 def hint_for_channels(channels: int) -> str:
     """The end of a message about latents of so many channels: which packaged weights take them, if any do."""
-    for name in weights_names():
-        folder = weights_path(name)
-        assert folder is not None
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for name, (folder, _) in _packaged(_ROOT).items():
+        config = json.loads((_ROOT / "weights" / folder / "config.json").read_text(encoding="utf-8"))
         if config["encoder"]["latent_channels"] == channels:
             return f"; {name} is packaged for {channels} channels"
     return ""
 
 
-def _folders() -> list[str]:
-    return sorted(p.name for p in (_ROOT / "weights").iterdir() if (p / "model.safetensors").is_file())
-
-
-def _versioned(name: str) -> bool:
-    return any(name.startswith(f"{folder}-") for folder in _folders())
-
-
-def _folder(name: str) -> str:
-    return _aliases().get(name, (name, 0))[0]
-
-
-def _aliases() -> dict[str, tuple[str, int]]:
-    """Names → folder, and stages: two names may be one checkpoint, decoded in two ways."""
-    file = _ROOT / "weights" / "aliases.json"
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return {name: (entry["weights"], entry.get("stages", 0)) for name, entry in found.items()}
+@cache
+def _packaged(root: Path) -> dict[str, tuple[str, int]]:
+    """Names → folder, and stages: two names may be one checkpoint, decoded in two ways. A version begins as a folder's
+    name does."""
+    file = root / "weights" / "aliases.json"
+    aliases = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    found = {p.parent.name: (p.parent.name, 0) for p in root.glob("weights/*/model.safetensors")}
+    found |= {name: (entry["weights"], entry.get("stages", 0)) for name, entry in aliases.items()}
+    return dict(sorted(found.items(), key=lambda item: (item[0].startswith(item[1][0]), item[0])))

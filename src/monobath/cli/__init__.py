@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import keyword
 import logging
 import shlex
 import sys
@@ -70,8 +71,8 @@ def _run(verb: str, arguments: list[str]) -> None:
         extra["command"] = shlex.join(["monobath", verb, *arguments])
     if "overrides" in parameters:
         arguments, extra["overrides"] = split_overrides(parser, arguments)
-    given = parser.parse_args(arguments)
-    function(**vars(given), **extra)
+    given = vars(parser.parse_args(arguments))
+    function(**{f"{name}_" if keyword.iskeyword(name) else name: value for name, value in given.items()}, **extra)
 
 
 def _top(arguments: list[str]) -> None:

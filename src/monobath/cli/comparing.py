@@ -42,6 +42,7 @@ def eval_(
     repeats: int = 5,
     speed_batches: list[int] | None = None,
     engine: Literal["ray"] | None = None,
+    gallery: bool = False,
     out: str = "runs/eval",
     device: str = "auto",
     dtype: DType = "float32",
@@ -75,6 +76,7 @@ def eval_(
         speed_batches: Pictures a call when speed is measured; default: 1. The tables show the smallest.
         engine: ray: measure on so many --workers of an embedded Ray (0: one a CPU), one thread each; the figures are
             the same. For CPUs.
+        gallery: Also write OUT/gallery/index.html: up to 24 pictures, a slider over the original for each system.
         out: Folder for the results.
         device: cpu, cuda, cuda:1 …; auto: a GPU if there is one.
         dtype: Arithmetic of the networks.
@@ -91,7 +93,9 @@ def eval_(
 
     from ..devices import usable_device
     from ..evaluation import processes
+    from ..evaluation.closeups import shown_systems
     from ..evaluation.compare import Settings, evaluate
+    from ..evaluation.gallery import PICTURES, write_gallery
     from ..evaluation.report import write_evaluation
     from ..evaluation.speed import add_speeds
     from ..evaluation.system import make_baselines, make_models, make_peer
@@ -111,6 +115,7 @@ def eval_(
                 size=sides[-1], short_side=sides[-1], metrics=metrics, limit=limit, batch_size=batch,
                 num_workers=workers, seed=seed, progress=counted, command=command,
             )  # fmt: skip
+            settings = replace(settings, keep=PICTURES) if gallery else settings
             with _engine(engine, workers, place) as measure:
                 found = [evaluate(systems, data, replace(settings, size=side, engine=measure)) for side in sides]
             is_main = processes.is_main()
@@ -121,6 +126,8 @@ def eval_(
             batches = sorted(set(speed_batches or [1]))
             add_speeds(evaluations, systems, batches, repeats=repeats, progress=lambda text: update(description=text))
     files = write_evaluation(folder, evaluations, found[-1][1], by_size=bool(sizes))
+    if gallery:
+        files.append(write_gallery(folder / "gallery", *found[-1], shown_systems(evaluations[-1])))
     _print_tables(evaluations)
     write_lines(files)
 

@@ -28,21 +28,13 @@ def import_ssdd(file: str, *, out: str, power: float = 2.0, steps: int = 1) -> N
         steps: Sampler steps. The weights do not tell: 1 for a distilled decoder, such as 8 for another.
     """
     folder = shared.out_folder(out)
-    import hashlib
-
-    from ..integrations.ssdd import NOTICE, read_ssdd, tokenizer_from_ssdd
+    from ..integrations.ssdd import NOTICE, read_ssdd, save_imported, tokenizer_from_ssdd
 
     source = Path(file)
     state = read_ssdd(source)
     with shared.explained(source):
         tokenizer = tokenizer_from_ssdd(state, steps=steps, power=power)
-    with open(source, "rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    # The name of the recipe is what `monobath info` shows.
-    recipe = {"name": "published SSDD checkpoint, for non-commercial use only"}
-    tokenizer.save_pretrained(
-        folder, extra={"recipe": recipe, "imported_from": source.name, "sha256": digest, "license": NOTICE}
-    )
+    save_imported(tokenizer, source, folder)
     config = tokenizer.config
     shared.write(f"notice: {NOTICE}\nencoder {config.encoder.name}, decoder {config.decoder.title}: {folder}\n")
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from ..errors import UserError
 from .shards import parquet
-from .sources import Sample, SampleReader, parse_label
+from .sources import Sample, parse_label
 
 if TYPE_CHECKING:
     from .cache import CacheFacts
@@ -168,7 +168,6 @@ class Shards:
         self.starts = np.concatenate([[0], np.cumsum(counts)])
         self._places = np.full((int(self.starts[-1]), 5), -1, dtype=np.int64)
         """In tars: offset and size of each picture, offset and size of its moments, and its label; else the last."""
-        self._reader = SampleReader()
         self._groups: OrderedDict[tuple[int, int], list[dict[str, Any]]] = OrderedDict()
         for number in range(facts.shards):
             path = self.path(number)
@@ -209,10 +208,10 @@ class Shards:
             row = self._row(number, path, int(sample - self.starts[number]))
             return row["moments"], row["image"]["bytes"] if picture else None
         offset, size, offset_moments, size_moments, _ = self._places[sample].tolist()
-        arrays = self._reader.read(Sample(self.name_of(sample), str(path), offset_moments, size_moments))
+        arrays = Sample(self.name_of(sample), str(path), offset_moments, size_moments).read()
         if not picture:
             return arrays, None
-        return arrays, self._reader.read(Sample(self.name_of(sample), str(path), offset, size))
+        return arrays, Sample(self.name_of(sample), str(path), offset, size).read()
 
     def _index_tar(self, number: int, path: Path) -> None:
         first, last = self.starts[number : number + 2].tolist()

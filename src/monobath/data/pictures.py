@@ -26,10 +26,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from ..errors import UserError
+from ..errors import UserError, imported
 from ..images import MAX_PIXELS, ImageTooLarge, open_image
 from .sources import (
-    SampleReader,
     Source,
     find_samples,
     is_remote,
@@ -179,7 +178,6 @@ class PhotoDataset(_Pictures, Dataset[Item | None]):
         super().__init__(source, crops, labels, slots=len(self.samples))
         self.cache = cache
         self._pictures: list[np.ndarray | None] = [None] * len(self.samples) if cache else []
-        self._reader = SampleReader()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -268,7 +266,7 @@ class PhotoDataset(_Pictures, Dataset[Item | None]):
         sample = self.samples[index]
         try:
             try:
-                data = self._reader.read(sample)
+                data = sample.read()
             except OSError as error:
                 raise Unusable(1, f"{sample.location} cannot be read ({error})") from None
             return self.crops.decode(data, sample.location)
@@ -335,10 +333,7 @@ class StreamDataset(_Pictures, IterableDataset[Item]):
                 )
 
     def _epoch(self, epoch: int) -> Iterator[Item]:
-        try:
-            import webdataset as wds
-        except ImportError:
-            raise UserError("streaming shards needs webdataset: pip install 'monobath[train]'") from None
+        wds = imported("webdataset", "streaming shards needs webdataset: pip install 'monobath[train]'")
         worker = get_worker_info()
         workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
         parts, part = self._world_size * workers, self._rank * workers + number

@@ -12,14 +12,11 @@ import logging
 import os
 import shlex
 import tarfile
-import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
 
-from ..errors import UserError
+from ..errors import UserError, imported
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +52,19 @@ class Sample:
     def location(self) -> str:
         """Full name for messages: `path`, or `shard.tar:member`."""
         return self.path if self.size < 0 else f"{self.path}:{self.name}"
+
+    def read(self) -> bytes:
+        """The bytes of the picture file.
+
+        Raises:
+            OSError: the file or shard cannot be read, or ends before the sample does.
+        """
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            data = file.read(self.size)
+        if len(data) < self.size:
+            raise OSError(f"{self.path} ends inside {self.name}")
+        return data
 
 
 def is_remote(source: Source) -> bool:
@@ -128,53 +138,6 @@ def find_samples(source: Source, *, labels: bool = False) -> list[Sample]:
     return samples
 
 
-class SampleReader:
-    """Opens samples as binary files.
-
-    Shards are opened on first use, once per process, and at most `max_open` stay open; threads and DataLoader
-    workers (forked or spawned) may share one reader.
-    """
-
-    def __init__(self, *, max_open: int = 64) -> None:
-        self.max_open = max_open
-        self._reset()
-
-    def _reset(self) -> None:
-        self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._files: OrderedDict[str, BinaryIO] = OrderedDict()
-
-    def __getstate__(self) -> dict[str, int]:
-        return {"max_open": self.max_open}
-
-    def __setstate__(self, state: dict[str, int]) -> None:
-        self.max_open = state["max_open"]
-        self._reset()
-
-    def read(self, sample: Sample) -> bytes:
-        """The bytes of the picture file.
-
-        Raises:
-            OSError: the file or shard cannot be read, or ends before the sample does.
-        """
-        if sample.size < 0:
-            return Path(sample.path).read_bytes()
-        if self._pid != os.getpid():  # forked: a shared file position would mix up two processes' reads
-            self._reset()
-        with self._lock:
-            file = self._files.pop(sample.path, None)
-            if file is None:
-                file = open(sample.path, "rb")  # noqa: SIM115  (kept open)
-            self._files[sample.path] = file
-            while len(self._files) > self.max_open:
-                self._files.popitem(last=False)[1].close()
-            file.seek(sample.offset)
-            data = file.read(sample.size)
-        if len(data) < sample.size:
-            raise OSError(f"{sample.path} ends inside {sample.name}")
-        return data
-
-
 def split_key(name: str) -> tuple[str, str]:
     """webdataset's rule: `dir/0001.seg.PNG` → key `dir/0001`, extension `seg.png`."""
     folder, _, base = name.rpartition("/")
@@ -210,14 +173,11 @@ def expand_braces(pattern: str) -> list[str]:
     """`a-{0..2}.tar` → three names; a name without braces is itself."""
     if "{" not in pattern:
         return [pattern]
+    lacking = f"{pattern} has braces, which need the braceexpand package: pip install 'monobath[train]'"
     try:
-        from braceexpand import braceexpand
-    except ImportError:
-        raise UserError(
-            f"{pattern} has braces, which need the braceexpand package: pip install 'monobath[train]'"
-        ) from None
-    try:
-        return list(braceexpand(pattern))
+        return list(imported("braceexpand", lacking).braceexpand(pattern))
+    except UserError:
+        raise
     except ValueError:
         raise UserError(f"{pattern} has unbalanced braces: write name-{{000000..000009}}.tar") from None
 
@@ -296,40 +256,40 @@ def label_by_folder(samples: list[Sample]) -> list[Sample]:
     return [replace(sample, label=number[sample.name.partition("/")[0]]) for sample in samples]
 
 
-def shard_samples(path: Path, labels: bool, *, unique: bool = False) -> Iterator[Sample]:
-    """One sample per key that has a picture, in the order of the keys' first members.
+def shard_members(path: Path, *, unique: bool = False) -> dict[str, dict[str, Sample]]:
+    """The files in a tar shard, by webdataset key and extension, in the order of the keys' first members.
 
     Args:
-        path: a local tar shard.
-        labels: also read the integer in each `.cls` member.
         unique: a member that comes twice is an error; default: the later one counts.
 
     Raises:
-        UserError: the shard cannot be read, or a label is no integer.
+        UserError: a member comes twice, where that is an error.
+        OSError, EOFError, tarfile.TarError: the shard cannot be read as plain tar.
     """
-    keys: dict[str, dict[str, tarfile.TarInfo]] = {}
+    keys: dict[str, dict[str, Sample]] = {}
+    with tarfile.open(path, "r:") as shard:
+        for member in shard:
+            name = member.name.removeprefix("./")
+            if member.isreg() and not name.rpartition("/")[2].startswith((".", "__")):
+                key, extension = split_key(name)
+                members = keys.setdefault(key, {})
+                if unique and extension in members:
+                    raise UserError(f"{path}: the key {key} comes twice ({name}): rename one of them")
+                members[extension] = Sample(name, str(path), member.offset_data, member.size)
+    return keys
+
+
+def shard_samples(path: Path, labels: bool, *, unique: bool = False) -> Iterator[Sample]:
+    """One sample per key that has a picture; `unique` as in `shard_members`."""
     try:
-        with tarfile.open(path, "r:") as shard:
-            for member in shard:
-                base = member.name.rpartition("/")[2]
-                if member.isreg() and not base.startswith((".", "__")):
-                    key, suffix = split_key(member.name.removeprefix("./"))
-                    members = keys.setdefault(key, {})
-                    if unique and suffix in members:
-                        raise UserError(f"{path}: the key {key} comes twice ({member.name}): rename one of them")
-                    members[suffix] = member
+        keys = shard_members(path, unique=unique)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(
             f"{path} cannot be read as a plain tar shard ({error}): it may be cut short, fetch it again"
         ) from None
-    with open(path, "rb") as file:
-        for key, members in keys.items():
-            extension = picture_extension(members)
-            if extension is None:
-                continue
-            label = None
-            if labels and "cls" in members:
-                file.seek(members["cls"].offset_data)
-                label = parse_label(file.read(members["cls"].size), f"{path}:{key}.cls")
-            picture = members[extension]
-            yield Sample(picture.name.removeprefix("./"), str(path), picture.offset_data, picture.size, label)
+    for key, members in keys.items():
+        extension = picture_extension(members)
+        if extension is not None:
+            labelled = labels and "cls" in members
+            label = parse_label(members["cls"].read(), f"{path}:{key}.cls") if labelled else None
+            yield replace(members[extension], label=label)

@@ -17,11 +17,10 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ..errors import UserError
+from ..errors import UserError, check_least
 from ..flow import Prediction
-from ..models.blocks import Conv2d, Padding, check_padding, cosine_basis, resample_to, zero_init
+from ..models.blocks import Checkpointed, Conv2d, Padding, check_padding, cosine_basis, resample_to, zero_init
 from ..models.taesd import CHANNELS as TRUNK_CHANNELS
 from ..models.taesd import FACTOR as TRUNK_FACTOR
 from ..models.taesd import TRUNKS, Trunk
@@ -58,8 +57,7 @@ class DecoderShape:
     def __post_init__(self) -> None:
         if self.factor < 1 or self.factor & (self.factor - 1):
             raise UserError(f"decoder.factor is {self.factor}: it must be a power of two")
-        if self.latent_channels < 1:
-            raise UserError(f"decoder.latent_channels is {self.latent_channels}: it must be at least 1")
+        check_least(1, {"decoder.latent_channels": self.latent_channels})
         if self.trunk and (self.trunk not in TRUNKS or self.factor != TRUNK_FACTOR):
             raise UserError(
                 f"decoder.trunk is {self.trunk} at factor {self.factor}: choose of {', '.join(map(str, TRUNKS))} "
@@ -129,8 +127,7 @@ class WrappedShape(DecoderShape):
             raise UserError('decoder.linear_skip needs decoder.prediction "x"')
         if self.residual < 0 or (self.residual and self.prediction != "x"):
             raise UserError(f'decoder.residual is {self.residual}: give at least 0, and decoder.prediction "x" with it')
-        if self.stages < 1:
-            raise UserError(f"decoder.stages is {self.stages}: it must be at least 1")
+        check_least(1, {"decoder.stages": self.stages})
         if self.null_latent and self.stages == 1:
             raise UserError("decoder.null_latent needs decoder.stages above 1: guidance is for multi-scale decoding")
 
@@ -154,7 +151,7 @@ class Features:
         return Features(self.z[..., h, w].contiguous(), f, context)
 
 
-class PixelDecoder(nn.Module):
+class PixelDecoder(Checkpointed):
     """`decoder(x_t (B, 3, H, W), t (B,) in [0, 1], z (B, c, H/f, W/f))` → raw prediction `(B, 3, H, W)`.
 
     The prediction is the velocity or the clean image, as `prediction` says; `monobath.flow` converts. H and W must be
@@ -181,7 +178,6 @@ class PixelDecoder(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
-        self.checkpointing = False
         self.trunk = self.linear_skip = None
 
     def add_trunk(self) -> None:
@@ -312,11 +308,6 @@ class PixelDecoder(nn.Module):
     def standardised(self, z: Tensor) -> Tensor:
         """The latent, or the trunk's features, as the network takes it; see `WrappedShape.standardise`."""
         return (z - self.latent_shift) * self.latent_scale
-
-    def _run(self, block: nn.Module, *args: Any) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
-        return block(*args)
 
     def _check(self, x_t: Tensor, t: Tensor, z: Tensor, stage: int | None) -> None:
         side, c = self.unit, self.config.latent_channels

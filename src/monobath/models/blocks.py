@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
 
@@ -22,6 +23,17 @@ def check_padding(name: str, padding: str) -> None:
     """Raises UserError unless `padding` is one of `Padding`; `name` is the setting's."""
     if padding not in ("zeros", "replicate"):
         raise UserError(f'{name} is {padding!r}: choose "zeros" or "replicate"')
+
+
+class Checkpointed(nn.Module):
+    """What can keep fewer activations: less memory in training, one more forward pass, the same results."""
+
+    checkpointing = False
+
+    def _run(self, module: nn.Module, *args: Any) -> Any:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(module, *args, use_reentrant=False)
+        return module(*args)
 
 
 class Conv2d(nn.Conv2d):

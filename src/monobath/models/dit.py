@@ -15,10 +15,9 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ..errors import UserError
-from .blocks import timestep_embedding, zero_init
+from ..errors import UserError, check_least
+from .blocks import Checkpointed, timestep_embedding, zero_init
 
 # arXiv 2212.09748, table 1: layers N, hidden size d, heads; and the parameters that it states, with patch 2, c = 4.
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -68,8 +67,7 @@ class DiTConfig:
                 raise UserError(f"dit.{name} is {getattr(self, name)}: with dit.size {self.size} give at least 1")
         if self.width % self.heads or self.width % 4:
             raise UserError(f"dit.width={self.width} must be divisible by dit.heads={self.heads} and by 4")
-        if self.classes < 0:
-            raise UserError(f"dit.classes is {self.classes}: it must be at least 0")
+        check_least(0, {"dit.classes": self.classes})
 
 
 def positions(height: int, width: int, dim: int, device: torch.device | None = None) -> Tensor:
@@ -107,7 +105,7 @@ class Block(nn.Module):
         return torch.addcmul(x, gate2, self.mlp(h))
 
 
-class DiT(nn.Module):
+class DiT(Checkpointed):
     """`dit(x_t (B, c, h, w), t (B,) in [0, 1], labels (B,))` → velocity `(B, c, h, w)`; any h and w that patch divides.
 
     Labels are 0 … classes − 1, or `null` for none; a network of no classes takes no labels.
@@ -116,7 +114,6 @@ class DiT(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpointing = False
         c, patch, width = config.latent_channels, config.patch, config.width
         self.patches = nn.Linear(c * patch**2, width)
         self.time = nn.Sequential(nn.Linear(TIME_WIDTH, width), nn.SiLU(), nn.Linear(width, width))
@@ -156,10 +153,7 @@ class DiT(nn.Module):
             condition = condition + self.classes(labels)
         condition = F.silu(condition)
         for block in self.blocks:
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, condition, use_reentrant=False)
-            else:
-                x = block(x, condition)
+            x = self._run(block, x, condition)
         shift, scale = self.modulation_out(condition)[:, None].chunk(2, dim=-1)
         x = self.out(torch.addcmul(shift, self.norm_out(x), 1 + scale))
         return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, grid), patch)

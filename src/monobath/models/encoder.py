@@ -9,16 +9,15 @@ convolution, no middle attention, and a linear shortcut from the pixels of a lat
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ..errors import UserError
-from .blocks import Conv2d, Padding, check_padding, cosine_basis, norm_groups, replicated
+from ..errors import UserError, check_least
+from ..words import did_you_mean
+from .blocks import Checkpointed, Conv2d, Padding, check_padding, cosine_basis, norm_groups, replicated
 
 FAMILIES = {
     "kl": "diffusers' AutoencoderKL",
@@ -64,8 +63,7 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         if self.family and self.family not in FAMILIES:
-            near = difflib.get_close_matches(self.family, FAMILIES, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(FAMILIES)}"
+            hint = did_you_mean(self.family, FAMILIES, f"choose from {', '.join(FAMILIES)}")
             raise UserError(f"encoder.family is {self.family!r}: {hint}")
         for name in ("factor", "patch"):
             value = getattr(self, name)
@@ -74,8 +72,7 @@ class EncoderConfig:
         if self.patch > self.factor:
             raise UserError(f"encoder.patch={self.patch} is above encoder.factor={self.factor}: lower the patch")
         check_padding("encoder.padding", self.padding)
-        if self.latent_channels < 1:
-            raise UserError(f"encoder.latent_channels is {self.latent_channels}: it must be at least 1")
+        check_least(1, {"encoder.latent_channels": self.latent_channels})
         if self.family:
             return
         levels = (self.factor // self.patch).bit_length()
@@ -86,9 +83,7 @@ class EncoderConfig:
                 f"encoder.multipliers={self.multipliers} has {len(self.multipliers)} levels, but factor="
                 f"{self.factor} with patch={self.patch} needs {levels}"
             )
-        for name in ("base", "blocks"):
-            if getattr(self, name) < 1:
-                raise UserError(f"encoder.{name} is {getattr(self, name)}: it must be at least 1")
+        check_least(1, {"encoder.base": self.base, "encoder.blocks": self.blocks})
 
     @property
     def name(self) -> str:
@@ -193,13 +188,12 @@ def check_images(x: Tensor, factor: int) -> None:
         raise ValueError(f"encoder input is {tuple(x.shape)}: expected (B, 3, H, W) with sides divisible by {factor}")
 
 
-class Encoder(nn.Module):
+class Encoder(Checkpointed):
     """Image `(B, 3, H, W)` in [-1, 1], sides divisible by `factor` → moments `(B, 2c, H/f, W/f)`."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpointing = False
         widths = [config.base * m for m in config.multipliers]
         self.conv_in = Conv2d(3 * config.patch**2, widths[0], config.padding)
         self.levels = nn.ModuleList()
@@ -234,25 +228,16 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         f = self.config.factor
         check_images(x, f)
-        run = _checkpointed if self.checkpointing and torch.is_grad_enabled() else _direct
         h = self.conv_in(F.pixel_unshuffle(x, self.config.patch))
         for level in self.levels:
             for block in level["blocks"]:  # type: ignore[index]
-                h = run(block, h)
+                h = self._run(block, h)
             h = level["down"](h)  # type: ignore[index]
-        h = run(self.middle_in, h)
+        h = self._run(self.middle_in, h)
         h = self.middle_attention(h)
-        h = run(self.middle_out, h)
+        h = self._run(self.middle_out, h)
         moments = self.moments(self.conv_out(F.silu(self.norm_out(h))))
         if self.config.linear_skip:
             mean = self.linear_skip(F.pixel_unshuffle(x, f))
             moments = moments + F.pad(mean, (0, 0, 0, 0, 0, mean.shape[1]))  # the log-variance has no shortcut
         return moments
-
-
-def _direct(module: nn.Module, *args: Tensor) -> Tensor:
-    return module(*args)
-
-
-def _checkpointed(module: nn.Module, *args: Tensor) -> Tensor:
-    return checkpoint(module, *args, use_reentrant=False)
