@@ -16,6 +16,7 @@ from monobath.training import dump_recipe, load_recipe, train
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NEW = {
+    "training.shard": False,
     "model.latents": "family",
     "model.packed_mean": [],
     "model.packed_variance": [],
