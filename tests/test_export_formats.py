@@ -107,7 +107,7 @@ def test_other_models_are_refused_with_the_reason(folder, tmp_path, capsys):
     assert not (tmp_path / "o").exists()
     for model, why in (
         (slim(folder, channels=8), "8 channels, not 64"),
-        (slim(folder, normalised=False), "takes raw latents"),
+        (slim(folder, latents="raw"), "takes raw latents"),
     ):
         with pytest.raises(UserError, match=why):
             taef2_state(model)

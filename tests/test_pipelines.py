@@ -109,7 +109,7 @@ def test_raw_and_normalised_latents_are_not_taken_for_one_another(family):
     with pytest.raises(UserError, match=r"makes raw latents .* normalised ones: give taef2=WHERE"):
         retrofit("taef2").attach_encoder(as_encoder(family))
     with pytest.raises(UserError, match="for raw latents"):
-        retrofit("taef2", normalised=True, packed_mean=[0.0] * 16, packed_variance=[1.0] * 16)
+        retrofit("taef2", latents="normalised", packed_mean=[0.0] * 16, packed_variance=[1.0] * 16)
     with pytest.raises(UserError, match="4 each for every one of the 4"):
         retrofit("flux2", packed_mean=[0.0] * 4, packed_variance=[1.0] * 4)
 

@@ -19,6 +19,8 @@ NEW = {
     "training.ema_start_steps": 0, "init_encoder": "", "first_weights": "pytorch", "loss.repa_hidden": 2048,
     "distill.student_guidance": 1.0,
     "model.decoder.residual_shares": "flow", "model.decoder.context": 0,
+    "training.shard": False, "model.packed_mean": [], "model.packed_variance": [], "model.packed_eps": 0.0,
+    "model.latents": "family",
 }  # fmt: skip
 """Keys that came later, and what they say where a file does not: what was so before."""
 

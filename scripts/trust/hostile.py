@@ -149,7 +149,8 @@ class Forks:
             lines = file.read().decode(errors="replace").splitlines()
         _, status = os.waitpid(pid, 0)
         if status != 0 or len(lines) != len(cases):
-            case = cases[min(len(lines), len(cases) - 1)]
+            done = next((n for n, line in enumerate(lines) if not line.endswith((" error", " result"))), len(lines))
+            case = cases[min(done, len(cases) - 1)]
             how = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else "\n".join(lines[-30:])
             raise Loss(f"hostile, case {case} ({self.describe(case)}): {how}")
         return Counter(lines)

@@ -77,12 +77,12 @@ def fitting_encoder(source: Foreign, model: TokenizerConfig) -> ForeignEncoder:
     given = source if isinstance(source, str) else FAMILIES[found.config.family]
     if found.config.name != own.name:
         raise UserError(f"encoder {given} makes {found.config.name} latents, and this model decodes {own.name}")
-    normalised = found.published.get("normalised", model.takes_normalised)
-    if normalised != model.takes_normalised:
-        made, wanted = ("normalised", "raw") if normalised else ("raw", "normalised")
+    wanted = "normalised" if model.takes_normalised else "raw"
+    made = found.published.get("latents", wanted)
+    if made != wanted:
         raise UserError(
             f"encoder {given} makes {made} latents of FLUX.2's, and this model decodes {wanted} ones: give "
-            f"{'flux2' if normalised else 'taef2'}=WHERE"
+            f"{'taef2' if model.takes_normalised else 'flux2'}=WHERE"
         )
     return found
 
@@ -119,7 +119,7 @@ def _from_spec(kind: str, where: str) -> ForeignEncoder:
         encoder = read_taesd(kind, where, "encoder")
         channels = encoder[-1].out_channels
         config = EncoderConfig(family=kind, source=where, factor=taesd.FACTOR, latent_channels=int(channels))  # type: ignore[arg-type]
-        return ForeignEncoder(config, UnitRange(encoder), {"normalised": True})
+        return ForeignEncoder(config, UnitRange(encoder), {"latents": "normalised"})
     if where == "random":
         raise UserError(f"encoder {kind}=random: random weights have no latents worth decoding; give {_where(kind)}")
     return _of_autoencoder(kind, load_autoencoder(kind, where), where)
@@ -160,7 +160,7 @@ def _flux2_statistics(vae: Any) -> dict[str, Any]:
     return {
         "latent_mean": mean.mean(1).tolist(),
         "latent_std": overall.sqrt().tolist(),
-        "normalised": False,
+        "latents": "raw",
         "packed_mean": mean.flatten().tolist(),
         "packed_variance": variance.flatten().tolist(),
         "packed_eps": float(vae.config["batch_norm_eps"]),

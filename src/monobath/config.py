@@ -8,7 +8,7 @@ import typing
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -74,9 +74,9 @@ class TokenizerConfig:
     """Mean of each channel of the latents, likewise; empty: never measured (`monobath stats` does)."""
     latent_std: list[float] = field(default_factory=list)
     """Standard deviation of each channel, likewise."""
-    normalised: bool | None = None
-    """Of FLUX.2's latents: whether they are as its pipelines hold them, which normalise each of the 4c channels of 2×2
-    packed positions (TAEF2's convention), or raw, as its autoencoder makes them. None: as the encoder's family are."""
+    latents: Literal["family", "raw", "normalised"] = "family"
+    """Of FLUX.2's latents: normalised as its pipelines hold them, which normalise each of the 4c channels of 2×2 packed
+    positions (TAEF2's convention), or raw, as its autoencoder makes them. family: as the encoder's family are."""
     packed_mean: list[float] = field(default_factory=list)
     """Of raw ones: what those pipelines subtract, 4c numbers, channel by channel; empty: not known."""
     packed_variance: list[float] = field(default_factory=list)
@@ -117,13 +117,13 @@ class TokenizerConfig:
                 f"packed_mean and packed_variance have {lengths[0]} and {lengths[1]} numbers: give {PATCH} each for "
                 f"every one of the {self.encoder.latent_channels} latent channels, or none"
             )
-        if self.normalised and self.packed_mean:
-            raise UserError("packed_mean is for raw latents: leave it out, or set normalised to false")
+        if self.latents == "normalised" and self.packed_mean:
+            raise UserError("packed_mean is for raw latents: leave it out, or set latents to raw")
 
     @property
     def takes_normalised(self) -> bool:
-        """Whether `decode` takes latents as FLUX.2's pipelines hold them; see `normalised`."""
-        return self.encoder.family == "taef2" if self.normalised is None else self.normalised
+        """Whether `decode` takes latents as FLUX.2's pipelines hold them; see `latents`."""
+        return self.encoder.family == "taef2" if self.latents == "family" else self.latents == "normalised"
 
     @property
     def packing(self) -> Packing | None:

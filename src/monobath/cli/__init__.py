@@ -19,6 +19,7 @@ from .._version import __version__
 from ..errors import UserError
 from ..words import did_you_mean
 from .arguments import in_one_sentence, parser_of, split_overrides, verb_name, with_underscores
+from .bulk import decode_dataset, encode_dataset
 from .comparing import bench, eval_
 from .exporting import export
 from .generating import generate
@@ -30,7 +31,7 @@ VERBS: dict[str, Callable[..., None]] = {
     verb_name(function): function
     for function in (
         train, distill, reconstruct, encode, decode, generate, info, demo, eval_, bench, export, import_ssdd, stats,
-        cache_latents, serve,
+        cache_latents, serve, encode_dataset, decode_dataset,
     )
 }  # fmt: skip
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import UserError
 from .exporting import EngineName
 from .shared import DType, check_options, out_folder, print_table, progress, write_lines
 
 if TYPE_CHECKING:
+    import torch
+
+    from ..evaluation.compare import Engine
     from ..evaluation.results import Evaluation
     from ..evaluation.system import System
 
@@ -37,6 +41,7 @@ def eval_(
     seed: int = 0,
     repeats: int = 5,
     speed_batches: list[int] | None = None,
+    engine: Literal["ray"] | None = None,
     gallery: bool = False,
     out: str = "runs/eval",
     device: str = "auto",
@@ -69,6 +74,8 @@ def eval_(
         seed: Seed of noise, crops and resampling.
         repeats: Timed rounds; 0: no times.
         speed_batches: Pictures a call when speed is measured; default: 1. The tables show the smallest.
+        engine: ray: measure on so many --workers of an embedded Ray (0: one a CPU), one thread each; the figures are
+            the same. For CPUs.
         gallery: Also write OUT/gallery/index.html: up to 24 pictures, a slider over the original for each system.
         out: Folder for the results.
         device: cpu, cuda, cuda:1 …; auto: a GPU if there is one.
@@ -109,7 +116,8 @@ def eval_(
                 num_workers=workers, seed=seed, progress=counted, command=command,
             )  # fmt: skip
             settings = replace(settings, keep=PICTURES) if gallery else settings
-            found = [evaluate(systems, data, replace(settings, size=side)) for side in sides]
+            with _engine(engine, workers, place) as measure:
+                found = [evaluate(systems, data, replace(settings, size=side, engine=measure)) for side in sides]
             is_main = processes.is_main()
         if not is_main:
             return
@@ -183,6 +191,22 @@ def bench(
     for size, rows in result.rows().items():
         print_table(result.head, rows, title=f"{size} × {size}", width=WIDTH)
     write_lines([*result.notes, *files])
+
+
+@contextmanager
+def _engine(name: str | None, workers: int, device: torch.device) -> Iterator[Engine | None]:
+    """Within: what measures batches elsewhere."""
+    if name is None:
+        yield None
+        return
+    from ..evaluation import processes
+    from ..integrations.ray import Cluster
+    from ..integrations.ray import engine as ray_engine
+
+    if device.type != "cpu" or processes.world_size() > 1:
+        raise UserError(f"--engine {name} measures on CPUs, from one process: add --device cpu, or use torchrun alone")
+    with ray_engine(Cluster(workers=workers or None)) as measure:
+        yield measure
 
 
 # ---- what is printed ----------------------------------------------------------------------------------------------

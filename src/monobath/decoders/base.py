@@ -128,6 +128,8 @@ class WrappedShape(DecoderShape):
         if self.residual < 0 or (self.residual and self.prediction != "x"):
             raise UserError(f'decoder.residual is {self.residual}: give at least 0, and decoder.prediction "x" with it')
         check_least(1, {"decoder.stages": self.stages})
+        if self.stages > 16:  # each doubles the sides
+            raise UserError(f"decoder.stages is {self.stages}: it must be at most 16")
         if self.null_latent and self.stages == 1:
             raise UserError("decoder.null_latent needs decoder.stages above 1: guidance is for multi-scale decoding")
 

@@ -20,7 +20,7 @@ from ..tokenizer import Tokenizer
 from . import vae
 from .vae import ModelMixin as ModelMixin  # pipelines look for it in the module of a class that they load
 
-PUBLISHED = ("scaling_factor", "shift_factor", "normalised", "packed_mean", "packed_variance", "packed_eps")
+PUBLISHED = ("scaling_factor", "shift_factor", "latents", "packed_mean", "packed_variance", "packed_eps")
 """What a tokenizer's configuration says of its latents, for pipelines."""
 
 

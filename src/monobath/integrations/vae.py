@@ -54,7 +54,7 @@ class AutoencoderMonobath(ModelMixin, ConfigMixin):
         sampler_config: fields of `SamplerConfig`: steps, power, noise.
         scaling_factor: what pipelines multiply latents by (1 / their standard deviation).
         shift_factor: what some pipelines (FLUX, SD3) subtract from latents before that (their mean).
-        normalised: of FLUX.2's latents, as of `TokenizerConfig`; so are packed_mean, packed_variance.
+        latents: of FLUX.2's, as of `TokenizerConfig`; so are packed_mean, packed_variance.
         batch_norm_eps: `packed_eps`, under the name that FLUX.2's pipelines read.
         force_upcast: whether SDXL pipelines decode in float32 under float16. Not needed: activations stay small.
 
@@ -75,7 +75,7 @@ class AutoencoderMonobath(ModelMixin, ConfigMixin):
         sampler_config: dict[str, Any] | None = None,
         scaling_factor: float = 1.0,
         shift_factor: float = 0.0,
-        normalised: bool | None = None,
+        latents: str = "family",
         packed_mean: Sequence[float] = (),
         packed_variance: Sequence[float] = (),
         batch_norm_eps: float = 0.0,
@@ -90,7 +90,7 @@ class AutoencoderMonobath(ModelMixin, ConfigMixin):
         given_parts = {"encoder": encoder_config, "decoder": decoder_config, "sampler": sampler_config}
         values: dict[str, Any] = {name: dict(part or {}) for name, part in given_parts.items()}
         packed = {"packed_mean": list(packed_mean), "packed_variance": list(packed_variance)}
-        values |= {"normalised": normalised, "packed_eps": batch_norm_eps, **packed}
+        values |= {"latents": latents, "packed_eps": batch_norm_eps, **packed}
         config = TokenizerConfig.from_dict(values)
         if config.sampler.stages > 1:
             raise UserError(

@@ -22,6 +22,9 @@ from .ema import EMA
 
 log = logging.getLogger(__name__)
 
+SHARDED = ".metadata"
+"""What a checkpoint of `sharding.Sharding` has, and no other."""
+
 
 def claim(run: Path, recipe: dict[str, Any], has_model: Callable[[Mapping[str, Any]], bool]) -> None:
     """Store the resolved recipe as `config.yaml`, and log which of its parts changed since the run began.
@@ -136,6 +139,8 @@ def load(path: Path, *, model: nn.Module, ema: EMA) -> tuple[dict[str, Any], dic
         Damaged: a file is missing or corrupt.
         UserError: the checkpoint belongs to another architecture.
     """
+    if (path / SHARDED).exists():
+        raise UserError(f"checkpoint {path} is sharded: set training.shard to true, or choose another --run")
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         weights, averaged = load_file(path / "model.safetensors"), load_file(path / "ema.safetensors")

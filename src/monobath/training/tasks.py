@@ -235,6 +235,9 @@ class TokenizerTask(Task):
     def _examples(self) -> Tensor:
         """uint8 `(n, 3, size, size)`: what the sample grids show."""
         data = self.recipe.data
+        if isinstance(self.dataset, LatentDataset) and self.dataset.facts.layout == "parquet" and not data.validation:
+            count = min(self.recipe.training.samples, len(self.dataset))
+            return torch.stack([self.dataset[0, index]["image"] for index in range(count)])
         fixed = make_dataset(data.validation or data.source, crops_of(self.recipe).centred())
         parts = iterate_eval(fixed, batch_size=8, limit=self.recipe.training.samples)
         return torch.cat([part["image"] for part in parts])
