@@ -79,7 +79,7 @@ def measure(networks: str, data: Sequence[str], folder: Path, given: Any) -> tup
     common = [
         f"data.size={given.size}", f"data.scale=[{given.size}, {2 * given.size}]", "data.workers=0", "data.cache=true",
         f"training.batch_size={given.batch}", "training.train_encoder=false", "training.sample_every=0",
-        f"init={folder / 'model'}", *overrides, *given.overrides,
+        f"init_encoder={folder / 'model'}", *overrides, *given.overrides,
     ]  # fmt: skip
     recipe = load_recipe(name, common)
     torch.manual_seed(recipe.training.seed)

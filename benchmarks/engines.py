@@ -44,7 +44,7 @@ def main() -> int:
     lines = [tables.head(found)[:-2]]
     lines += [[" ".join(filter(None, cell)) for cell in row[:-2]] for row in tables.rows(found)]
     lines += [["difference to the first", "", *tables.head(found)[2:-2]]]
-    lines += [[row[0][0], "", *(f"{a} ({b})" for a, b in row[1:])] for row in tables.difference_rows(found)]
+    lines += [[row[0][0], "", *(f"{a} ({b})" for a, b, _ in row[1:])] for row in tables.difference_rows(found)]
     sys.stdout.write("\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
     if args.json:
         write_text(args.json, json.dumps(found.as_dict(), indent=2) + "\n")

@@ -17,6 +17,15 @@ model's reconstructions of 64 held-out crops, the squared error is 0.024, the ab
 0.50, which counts 0.02 times beside the squared error (ours) and 0.1 times beside the absolute one (KL-VAE). The
 encoder of `f8c4` was trained together with a decoder of ours, which may favour ours. The rows f8c4 and f16c4 train
 encoder and decoder together instead, at two compressions.
+
+What the published training has, one at a time, on a small network of the paper's (--name for each):
+
+    N="--rows one-step --decoder size=XS/1 prediction=v --size 32 --crops 4000"
+    python benchmarks/equal_budget.py train --data PHOTOS.tar --out runs/published $N --name usual
+        --perceptual one-step=0 one-step=0.1 one-step=0.5 one-step=1
+    python benchmarks/equal_budget.py train … $N --name first-weights --set first_weights=published
+    python benchmarks/equal_budget.py train … $N --name repa --set loss.repa=0.25
+    python benchmarks/equal_budget.py score --data HELD-OUT.tar --out runs/published --score-size 32
 """
 
 from __future__ import annotations
@@ -55,6 +64,7 @@ from monobath.evaluation.speed import system_speeds
 from monobath.evaluation.system import TokenizerSystem
 from monobath.files import write_text
 from monobath.tokenizer import SamplerConfig, TokenizerConfig
+from monobath.training import dump_recipe, load_recipe
 from monobath.training.config import DataConfig, LossConfig, OptimizerConfig, TimesConfig, TrainingConfig
 from monobath.training.recipe import DecoderRecipe, TokenizerRecipe
 
@@ -141,7 +151,7 @@ def recipe_for(name: str, args: argparse.Namespace, *, lr: float, perceptual: fl
     folder = f"{label}-{args.crops}-lr{lr:g}-p{perceptual:g}-seed{seed}"
     source = Tokenizer.from_pretrained(args.encoder).config
     steps = args.crops // args.batch
-    return (TokenizerRecipe if row.factor else DecoderRecipe)(
+    recipe = (TokenizerRecipe if row.factor else DecoderRecipe)(
         name=folder,
         run=str(args.out / folder),
         init="" if row.factor else frozen_encoder(args),
@@ -161,6 +171,13 @@ def recipe_for(name: str, args: argparse.Namespace, *, lr: float, perceptual: fl
             seed=seed, sample_every=0, checkpoint_every=200,
         ),
     )  # fmt: skip
+    if name != "one-step" or not args.set:
+        return recipe
+    file = args.out / "recipes" / f"{folder}.yaml"
+    write_text(file, dump_recipe(recipe))
+    changed = load_recipe(str(file), args.set)
+    assert isinstance(changed, TokenizerRecipe)
+    return changed
 
 
 def values_for(name: str, given: Sequence[str], default: float) -> list[float]:
@@ -294,6 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("--decoder", nargs="+", metavar="FIELD=VALUE", help="our decoder, such as size=XS/4 norm=local; "
                        "default: the shape of the encoder's own")  # fmt: skip
     train.add_argument("--name", default="one-step", help="name of our decoder's row")
+    train.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="recipe values of that row")
     train.add_argument("--kl-channels", type=int, nargs="+", default=[32, 64, 128, 128], help="of each level")
     train.add_argument("--size", type=int, default=64, help="side of the crops, in pixels")
     train.add_argument("--scale", type=int, nargs=2, help="short side before cropping; default: 1 to 3 × the crop's")

@@ -5,6 +5,7 @@
     python benchmarks/multiscale.py time --out runs/multiscale
     python benchmarks/multiscale.py show --out runs/multiscale [--data HELD-OUT.tar --picture docs/images/stages.png]
     python benchmarks/multiscale.py all --data PHOTOS.tar --held-out HELD-OUT.tar --out runs/multiscale
+    python benchmarks/multiscale.py curve --out runs/multiscale [--decoder XS/1 --smallest 16 --stage-steps 1]
 
 `train` fits three models of one network, from one start (--start), on crops of 128² and the same encoder: `full` at one
 scale, `multi` at three, and `student`, one step a stage distilled from `multi`. Equal budget: `multi` and `student`
@@ -14,6 +15,11 @@ too.
 first preview. `show` prints the table and what it says of three claims: the student takes at most a tenth of the
 50-step time; its EffLite distance and FD-EffLite are at most 1.05 times those of 8 full-resolution steps; its first
 preview arrives within 15 % of its decoding time. What is done is not done again, so the same command goes on.
+
+`curve` is MSD's claim, a speed-up of O(log n) for n pixels: S = 1 … 5 stages from a fixed smallest side, against as
+many steps in all at full resolution, in operations and time (random weights: neither depends on them). k steps at each
+of S stages cost k·(1 + 4 + … + 4^(S−1)) of the smallest, k·S at full resolution k·S·4^(S−1), so that the quotient is
+S·(3/4)/(1 − 4^−S), and S is 1 + log₄ of n over the smallest stage's pixels.
 """
 
 from __future__ import annotations
@@ -48,7 +54,9 @@ from trainings import (
 
 from monobath import Tokenizer, UserError
 from monobath.data import Crops, iterate_eval, make_dataset
-from monobath.evaluation.speed import measure, sample_images
+from monobath.decoders import decoder_config, make_decoder
+from monobath.decoding import Decoding, SamplerConfig, pictures
+from monobath.evaluation.speed import count_flops, measure, sample_images
 from monobath.evaluation.system import TokenizerSystem
 from monobath.files import write_file, write_text
 from monobath.images import tensor_to_pil, to_float, to_uint8
@@ -265,13 +273,49 @@ def draw(args: argparse.Namespace) -> None:
     write_file(args.picture, tensor_to_pil(make_grid(cells, nrow=len(columns), padding=2, pad_value=255)).save)
 
 
+def run_curve(args: argparse.Namespace) -> None:
+    """Operations and time by the number of stages."""
+    file = args.out / f"curve-{args.decoder.replace('/', '-')}-{args.smallest}-{args.stage_steps}.json"
+    rows = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    for stages in range(len(rows) + 1, 6):
+        config = decoder_config({"size": args.decoder, "stages": stages})
+        decoder, side = make_decoder(config).to(device()).eval(), args.smallest << (stages - 1)
+        z = torch.randn(1, config.latent_channels, side // config.factor, side // config.factor, device=device())
+        row: dict[str, Any] = {"stages": stages, "side": side}
+        works = {}
+        for name, given in (("multi", stages), ("full", 1)):
+            steps = args.stage_steps * stages // given
+            how = Decoding(stages=given, steps=steps).checked(decoder, SamplerConfig(), z)
+            works[name] = lambda decoder=decoder, z=z, how=how: list(pictures(decoder, z, how))
+            row[name] = {"gflop": count_flops(works[name]) / 1e9}
+        for name, timing in measure(works, repeats=args.repeats, device=device()).items():
+            row[name] |= {"ms": timing.median, "low": timing.quartiles[0], "high": timing.quartiles[1]}
+        rows.append(row)
+        write_text(file, json.dumps(rows) + "\n")
+    lines = []
+    for row in rows:
+        stages, multi, full = row["stages"], row["multi"], row["full"]
+        lines.append([
+            str(stages), f"{row['side']}²", f"{multi['gflop']:.2f}", f"{full['gflop']:.2f}",
+            f"{stages * 0.75 / (1 - 0.25**stages):.2f}", f"{full['gflop'] / multi['gflop']:.2f}",
+            *(f"{way['ms']:.0f} ({way['low']:.0f} … {way['high']:.0f})" for way in (multi, full)),
+            f"{full['ms'] / multi['ms']:.2f}",
+        ])  # fmt: skip
+    head = ["stages", "picture", "GFLOP", "at full resolution", "formula, times", "GFLOP, times", "ms (quartiles)",
+            "at full resolution", "ms, times"]  # fmt: skip
+    sys.stdout.write(markdown(head, lines))
+
+
 def everything(args: argparse.Namespace) -> None:
-    """All of it, one after the other."""
+    """All of training and decoding, one after the other."""
     for action in (run_training, run_scoring, run_timing, show):
         action(args)
 
 
-ACTIONS = {"train": run_training, "score": run_scoring, "time": run_timing, "show": show, "all": everything}
+ACTIONS = {
+    "train": run_training, "score": run_scoring, "time": run_timing, "show": show, "all": everything,
+    "curve": run_curve,
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -288,9 +332,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     score.add_argument("--size", type=int, default=256, help="side of the held-out pictures, in pixels")
     score.add_argument("--crop", type=int, default=0, help="score the pictures' centres of this side only, apart")
     score.add_argument("--limit", type=int, help="at most so many held-out pictures")
-    score.add_argument("--repeats", type=int, default=5, help="timed rounds")
+    score.add_argument("--repeats", type=int, default=5, help="timed rounds, of curve, too")
     score.add_argument("--picture", type=Path, help="show: draw the stages beside the originals")
     score.add_argument("--shown", type=int, default=3, help="photos in that picture")
+    curve = parser.add_argument_group("curve")
+    curve.add_argument("--decoder", default="XS/1", help="SIZE/PATCH")
+    curve.add_argument("--smallest", type=int, default=16, help="side of the first stage, in pixels")
+    curve.add_argument("--stage-steps", type=int, default=1, help="steps of each stage")
     args = parser.parse_args(arguments)
     ACTIONS[args.action](args)
     return 0

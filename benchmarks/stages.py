@@ -99,7 +99,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             f"training.batch_size={args.batch}", f"training.precision={args.precision}", "training.compile=false",
             "training.sample_every=0", "loss.perceptual_backbone=efflite", "loss.repa_features=efflite",
         ]  # fmt: skip
-        start = {"distill": [f"distill.teacher={folder}/model"], "encoder": []}.get(stage, [f"init={folder}/model"])
+        before = {"pretrain": "init_encoder", "finetune": "init", "distill": "distill.teacher"}.get(stage)
+        start = [f"{before}={folder}/model"] if before else []
         recipe = load_recipe(STAGES[stage][0], [*common, *start, *args.overrides])
         recipe.data.source = [str(path) for path in resources.sample_paths()]
         if start:

@@ -65,10 +65,11 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def trained(recipe: Recipe, **facts: Any) -> Path:
+def trained(recipe: Recipe, *, by: Callable[[Recipe], Path] = train, **facts: Any) -> Path:
     """Train as the recipe says, or go on, or find it done; `facts.json` in the run folder says what it took.
 
     Args:
+        by: what trains.
         facts: plain values that are kept with it.
 
     Returns:
@@ -88,7 +89,7 @@ def trained(recipe: Recipe, **facts: Any) -> Path:
     started = checkpoints.latest(run)
     first = int(started.name.rpartition("-")[2]) if started is not None else 0
     clock, cpu = time.perf_counter(), time.process_time()
-    train(recipe)
+    by(recipe)
     images = (recipe.training.steps - first) * recipe.training.batch_size  # of this process, if it was interrupted
     took = {"seconds": time.perf_counter() - clock, "cpu_seconds": time.process_time() - cpu, "images": images}
     took |= {"threads": torch.get_num_threads(), "device": str(device())}

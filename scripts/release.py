@@ -207,7 +207,7 @@ def export_run(run: Path, folder: Path) -> None:
     told["model"]["encoder"]["source"] = recipe.model.encoder.source = Path(where).name if where else ""
     tokenizer = Tokenizer(recipe.model)
     tokenizer.load_state_dict(load_file(path / "ema.safetensors"))
-    for part, key in ((told, "run"), (told, "init"), (told.get("distill", {}), "teacher")):
+    for part, key in ((told, "run"), (told, "init"), (told, "init_encoder"), (told.get("distill", {}), "teacher")):
         if Path(part.get(key, "")).is_absolute():
             part[key] = Path(part[key]).name
     for key in ("source", "validation"):

@@ -30,6 +30,7 @@ from monobath.losses.alignment import (
     alignment_features,
     tapped_block,
 )
+from monobath.training import load_recipe
 from monobath.training.config import LossConfig, TimesConfig
 from monobath.training.ema import EMA
 from monobath.training.objectives.base import AutoencoderObjective, Draws
@@ -252,11 +253,21 @@ def test_a_wrong_number_of_images_is_refused(efflite):
 # ---- the tap ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("blocks", "expected"), [(1, 0), (2, 0), (3, 1), (4, 3), (5, 3), (8, 3)])
-def test_the_default_is_block_four_or_the_middle_one(blocks, expected):
+@pytest.mark.parametrize(("blocks", "expected"), [(1, 0), (2, 0), (3, 1), (4, 3), (8, 3), (9, 4), (12, 4)])
+def test_the_default_is_block_five_of_many_else_four_or_the_middle_one(blocks, expected):
     decoder = tiny_decoder(middle_blocks=blocks)
     assert tapped_block(decoder) is decoder.middle.blocks[expected]
     assert tapped_block(decoder, blocks) is decoder.middle.blocks[-1]
+
+
+def test_the_projector_is_as_wide_as_asked():
+    decoder, features = tiny_decoder(), Patches()
+    for hidden, width in ((2048, 2048), (16, 16), (0, decoder.config.channels[-1])):
+        alignment = objective_of(repa_hidden=hidden, repa_features="efflite").repa
+        assert alignment is not None
+        for made in (alignment, Alignment(decoder, features, hidden=hidden)):
+            assert made.projector[0].out_features == made.projector[2].in_features == width
+    assert load_recipe("ssdd-stage0-encoder").loss.repa_hidden == 0
 
 
 def test_without_a_transformer_a_residual_block_is_tapped():

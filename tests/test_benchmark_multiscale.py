@@ -43,6 +43,21 @@ def test_all_of_it_in_one_run(benchmark, photos, tmp_path, monkeypatch, capsys):
         bench.main([*command, "--seed", "1"])
 
 
+def test_the_gain_grows_with_the_number_of_stages(benchmark, tmp_path, monkeypatch, capsys):
+    bench = benchmark("multiscale")
+    given = ["curve", "--out", str(tmp_path), "--decoder", "CS/4", "--smallest", "16", "--repeats", "1"]
+    assert bench.main(given) == 0
+    text = capsys.readouterr().out
+    rows = [line.strip("|").split("|") for line in text.splitlines()[2:]]
+    assert [row[1].strip() for row in rows] == ["16²", "32²", "64²", "128²", "256²"]
+    formula, counted = ([float(row[column]) for row in rows] for column in (4, 5))
+    assert formula == pytest.approx([1, 1.6, 2.29, 3.01, 3.75], abs=0.01)
+    assert counted == pytest.approx(formula, rel=0.05)
+    monkeypatch.setattr(bench, "measure", None)  # kept: nothing is timed again
+    assert bench.main(given) == 0
+    assert capsys.readouterr().out == text
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [(["train"], "train needs --data"), (["score", "--data", "."], "no training"), (["show"], "no training")],

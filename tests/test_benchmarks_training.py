@@ -190,10 +190,10 @@ def test_our_decoder_can_have_another_shape(tmp_path, photos, start, benchmark):
     out = tmp_path / "out"
     arguments = ["--out", str(out), "--data", str(photos), "--encoder", start, "--crops", "4", *SMALL]
     shape = ["size=custom", "patch=8", "channels=[16]", "middle_blocks=0", "norm=local"]
-    equal_budget.main(
-        ["train", *arguments, "--rows", "one-step", "--seeds", "0", "--decoder", *shape, "--name", "all-coarse"]
-    )
+    train = ["train", *arguments, "--rows", "one-step", "--seeds", "0", "--decoder", *shape]
+    equal_budget.main([*train, "--name", "all-coarse", "--set", "loss.grid=0.5"])
     (run,) = out.glob("all-coarse-*")
+    assert "grid" in json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     decoder = Tokenizer.from_pretrained(run / "model").config.decoder
     assert (decoder.patch, decoder.norm, decoder.prediction) == (8, "local", "x")
     with pytest.raises(UserError, match="give fields of a decoder"):

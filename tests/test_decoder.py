@@ -18,6 +18,7 @@ from monobath.decoders.uvit import PATCHES, SIZES
 from monobath.errors import UserError
 from monobath.models.blocks import resample_to, timestep_embedding
 from monobath.models.encoder import Encoder, EncoderConfig
+from monobath.scales import ScaleSchedule
 
 PAPER = {
     "S": 14_057_059,
@@ -336,6 +337,38 @@ def test_mixing_with_the_noisy_image_is_the_best_linear_estimate():
         assert abs(best / variance - 1) < 0.03
     assert torch.equal(mixed(output, noise, torch.ones(1), 0.1), output)
     assert torch.allclose(mixed(output, x, torch.zeros(1), 0.1), x, atol=1e-6)
+
+
+def test_mixing_in_a_later_stage_is_the_best_linear_estimate_there():
+    """Its noisy image holds (1−τ)(1−e) of the fine detail, less than the flow's 1 − ν; coarse means as the flow."""
+    x = 10 * rand_images(4, 3, 64, 96)  # so that it does not pay to shrink the estimate
+    noise, output = randn(4, 3, 64, 96, seed=1), x + 0.1 * randn(4, 3, 64, 96, seed=2)
+    for stage in ScaleSchedule(3):
+        for tau in (0.2, 0.7, 1.0):
+            level = stage.level(torch.full((4,), tau))
+            state = stage.state(x, noise, torch.full((4,), tau))
+            error = (mixed(output, state, level, 0.1, stage) - x).square().mean()
+            for share, part in ((1 - level[0], 0.25), (stage.detail_share(level[0]), 0.75)):
+                error = error - part / (1 / 0.01 + (share / level[0]) ** 2)
+            assert abs(error) < 0.03 * 0.01
+            flow = (mixed(output, state, level, 0.1) - x).square().mean()
+            own = (mixed(output, state, level, 0.1, stage) - x).square().mean()
+            assert torch.equal(flow, own) if stage.index == 0 else own < flow
+        assert torch.allclose(stage.detail_share(level), torch.full((4,), 0.0), atol=1e-6)  # all of it is at the start
+
+
+def test_decoders_mix_by_the_shares_that_they_learned():
+    x_t, t, z = inputs(2, 16, 40)
+    old, new = (tiny_decoder(residual=0.1, stages=3, residual_shares=shares) for shares in ("flow", "stage"))
+    plain = make_decoder(dataclasses.replace(old.config, residual=0.0))
+    plain.load_state_dict(old.state_dict())
+    t = t * 0.5  # a last stage's
+    expected = mixed(plain(x_t, t, z, 2), x_t, t, 0.1, ScaleSchedule(3)[2])
+    assert torch.allclose(new(x_t, t, z, 2), expected, atol=1e-6)
+    assert torch.allclose(old(x_t, t, z, 2), mixed(plain(x_t, t, z, 2), x_t, t, 0.1), atol=1e-6)
+    assert not torch.allclose(new(x_t, t, z, 2), old(x_t, t, z, 2), atol=1e-3)
+    assert torch.equal(new(x_t, t, z), old(x_t, t, z))  # on the path of one scale
+    assert decoder_config({"size": "CM/4", "residual": 0.1}).residual_shares == "flow"  # as saved before
 
 
 def test_mixing_is_asked_for_with_sense():

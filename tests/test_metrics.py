@@ -157,7 +157,9 @@ def test_every_metric_names_its_network_data_range_and_features():
         for word in ("network", "data range", "features"):
             assert word in info.details, f"{key} does not name its {word}"
         assert "paired" in info.interval
-    assert "VGG" in METRICS["lpips"][0].label
+    for key, label, network in (("lpips", "VGG", "VGG-16"), ("lpips_alex", "Alex", "AlexNet")):
+        assert label in METRICS[key][0].label
+        assert network in METRICS[key][0].details
     assert "EfficientNet-Lite2" in METRICS["fd_efflite"][0].label
     assert not re.search(r"(?<!not )FID", METRICS["fd_efflite"][0].label + METRICS["fd_efflite"][0].details)
 
@@ -176,13 +178,34 @@ def test_absent_metrics_are_reported_with_their_reason(monkeypatch, tmp_path):
     assert not METRICS["lpips"][0].absent, "the registry itself must not change"
 
 
-@pytest.mark.parametrize("key", ["lpips", "rfid", "dreamsim"])
+@pytest.mark.parametrize("key", ["lpips", "lpips_alex", "rfid", "dreamsim"])
 def test_a_package_without_weights_is_absent_too(monkeypatch, tmp_path, key):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(metrics, "find_spec", lambda name: importlib.util.find_spec("torch"))
     infos, _ = load_metrics(["psnr", key], device=CPU)
     assert f"--metrics {key}" in infos[1].absent
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("key", "backbone"), [("lpips", "vgg"), ("lpips_alex", "alex")])
+def test_each_lpips_score_has_its_own_backbone(monkeypatch, tmp_path, key, backbone):
+    made = []
+
+    class Distance(nn.Module):
+        def __init__(self, backbone: str) -> None:
+            super().__init__()
+            made.append(backbone)
+
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return (a - b).abs().mean((1, 2, 3))
+
+    monkeypatch.setattr(metrics, "LpipsDistance", Distance)
+    monkeypatch.setattr(metrics, "find_spec", lambda name: importlib.util.find_spec("torch"))
+    monkeypatch.setattr(metrics, "_need_weights", lambda *given: None)
+    _, (metric,) = load_metrics([key], device=CPU)
+    assert made == [backbone]
+    black, white = torch.zeros(1, 3, 8, 16, dtype=torch.uint8), torch.full((1, 3, 8, 16), 255, dtype=torch.uint8)
+    assert metric.measure(white, black).tolist() == [2.0]
 
 
 def test_an_unknown_metric_names_the_nearest_and_nothing_to_measure_is_an_error(monkeypatch):

@@ -180,9 +180,8 @@ def test_the_truth_leads_to_a_stages_end(stage, steps, kind):
         seen.append(level)
         return truth
 
-    state, preview = integrate(predict, stage.state(x, noise, torch.ones(2)), stage, grid, kind)
+    state = integrate(predict, stage.state(x, noise, torch.ones(2)), stage, grid, kind)
     assert torch.allclose(state, stage.state(x, noise, torch.zeros(2)), atol=1e-5)
-    assert torch.allclose(preview, x, atol=1e-5)
     assert len(seen) == steps
 
 
@@ -211,12 +210,12 @@ def test_both_kinds_take_the_same_step(stage):
 @pytest.mark.parametrize(("stages", "steps"), [(1, 1), (2, 1), (3, 1), (3, 4), (4, 2)])
 def test_the_truth_leads_through_all_stages(stages, steps, kind):
     """Every preview is the image at its size, rectangular too, and every stage sees the noise of the one field."""
-    x, white = rand_images(2, 3, 64, 128), draw_noise((3, 64, 128), [4, 5])
+    x, white = rand_images(2, 3, 16, 32), draw_noise((3, 16, 32), [4, 5])
     images, fields, schedule = image_pyramid(x, stages), noise_pyramid(white, stages), ScaleSchedule(stages)
-    decoder = tiny_decoder(patch=1, prediction=kind, stages=stages)
+    decoder = tiny_decoder(factor=2, patch=1, prediction=kind, stages=stages)
 
-    def predict(state, level, features, s=None):
-        s = s or 0
+    def predict(state, level, features, stage=None):
+        s = stage or 0  # a single scale has none
         return images[s] if kind == "x" else schedule[s].velocity(images[s], fields[s])
 
     decoder.predict = predict
@@ -244,17 +243,13 @@ def test_one_stage_is_the_single_scale_path(kind):
     assert torch.equal(stage.step(guess, x_t, t, 0.3 * t, kind), flow.euler_step(guess, x_t, t, 0.3 * t, kind))
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_one_stage_samples_as_the_single_scale_does(kind, steps):
-    noise = randn(2, 3, 4, 6)
-
-    def predict(x_t, t, stage=None):
-        return (x_t.cos() + t[:, None, None, None]) * 0.7
-
-    times = [t.float().expand(2) for t in time_grid(steps)]
-    found, _ = integrate(predict, noise, ScaleSchedule(1)[0], times, kind)
-    assert torch.equal(found, euler(predict, noise, kind=kind, steps=steps))
+    decoder, z, noise = tiny_decoder(patch=1, prediction=kind), randn(2, 4, 2, 3), draw_noise((3, 16, 24), [4, 5])
+    expected = euler(lambda x_t, t: decoder(x_t, t, z), noise, kind=kind, steps=steps)
+    assert torch.equal(decoded(decoder, z, [4, 5], steps=steps), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -629,6 +624,22 @@ def test_sigmoid_weight_is_the_formula_and_finite_everywhere():
     assert not torch.equal(plain["loss"], weighted["loss"])
 
 
+@pytest.mark.parametrize("weighting", ["sigmoid", "sigmoid-local"])
+def test_the_sigmoid_weight_is_of_noise_levels_or_of_local_times(weighting):
+    x, tokenizer = rand_images(3, 3, 32, 64), multi()
+    noise, latent_noise, t = randn(3, 3, 32, 64), torch.zeros(3, 4, 4, 8), torch.full((3,), 0.4)
+
+    def parts(scales: ScalesConfig):
+        objective = StagedObjective(tokenizer, QUIET, scales, train_encoder=False)
+        return losses_of(objective, x, t, noise, latent_noise, stages=(0, 1, 2)).parts
+
+    plain, weighted = parts(ScalesConfig()), parts(ScalesConfig(weighting=weighting))
+    for stage in ScaleSchedule(3):
+        time = t[:1] if weighting == "sigmoid-local" else stage.level(t[:1])
+        name = f"flow_stage{stage.index}"
+        torch.testing.assert_close(weighted[name], plain[name] * sigmoid_weight(time)[0])
+
+
 def test_uniform_times():
     t = torch.sigmoid(randn(20_000))
     u = uniform_times(torch.cat([t, torch.ones(5)]))
@@ -684,14 +695,13 @@ def test_the_target_ends_where_the_teacher_ends(kind):
     schedule, z = ScaleSchedule(3), randn(2, 4, 4, 8)
     for s, size in enumerate([(8, 16), (16, 32), (32, 64)]):
         state = randn(2, 3, *size, seed=s)
-        end, preview = made.teachers(state, z, s, torch.ones(2))
-        assert torch.equal(made.teachers(state, z, s, torch.ones(2))[0], end)
+        end = made.teachers(state, z, s, torch.ones(2))
+        assert torch.equal(made.teachers(state, z, s, torch.ones(2)), end)
         assert not end.requires_grad
         image = schedule[s].clean(end - state, state, torch.ones(2), "v")
         assert torch.allclose(schedule[s].step(image, state, torch.ones(2), torch.zeros(2), "x"), end, atol=1e-4)
         if s == 2:
             assert torch.allclose(image, end, atol=1e-5)
-            assert torch.allclose(preview, end, atol=1e-4)
 
 
 def test_teachers_stages_are_those_of_its_decoding():
@@ -700,7 +710,7 @@ def test_teachers_stages_are_those_of_its_decoding():
     fields, schedule, state = noise_pyramid(white, 3), ScaleSchedule(3), None
     for s in range(3):
         start = fields[0] if state is None else schedule.hand_over(state, s - 1, fields[s])
-        state, _ = made.teachers(start, z, s, torch.ones(1))
+        state = made.teachers(start, z, s, torch.ones(1))
     assert torch.allclose(state.clamp(-1, 1), made.teacher.decode(z, seed=2, steps=3), atol=1e-5)
 
 
@@ -711,9 +721,9 @@ def test_a_guided_teacher_guides():
     config = DistillConfig(teacher="t", steps=2)
     made = StagedDistillation(student, teacher, QUIET, config, ScalesConfig()).eval()
     state, z = randn(1, 3, 8, 8), randn(1, 4, 4, 4)
-    guided = made.teachers(state, z, 0, torch.ones(1))[0]
+    guided = made.teachers(state, z, 0, torch.ones(1))
     teacher.config.sampler.guidance = 1.0
-    assert not torch.allclose(made.teachers(state, z, 0, torch.ones(1))[0], guided)
+    assert not torch.allclose(made.teachers(state, z, 0, torch.ones(1)), guided)
     assert not student.decoder.null_latent.requires_grad  # the student is not guided
 
 
@@ -755,16 +765,100 @@ def test_steps_towards_the_target_bring_the_student_nearer():
     assert found[-1] < 0.5 * found[0]
 
 
-def test_renoised_targets_follow_their_seed():
-    made, x = distillation(2, renoise=True).eval(), rand_images(2, 3, 32, 32)
-    draws = Draws.make(0, tuple(x.shape), (2, 4, 4, 4), TimesConfig(ones=1.0))
-    found = []
-    for seed in (1, 1, 2):
-        made.draw(draws, seed, 0, 1)
-        found.append(made(Batch(images=x, draws=draws)).total)
-    first, again, other = found
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+def renoised(made: StagedDistillation, x: torch.Tensor, level: float):
+    """Losses of MSD's published form at that noise level."""
+    draws = Draws.make(0, tuple(x.shape), (len(x), 4, x.shape[2] // 8, x.shape[3] // 8), TimesConfig(ones=1.0))
+    draws.level = level
+    return made(Batch(images=x, draws=draws)), draws
+
+
+def test_the_published_level_is_one_per_batch():
+    made, found = distillation(1, renoise=True), []
+    for seed in range(300):
+        levels = set()
+        for rank in range(2):
+            draws = Draws(torch.ones(3), torch.empty(0), torch.empty(0))
+            made.draw(draws, seed, rank, 2)
+            levels.add(draws.level)
+        found += levels
+    assert len(found) == 300  # both processes have the same one
+    quantiles = torch.quantile(torch.tensor(found), torch.tensor([0.1, 0.5, 0.9]))
+    assert torch.allclose(quantiles, torch.tensor([0.1, 0.5, 0.9]), atol=0.06)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("level", "first"), [(0.9, 0), (0.5, 1), (0.3, 2), (0.02, 2)])
+def test_the_published_distillation(level, first, kind):
+    """The student's picture, averaged down and noised, goes on through the stages that are left; end states count."""
+    made, x = distillation(1, renoise=True, same_weights=False, kind=kind).eval(), rand_images(2, 3, 32, 64)
+    schedule, calls, ends = ScaleSchedule(3), record_calls(made.teacher.decoder), []
+    losses, draws = renoised(made, x, level)
+    assert [stage for _, _, stage in calls] == list(range(first, 3))
+    assert [t.unique().item() for _, t, _ in calls] == pytest.approx(
+        [level, *(schedule.start(s) for s in range(first + 1, 3))], abs=1e-6
+    )
+    fields, small = noise_pyramid(draws.noise, 3), image_pyramid(losses.clean, 3)[first]
+    assert torch.allclose(calls[0][0], (1 - level) * small + level * fields[first], atol=1e-6)
+
+    z = made._encoded(Batch(images=x, draws=draws))[1]
+    with torch.no_grad():
+        for model in (made.tokenizer, made.teacher):
+            state, own = fields[0], []
+            for stage in schedule:
+                tau = 1.0
+                if model is made.teacher:
+                    if stage.index < first:
+                        continue
+                    if stage.index == first:
+                        state = calls[0][0]
+                        tau = (level - stage.end) / (stage.start - stage.end)
+                tau = torch.full((2,), tau)
+                prediction = predictor(model.decoder, z)(state, stage.level(tau), stage.index)
+                own.append(stage.step(prediction, state, tau, torch.zeros(2), kind))
+                if stage.index < 2:
+                    state = schedule.hand_over(own[-1], stage.index, fields[stage.index + 1])
+            ends.append(own[-3 + first :])
+        expected = sum((a - b).square().mean() for a, b in zip(*ends, strict=True)) / (1 + level)
+    torch.testing.assert_close(losses.parts["flow"].detach(), expected, rtol=1e-3, atol=1e-6)
+    assert torch.allclose(losses.target, ends[1][-1], atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_student_equal_to_its_teacher_has_no_published_loss_from_pure_noise(kind):
+    made, x = distillation(1, renoise=True, kind=kind).eval(), rand_images(2, 3, 32, 64)
+    assert renoised(made, x, 1.0)[0].parts["flow"] < 1e-8
+    assert renoised(made, x, 0.6)[0].parts["flow"] > 1e-6
+
+
+def test_a_guided_student_is_trained_at_what_decoding_does():
+    shape = {"null_latent": True, "patch": 1}
+    teacher, student = multi(decoder=shape), multi(1, decoder=shape, guidance=2.0)
+    student.encoder.load_state_dict(teacher.encoder.state_dict())
+    config = DistillConfig(teacher="t", steps=1, student_guidance=2.0)
+    made = StagedDistillation(student, teacher, QUIET, config, ScalesConfig(renoise=True)).eval()
+    x, z, noise = rand_images(1, 3, 32, 64), randn(1, 4, 4, 8), draw_noise((3, 32, 64), [7])
+    moments = torch.cat([z, torch.full_like(z, -30.0)], 1)
+    losses = losses_of(made, x, torch.ones(1), noise, torch.zeros_like(z), moments, level=0.5)
+    assert torch.allclose(losses.clean.clamp(-1, 1), student.decode(z, seed=7), atol=1e-3)
+    losses.total.backward()
+    assert student.decoder.null_latent.grad.any()
+
+
+def test_the_published_recipe(tmp_path):
+    """One step a stage, 2.5·(1/(1+u)·errors + 0.1·LPIPS); it takes the shape of the teacher that is named."""
+    multi(decoder={"null_latent": True}).save_pretrained(tmp_path / "teacher")
+    recipe = load_recipe("msd-distill", [f"distill.teacher={tmp_path / 'teacher'}", "distill.student_guidance=1.5"])
+    assert isinstance(recipe, DistillationRecipe)
+    assert recipe.scales == ScalesConfig(renoise=True)
+    assert (recipe.distill.steps, recipe.loss.flow, recipe.loss.perceptual) == (1, 2.5, 0.25)
+    assert (recipe.model.sampler.steps, recipe.model.sampler.guidance) == (1, 1.5)
+    assert load_recipe("msd-distill").scales == ScalesConfig(renoise=True)  # the teacher is named later
+    multi().save_pretrained(tmp_path / "unguided")
+    with pytest.raises(UserError, match=r"student_guidance is 1.5, but the student has no null latent"):
+        load_recipe("msd-distill", [f"distill.teacher={tmp_path / 'unguided'}", "distill.student_guidance=1.5"])
+    tiny_tokenizer().save_pretrained(tmp_path / "single")
+    with pytest.raises(UserError, match=r"scales.\* is for multi-scale decoders"):
+        load_recipe("msd-distill", [f"distill.teacher={tmp_path / 'single'}"])
 
 
 def test_a_teacher_of_other_stages_is_refused():

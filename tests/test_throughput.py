@@ -195,7 +195,7 @@ def test_speeds_of_systems(tmp_path):
     assert [s.gflop for s in jpeg] == [None] * 4
     assert ours[2].gflop == pytest.approx(2 * ours[0].gflop)
     assert ours[3].gflop == pytest.approx(2 * ours[1].gflop)
-    assert len(said) == 8
+    assert len(said) == 12, "each system, then the rounds, of each batch and part"
     assert "decode 2 × 24 × 40" in said[-1]
 
 

@@ -32,7 +32,7 @@ Output = Literal["tensor", "pil", "uint8"]
 Part = tuple[int, slice, slice]
 """A sample, and rows and columns of its full picture."""
 Predict = Callable[..., Tensor]
-"""`(state (B, 3, h, w), noise level (B,), stage[, the Part that the state is of]) → raw prediction`."""
+"""`(state (B, 3, h, w), noise level (B,), stage or None[, the Part that the state is of]) → raw prediction`."""
 
 
 @dataclass(kw_only=True)
@@ -158,11 +158,10 @@ def predictor(decoder: PixelDecoder, z: Tensor, guidance: float = 1.0, *, apart:
         return [decoder.features(z), *absent]
 
     known = [features(part) for part in (z.split(1) if apart else [z])]
-    single = decoder.stages == 1
 
-    def predict(state: Tensor, level: Tensor, stage: int, where: Part | None = None) -> Tensor:
+    def predict(state: Tensor, level: Tensor, stage: int | None, where: Part | None = None) -> Tensor:
         parts = known[0] if where is None else [part.crop(*where[1:]) for part in known[where[0]]]
-        given, *absent = (decoder.predict(state, level, part, None if single else stage) for part in parts)
+        given, *absent = (decoder.predict(state, level, part, stage) for part in parts)
         return absent[0] + guidance * (given - absent[0]) if absent else given
 
     return predict
@@ -238,9 +237,9 @@ class _Step:
     """The stage's last step: behind the next state comes the stage's preview, unless the state is the picture."""
 
     @property
-    def number(self) -> int:
-        """Of the stage, as the decoder counts: the full resolution is its last one."""
-        return self.decoder.stages - 1 - self.shrink
+    def number(self) -> int | None:
+        """Of the stage; None: it is all of the path, which is that of one scale."""
+        return None if (self.stage.start, self.stage.end) == (1, 0) else self.stage.index
 
     def __call__(self, state: Tensor, where: Part | None = None) -> Tensor:
         """A state `(B, 3, h, w)`, or a part of it → the next one."""

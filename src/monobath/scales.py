@@ -130,6 +130,12 @@ class Stage:
         moved = moved + _over(coarse_next - ratio * coarse, state) * up(down(prediction))
         return _over(ratio, state) * state + moved
 
+    def detail_share(self, level: Tensor) -> Tensor:
+        """(1−τ)(1−e), the share of x − P x in the state at noise level ν_τ; that of P x is 1 − ν_τ."""
+        if self.start == 1:
+            return 1 - level
+        return (self.start - level) / (self.start - self.end) * (1 - self.end)
+
     def _shares(self, tau: Tensor) -> tuple[Tensor, Tensor | None]:
         """Factors of x and of P x in m_τ; None where the latter is 0 throughout."""
         return (1 - tau) * (1 - self.end), tau * (1 - self.start) if self.start < 1 else None
@@ -195,19 +201,15 @@ class ScaleSchedule:
         return 2 ** (self.stages - 1) * max(1, token_side // factor)
 
 
-def integrate(
-    predict: Predict, state: Tensor, stage: Stage, times: Sequence[Tensor], kind: Prediction
-) -> tuple[Tensor, Tensor]:
+def integrate(predict: Predict, state: Tensor, stage: Stage, times: Sequence[Tensor], kind: Prediction) -> Tensor:
     """Euler steps within a stage.
 
     Args:
         times: local times `(B,)` each, from the state's down to the last.
 
     Returns:
-        The state at the last time, and the clean image that the last prediction means.
+        The state at the last time.
     """
     for tau, tau_next in itertools.pairwise(times):
-        prediction = predict(state, stage.level(tau), stage.index)
-        preview = stage.clean(prediction, state, tau, kind)
-        state = stage.step(prediction, state, tau, tau_next, kind)
-    return state, preview
+        state = stage.step(predict(state, stage.level(tau), stage.index), state, tau, tau_next, kind)
+    return state

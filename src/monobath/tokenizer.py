@@ -340,6 +340,12 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
         folder, stages = store.locate(name)
         return TokenizerConfig.from_dict(store.read_config(folder, FORMAT, "tokenizer"), stages)
 
+    @staticmethod
+    def training_of(name: str | os.PathLike[str]) -> dict[str, Any]:
+        """What `save_pretrained(extra=)` stored with the model `name`, such as its recipe; raises as `config_of`."""
+        training = store.stored(store.locate(name)[0], FORMAT, "tokenizer").get("training")
+        return training if isinstance(training, dict) else {}
+
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,

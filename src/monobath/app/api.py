@@ -9,7 +9,7 @@
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Annotated, Any
 
 import torch
@@ -30,7 +30,7 @@ from .pictures import bits_per_pixel, psnr
 from .protocol import DecodeQuery, EncodeQuery, ReconstructQuery, Reply, picture_of, picture_reply
 from .service import Service
 
-RETRY_AFTER = "1"
+COME_AGAIN = {"Retry-After": "1"}
 GONE = 499
 """Status of a reply that nobody reads: its client has left."""
 BOUNDARY = "monobath-preview"
@@ -59,8 +59,8 @@ def build_api(service: Service, token: str = "") -> FastAPI:
     api.add_middleware(Guard, token=token)
     api.add_middleware(Drained, timeout=service.limits.timeout)
     api.add_middleware(Counted, metrics=metrics)
-    for kind, handler in HANDLERS.items():
-        api.add_exception_handler(kind, handler)
+    for kind in MISTAKES:
+        api.add_exception_handler(kind, refusal)
     first = next(iter(service.models))
     api.include_router(model_routes(service, first))
     for name in service.models:
@@ -210,54 +210,33 @@ async def multipart(
     first: Tensor, rest: AsyncIterator[Tensor], reply: Callable[[Tensor], Reply]
 ) -> AsyncIterator[bytes]:
     """Pictures as parts of multipart/mixed, each sent as soon as it exists."""
-    pictures = chain(first, rest)
-    async for picture in pictures:
+    picture: Tensor | None = first
+    while picture is not None:
         part = await asyncio.to_thread(reply, picture)
         headers = {"Content-Type": part.media_type, "Content-Length": str(len(part.body)), **part.headers}
         head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         yield f"--{BOUNDARY}\r\n{head}\r\n".encode() + part.body + b"\r\n"
+        picture = await anext(rest, None)
     yield f"--{BOUNDARY}--\r\n".encode()
-
-
-async def chain(first: Tensor, rest: AsyncIterator[Tensor]) -> AsyncIterator[Tensor]:
-    """One, then the others."""
-    yield first
-    async for picture in rest:
-        yield picture
 
 
 def busy(message: str) -> HTTPException:
     """503, with the time to come again."""
-    return HTTPException(503, message, headers={"Retry-After": RETRY_AFTER})
+    return HTTPException(503, message, headers=COME_AGAIN)
 
 
-async def wrong_request(request: Request, error: Exception) -> JSONResponse:
-    """What cannot be decoded."""
-    return JSONResponse({"detail": str(error)}, 413 if isinstance(error, ImageTooLarge) else 400)
+MISTAKES = (UserError, RequestValidationError, MemoryError, torch.OutOfMemoryError, Exception)
+"""What `refusal` answers."""
 
 
-async def wrong_query(request: Request, error: Exception) -> JSONResponse:
-    """Every mistake of a query, in one line."""
-    assert isinstance(error, RequestValidationError)
-    mistakes = [f"{'.'.join(map(str, e['loc'][1:])) or 'query'}: {e['msg']}" for e in error.errors()]
-    return JSONResponse({"detail": "; ".join(mistakes)}, 422)
-
-
-async def no_memory(request: Request, error: Exception) -> JSONResponse:
-    """Too much for this machine at this time."""
-    message = "out of memory: come again later, or send something smaller"
-    return JSONResponse({"detail": message}, 503, headers={"Retry-After": RETRY_AFTER})
-
-
-async def our_fault(request: Request, error: Exception) -> JSONResponse:
-    """What should not happen; the server's log has the traceback."""
-    return JSONResponse({"detail": "internal error: the server's log says more"}, 500)
-
-
-HANDLERS: dict[type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
-    UserError: wrong_request,
-    RequestValidationError: wrong_query,
-    MemoryError: no_memory,
-    torch.OutOfMemoryError: no_memory,
-    Exception: our_fault,
-}
+async def refusal(request: Request, error: Exception) -> JSONResponse:
+    """An error as one line; of what should not happen, the server's log has the traceback."""
+    status, detail, headers = 500, "internal error: the server's log says more", None
+    if isinstance(error, UserError):
+        status, detail = 413 if isinstance(error, ImageTooLarge) else 400, str(error)
+    elif isinstance(error, RequestValidationError):
+        mistakes = [f"{'.'.join(map(str, e['loc'][1:])) or 'query'}: {e['msg']}" for e in error.errors()]
+        status, detail = 422, "; ".join(mistakes)
+    elif isinstance(error, MemoryError | torch.OutOfMemoryError):
+        status, detail, headers = 503, "out of memory: come again later, or send something smaller", COME_AGAIN
+    return JSONResponse({"detail": detail}, status, headers)

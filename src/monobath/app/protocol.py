@@ -50,9 +50,9 @@ class Scaling(BaseModel):
             raise ValueError("scaling_factor is 0: give 1 / the standard deviation of the latents, or leave it out")
         return self
 
-    def factors(self) -> tuple[float, float]:
-        """(scaling, shift)."""
-        return self.scaling_factor or 1.0, self.shift_factor or 0.0
+    def factors(self, otherwise: tuple[float, float] = (1.0, 0.0)) -> tuple[float, float]:
+        """(scaling, shift), of `otherwise` what is not given."""
+        return self.scaling_factor or otherwise[0], otherwise[1] if self.shift_factor is None else self.shift_factor
 
 
 class DecodeQuery(Scaling):
@@ -97,14 +97,10 @@ class DecodeQuery(Scaling):
             UserError: a body of another length than the shape says, or packed latents that do not fit the picture.
         """
         z = tensor_of(body, self.shape, self.dtype).float()
-        scaling, shift = self.factors()
-        if self.do_scaling:
-            scaling = published[0] if self.scaling_factor is None else scaling
-            shift = published[1] if self.shift_factor is None else shift
+        scaling, shift = self.factors(published) if self.do_scaling else self.factors()
         z = z / scaling + shift
         if z.ndim == 4:
-            full = (z.shape[2] * factor, z.shape[3] * factor)
-            return z, full if self.height is None or self.width is None else (self.height, self.width)
+            return z, (self.height or z.shape[2] * factor, self.width or z.shape[3] * factor)
         assert self.height is not None
         assert self.width is not None
         rows, columns = self.height // (2 * factor), self.width // (2 * factor)
@@ -205,10 +201,7 @@ def tensor_reply(tensor: Tensor) -> Reply:
 
 def picture_reply(picture: Tensor, image_format: ImageFormat) -> Reply:
     """A file of one picture `(3, H, W)` in [-1, 1]; a JPEG of quality 95, colour at full resolution."""
-    file = io.BytesIO()
-    image = tensor_to_pil(picture)
-    if image_format == "png":
-        image.save(file, "PNG", compress_level=1)
-        return Reply(body=file.getvalue(), media_type="image/png")
-    image.save(file, "JPEG", quality=95, subsampling=0)
-    return Reply(body=file.getvalue(), media_type="image/jpeg")
+    file, kind = io.BytesIO(), image_format.replace("jpg", "jpeg")
+    # Pillow ignores what is not the format's own.
+    tensor_to_pil(picture).save(file, kind, compress_level=1, quality=95, subsampling=0)
+    return Reply(body=file.getvalue(), media_type=f"image/{kind}")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from .exporting import EngineName
-from .shared import DType, check_options, out_folder, plain, print_table, write_lines
+from .shared import DType, check_options, out_folder, print_table, progress, write_lines
 
 if TYPE_CHECKING:
     from ..evaluation.results import Evaluation
@@ -59,8 +58,8 @@ def eval_(
             of each size is encoded and decoded on its own.
         steps: Sampler steps of the models, each count a system of its own; default: what each was made for.
         limit: At most so many pictures.
-        metrics: Names such as psnr ssim mean_error grid4 grid8 efflite fd_efflite lpips rfid dreamsim; default: all
-            that need no download.
+        metrics: Names such as psnr ssim mean_error grid4 grid8 efflite fd_efflite lpips lpips_alex rfid dreamsim;
+            default: all that need no download.
         no_baselines: Leave out bicubic, JPEG, WebP and AVIF.
         bits_per_pixel: Rate of those codecs; default: the first model's latents at 16 bit a value.
         rates: More rates of those codecs, in bits a pixel, for the plot of quality against bits.
@@ -78,11 +77,10 @@ def eval_(
         raise UserError(f"--size {size} and --sizes {' '.join(map(str, sizes))} contradict one another: give one")
     sides = sorted(set(sizes or [256 if size is None else size]))
     check_options(8, **{"sizes" if sizes else "size": sides[0]})
-    check_options(1, batch=batch)
+    check_options(1, batch=batch, speed_batches=min(speed_batches or [1]))
     check_options(0, workers=workers, repeats=repeats)
-    for number in speed_batches or []:
-        check_options(1, speed_batches=number)
     import torch
+    from rich.progress import SpinnerColumn
 
     from ..devices import usable_device
     from ..evaluation import processes
@@ -92,7 +90,11 @@ def eval_(
     from ..evaluation.system import make_baselines, make_models, make_peer
 
     kind = getattr(torch, dtype)
-    with _Progress() as progress:
+    with progress(SpinnerColumn) as update:
+
+        def counted(system: str, done: int, total: int | None) -> None:
+            update(description=f"{system}: {done}{'' if total is None else f' of {total}'} pictures")
+
         with processes.group(torch.device(usable_device(device))) as place:
             systems: list[System] = [*make_models(model or ["default"], steps, place, kind, encoder)]
             systems += [make_peer(spec, place, kind) for spec in peer or []]
@@ -100,7 +102,7 @@ def eval_(
                 systems += make_baselines(systems, sides[-1], bits_per_pixel, rates or [])
             settings = Settings(
                 size=sides[-1], short_side=sides[-1], metrics=metrics, limit=limit, batch_size=batch,
-                num_workers=workers, seed=seed, progress=progress.pictures, command=command,
+                num_workers=workers, seed=seed, progress=counted, command=command,
             )  # fmt: skip
             found = [evaluate(systems, data, replace(settings, size=side)) for side in sides]
             is_main = processes.is_main()
@@ -109,7 +111,7 @@ def eval_(
         evaluations = [evaluation for evaluation, _ in found]
         if repeats:
             batches = sorted(set(speed_batches or [1]))
-            add_speeds(evaluations, systems, batches, repeats=repeats, progress=progress.words)
+            add_speeds(evaluations, systems, batches, repeats=repeats, progress=lambda text: update(description=text))
     files = write_evaluation(folder, evaluations, found[-1][1], by_size=bool(sizes))
     _print_tables(evaluations)
     write_lines(files)
@@ -152,6 +154,8 @@ def bench(
     if engine and not (cpu or device == "cpu"):
         raise UserError(f"--engine {' '.join(engine)} is timed on the CPU: add --cpu")
     folder = out_folder(out)
+    from rich.progress import SpinnerColumn
+
     from ..devices import usable_device
     from ..evaluation.bench import Plan, run_bench
     from ..evaluation.report import write_bench
@@ -161,13 +165,13 @@ def bench(
         device=usable_device("cpu" if cpu else device), dtype=dtype, repeats=repeats, batch=batch,
         **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
-    with _Progress() as progress:
+    with progress(SpinnerColumn) as update:
         extra = None
         if engine:
             from ..export.timing import engine_networks
 
             extra = engine_networks(model or [], engine, decoders or [])
-        result = run_bench(plan, extra=extra, progress=progress.words, command=command)
+        result = run_bench(plan, extra=extra, progress=lambda text: update(description=text), command=command)
     files = write_bench(folder, result)
     for size, rows in result.rows().items():
         print_table(result.head, rows, title=f"{size} × {size}", width=WIDTH)
@@ -177,33 +181,11 @@ def bench(
 # ---- what is printed ----------------------------------------------------------------------------------------------
 
 
-class _Progress:
-    """One line on stderr that says what is being done; nothing where stderr is not a terminal."""
-
-    def __enter__(self) -> _Progress:
-        from rich.console import Console
-
-        self.status = Console(stderr=True).status("")
-        if sys.stderr.isatty():
-            self.status.start()
-        return self
-
-    def __exit__(self, *_: object) -> Literal[False]:
-        self.status.stop()
-        return False
-
-    def words(self, text: str) -> None:
-        self.status.update(plain(text))
-
-    def pictures(self, system: str, done: int, total: int | None) -> None:
-        self.words(f"{system}: {done}{'' if total is None else f' of {total}'} pictures")
-
-
 def _print_tables(evaluations: Sequence[Evaluation]) -> None:
     from ..evaluation import tables
 
-    def text(lines: list[list[tuple[str, str]]]) -> list[list[str]]:
-        return [["\n".join(filter(None, cell)) for cell in line] for line in lines]
+    def text(lines: Sequence[Sequence[tuple[str, ...]]]) -> list[list[str]]:
+        return [["\n".join(filter(None, cell[:2])) for cell in line] for line in lines]
 
     joined = tables.side_by_side(evaluations)
     print_table(tables.head(joined), text(tables.rows(joined)), width=WIDTH)

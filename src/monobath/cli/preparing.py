@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,15 +80,17 @@ def stats(
     folder = None if out is None else shared.out_folder(out)
     if folder is not None and (folder / "model.safetensors").exists():
         raise UserError(f"--out {out} holds a model already: choose a new folder, or --in_place for the model's own")
+    from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
+
     from ..data.statistics import check_writable, latent_statistics, store_statistics
 
     if in_place:
         folder = check_writable(model)
     tokenizer = shared.load_tokenizer(model, device, "float32", encoder)
-    with _progress("pictures") as progress:
+    with shared.progress(BarColumn, MofNCompleteColumn, TimeRemainingColumn) as update:
         statistics = latent_statistics(
             tokenizer, data, size=size, limit=limit, batch_size=batch, workers=workers, max_pixels=max_pixels,
-            progress=progress,
+            progress=lambda done, total: update(description="pictures", completed=done, total=total),
         )  # fmt: skip
     rows = [("all", statistics.overall_mean, statistics.overall_std)]
     rows += [(f"channel {i}", *v) for i, v in enumerate(zip(statistics.mean, statistics.std, strict=True))]
@@ -158,40 +157,30 @@ def cache_latents(
         raise UserError(f"--scale is {' '.join(map(str, scale))}: give two lengths, LOW HIGH")
     folder = shared.out_folder(out)
     import torch
+    from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
+    from ..autoencoders import as_encoder
     from ..data import Crops
     from ..data.encoding import Caching
     from ..data.encoding import cache_latents as write_cache
+    from ..devices import usable_device
 
     source: Tokenizer | ForeignEncoder
     if encoder is not None and model is None:
-        source, name = shared.read_encoder(encoder, device), encoder
+        source, name = as_encoder(encoder).to(usable_device(device)), encoder
     else:
         name = model or "default"
         source = shared.load_tokenizer(name, device, "float32", encoder)
-    with _progress("crops") as progress:
+    with shared.progress(BarColumn, MofNCompleteColumn, TimeRemainingColumn) as update:
         crops = Crops(
             size=size, scale=None if scale is None else (scale[0], scale[1]), flip=not no_flip, seed=seed,
             max_pixels=max_pixels, min_side=min_side,
         )  # fmt: skip
         options = Caching(
             copies=copies, labels=labels, model=shared.lasting_name(name), shard_mb=shard_mb, batch_size=batch,
-            workers=workers, dtype=getattr(torch, dtype), progress=progress,
+            workers=workers, dtype=getattr(torch, dtype),
+            progress=lambda done, total: update(description="crops", completed=done, total=total),
         )  # fmt: skip
         facts = write_cache(source, data, folder, crops, options)
     made, pictures, shards = facts.pictures * facts.copies, facts.pictures, facts.shards
     shared.write(f"{count(made, 'crop')} of {count(pictures, 'picture')} in {count(shards, 'shard')}: {folder}\n")
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int | None], None]]:
-    """Within: a bar on stderr where that is a terminal; call what is yielded with (done, in all)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(
-        *columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
-    ) as progress:  # fmt: skip
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,8 +13,8 @@ from ..errors import UserError, check_least
 
 if TYPE_CHECKING:
     import torch
+    from rich.progress import ProgressColumn
 
-    from ..models.frozen import ForeignEncoder
     from ..tokenizer import Tokenizer
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -29,14 +30,6 @@ def load_tokenizer(name: str, device: str, dtype: str, encoder: str | None = Non
 
     place = usable_device(device)
     return Tokenizer.from_pretrained(name, encoder=encoder, device=place, dtype=getattr(torch, dtype))
-
-
-def read_encoder(encoder: str, device: str) -> ForeignEncoder:
-    """A foreign encoder, KIND=WHERE, alone."""
-    from ..autoencoders import as_encoder
-    from ..devices import usable_device
-
-    return as_encoder(encoder).to(usable_device(device))
 
 
 @contextmanager
@@ -149,28 +142,38 @@ def print_table(
     """Print a table, its first column left-aligned text, the others figures.
 
     Args:
-        head: headings.
+        head: headings; none: columns of text without.
         rows: cells.
         title: above the table.
         foot: cells of a last line.
         width: in columns, where stdout is not a terminal.
     """
+    from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title and plain(title), show_footer=bool(foot))
+    table = Table(title=title and plain(title), show_header=bool(head), show_footer=bool(foot))
     for number, words in enumerate(head):
         footer = plain(foot[number]) if foot else ""
         table.add_column(plain(words), footer, justify="right" if number else "left")
     for row in rows:
         table.add_row(*map(plain, row))
-    show(table, width=width)
-
-
-def show(table: Any, *, width: int | None = None) -> None:
-    """Print a table; `width`, in columns, holds where stdout is not a terminal."""
-    from rich.console import Console
-
     Console(width=None if sys.stdout.isatty() else width).print(table)
+
+
+@contextmanager
+def progress(*more: type[ProgressColumn]) -> Iterator[Callable[..., None]]:
+    """Within: a line on stderr where that is a terminal; what is yielded takes description, completed and total.
+
+    Args:
+        more: columns beside the description.
+    """
+    from rich.console import Console
+    from rich.progress import Progress, TextColumn
+
+    columns = (TextColumn("{task.description}", markup=False), *(column() for column in more))
+    stderr = Console(stderr=True)
+    with Progress(*columns, console=stderr, transient=True, disable=not sys.stderr.isatty()) as shown:
+        yield partial(shown.update, shown.add_task("", total=None))
 
 
 def write(text: str) -> None:

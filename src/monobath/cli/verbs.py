@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from functools import cache, partial
+from json import dumps
+from typing import Literal
 
 from ..errors import UserError
 from ..words import count, in_words
 from . import shared
 from .exporting import EngineName
 from .shared import MAX_PIXELS, DType
-
-if TYPE_CHECKING:
-    from ..tokenizer import Tokenizer
 
 
 def train(
@@ -65,10 +64,8 @@ def distill(
         run: Run folder; default: runs/NAME.
         print_config: Print the resolved recipe as YAML and exit.
     """
-    given = [*_of_encoder(encoder), *overrides]
-    if teacher is not None:
-        given.append(f"distill.teacher={teacher}")
-    _train(recipe, data, run, print_config, given, distillation=True)
+    given = [] if teacher is None else [f"distill.teacher={teacher}"]
+    _train(recipe, data, run, print_config, [*_of_encoder(encoder), *overrides, *given], distillation=True)
 
 
 def _of_encoder(encoder: str | None) -> list[str]:
@@ -89,14 +86,12 @@ def _train(
     overrides: Sequence[str],
     distillation: bool = False,
 ) -> None:
-    import json
-
     from ..training import dump_recipe, load_recipe
     from ..training.recipe import DistillationRecipe, TokenizerRecipe
 
     overrides = list(overrides)
     if data:
-        overrides.append(f"data.source={json.dumps(data, ensure_ascii=False)}")
+        overrides.append(f"data.source={dumps(data, ensure_ascii=False)}")
     if run is not None:
         overrides.append(f"run={run}")
     resolved = load_recipe(recipe, overrides)
@@ -110,7 +105,7 @@ def _train(
     if (
         isinstance(resolved, TokenizerRecipe)
         and resolved.model.decoder.standardise
-        and not (resolved.model.encoder.family or resolved.init)
+        and not (resolved.model.encoder.family or resolved.source)
     ):
         raise UserError(
             f"recipe {recipe} names no encoder to fit a decoder to: add --encoder KIND=WHERE, such as kl=FOLDER"
@@ -166,8 +161,6 @@ def reconstruct(
     """
     pictures = shared.find_pictures(photo)
     targets = shared.target_paths(out, pictures, ".png")
-    from functools import partial
-
     from ..evaluation.demo import reconstruct as reconstructed
     from ..evaluation.previews import check_progressive, with_previews
     from ..evaluation.tables import decibels
@@ -282,13 +275,11 @@ def decode(
     from ..data.latent_file import LatentFile
     from ..files import write_file
 
-    tokenizers: dict[str, Tokenizer] = {}
+    load = cache(shared.load_tokenizer)
     for source, target in zip(sources, targets, strict=True):
         found = LatentFile.read(source)
         name = model or found.model
-        if name not in tokenizers:
-            tokenizers[name] = shared.load_tokenizer(name, device, dtype)
-        tokenizer = tokenizers[name]
+        tokenizer = load(name, device, dtype)
         if tokenizer.factor != found.factor:
             raise UserError(
                 f"{source} has factor {found.factor}, but {name} has {tokenizer.factor}: choose its own model"
@@ -308,8 +299,6 @@ def info(model: str | None = None, *, json: bool = False) -> None:
         model: Packaged name, folder, or Hugging Face Hub id.
         json: Print JSON.
     """
-    from json import dumps
-
     from .. import resources
     from ..evaluation.facts import describe
 
@@ -320,14 +309,11 @@ def info(model: str | None = None, *, json: bool = False) -> None:
     if json:
         shared.write(dumps(facts, indent=2) + "\n")
         return
-    from rich.table import Table
-
-    table = Table(show_header=False)
+    rows = []
     for key, value in facts.items():
-        rows = value.items() if isinstance(value, dict) else [("", value)]
-        for part, single in rows:
-            table.add_row(shared.plain(f"{key} {part}".strip().replace("_", " ")), shared.plain(in_words(single)))
-    shared.show(table)
+        parts = value.items() if isinstance(value, dict) else [("", value)]
+        rows += [(f"{key} {part}".strip().replace("_", " "), in_words(single)) for part, single in parts]
+    shared.print_table((), rows)
 
 
 def demo(*, out: str = "runs/demo", model: str = "default") -> None:
@@ -339,10 +325,9 @@ def demo(*, out: str = "runs/demo", model: str = "default") -> None:
     """
     folder = shared.out_folder(out)
     from ..evaluation import demo as demonstration
-    from ..evaluation.tables import decibels
 
     result = demonstration.run_demo(folder, model)
-    foot = ("mean", "", decibels(demonstration.mean_psnr(result.rows)), "", "", "")
+    foot = demonstration.mean_line(result.rows)
     shared.print_table(demonstration.HEAD, map(demonstration.cells, result.rows), foot=foot)
     shared.write_lines([*([demonstration.PREVIEW] if result.preview else []), *result.files])
     shared.write(f"{result.seconds:.1f} s in all\n")

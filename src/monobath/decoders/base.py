@@ -12,7 +12,7 @@ of its output with the noisy image (`mixed`). Networks know nothing of them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from ..models.taesd import CHANNELS as TRUNK_CHANNELS
 from ..models.taesd import FACTOR as TRUNK_FACTOR
 from ..models.taesd import TRUNKS, Trunk
 from ..sampling import Noise
+from ..scales import ScaleSchedule, Stage, down, up
 
 Interval = tuple[int, int]
 """First and last pixel, both included."""
@@ -48,6 +49,7 @@ class DecoderShape:
     standardise = False
     linear_skip = False
     residual = 0.0
+    residual_shares = "flow"
     context = 0
     prediction = "x"
     padding = "zeros"
@@ -103,6 +105,9 @@ class WrappedShape(DecoderShape):
     """σᵣ, the standard deviation of what the latent leaves open, in image units (about 0.12 at 24 dB). Above 0, the
     clean image is mixed from the network's output and the noisy image as the best linear estimate is (`mixed`; needs
     prediction x): for decoders of several steps. It changes nothing at t = 1."""
+    residual_shares: Literal["flow", "stage"] = "flow"
+    """The picture's share in the noisy image, for that. stage: each stage's own, which is right. flow: 1 − t always,
+    too much of the fine detail after the first stage; what models saved without the entry learned."""
     standardise: bool = False
     """Bring each channel of the latent to mean 0 and standard deviation ½ by constants, for foreign encoders. They are
     measured, and `linear_skip` is fitted, before training (`training/retrofit.py`); the weights keep them."""
@@ -151,8 +156,8 @@ class PixelDecoder(Checkpointed):
 
     The prediction is the velocity or the clean image, as `prediction` says; `monobath.flow` converts. H and W must be
     divisible by `unit`. The latent may have another resolution than H/f (stages of lower resolution). A decoder of
-    several stages also takes the number of the stage, 0 … `stages` − 1, which all samples share; without one it is the
-    last, which is at full resolution.
+    several stages also takes the number of the stage, 0 … `stages` − 1, which all samples share; without one, x_t is on
+    the path of one scale (`flow.py`), and the network is told the last stage, which is at full resolution.
 
     A decoder defines `output`, and `context` if something is to be computed once a picture.
 
@@ -253,7 +258,12 @@ class PixelDecoder(Checkpointed):
         if self.linear_skip is not None:
             linear = F.pixel_shuffle(self.linear_skip(features.z), self.config.read_factor)
             x = x + resample_to(linear, (x.shape[2], x.shape[3]))
-        return mixed(x, x_t, t, self.config.residual) if self.config.residual else x
+        if not self.config.residual:
+            return x
+        path = None
+        if self.config.residual_shares == "stage" and stage is not None:
+            path = ScaleSchedule(self.stages)[stage]
+        return mixed(x, x_t, t, self.config.residual, path)
 
     def forward(self, x_t: Tensor, t: Tensor, z: Tensor, stage: int | None = None) -> Tensor:
         """See the class.
@@ -311,15 +321,27 @@ class PixelDecoder(Checkpointed):
             raise ValueError(f"t is {tuple(t.shape)}: expected ({x_t.shape[0]},), one time a sample")
 
 
-def mixed(output: Tensor, x_t: Tensor, t: Tensor, residual: float) -> Tensor:
+def mixed(output: Tensor, x_t: Tensor, t: Tensor, residual: float, stage: Stage | None = None) -> Tensor:
     """Clean image `(B, 3, H, W)` from the network's output and the noisy image x_t, `t` `(B,)` in [0, 1].
 
     If the output were what the latent says of the image, E[x | z], with an error of standard deviation σᵣ = `residual`
-    in every pixel, this is the best linear estimate from it and from x_t/(1 − t), whose error is t/(1 − t): with little
-    noise left the image is nearly there, and the network has little to add. At t = 1 it is the output itself. (The
-    preconditioning of EDM, arXiv 2206.00364, section 5, around a conditional mean instead of 0.)
+    in every pixel, this is the best linear unbiased estimate from it and from x_t/(1 − t), whose error is t/(1 − t):
+    with little noise left the image is nearly there, and the network has little to add. At t = 1 it is the output
+    itself. (The preconditioning of EDM, arXiv 2206.00364, section 5, around a conditional mean instead of 0.)
+
+    Args:
+        stage: whose path x_t is on: it holds less of the fine detail, what 2×2 means leave; default: that of `flow.py`.
     """
+
+    def weights(share: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the output and of x_t, which holds that much of the image."""
+        total = t.square() + (residual * share).square()
+        return t.square() / total, residual**2 * share / total
+
     t = t.to(output.dtype)[:, None, None, None]
-    share = t.square() / (t.square() + (residual * (1 - t)).square())  # of the output
-    kept = residual**2 * (1 - t) / (t.square() + (residual * (1 - t)).square())  # (1 − share)/(1 − t), finite at 1
-    return share * output + kept * x_t
+    said, seen = weights(1 - t)
+    if stage is None or stage.start == 1:
+        return said * output + seen * x_t
+    fine_said, fine_seen = weights(stage.detail_share(t))
+    coarse = (said - fine_said) * down(output) + (seen - fine_seen) * down(x_t)
+    return fine_said * output + fine_seen * x_t + up(coarse)

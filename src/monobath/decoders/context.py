@@ -40,8 +40,7 @@ class Context(nn.Sequential):
     """Latents `(B, c, h, w)` of standard deviation near ½ → their context `(B, D, h, w)`, of any h and w."""
 
     def __init__(self, latent_channels: int, channels: int, padding: Padding) -> None:
-        super().__init__(
-            Conv2d(latent_channels, channels, padding), *(MomentBlock(channels, padding) for _ in range(BLOCKS))
-        )
+        first = Conv2d(latent_channels, channels, padding)
+        super().__init__(first, *(MomentBlock(channels, padding) for _ in range(BLOCKS)))
         # Keeps the latent's scale; the blocks begin as the identity.
-        nn.init.normal_(self[0].weight, std=self[0].weight[0].numel() ** -0.5)
+        nn.init.normal_(first.weight, std=first.weight[0].numel() ** -0.5)

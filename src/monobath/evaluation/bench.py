@@ -11,19 +11,21 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..decoders import PixelDecoder, decoder_config, make_decoder
+from ..decoding import Decoding, SamplerConfig, pictures
 from ..errors import UserError, check_least
-from ..sampling import draw_noise, euler
-from ..tiles import pad_to_multiple
+from ..sampling import draw_noise
 from ..tokenizer import Tokenizer
 from .facts import machine
 from .peers import coding_parts, placed, random_autoencoder
-from .speed import Work, conditions, measure, profile
+from .results import Cost
+from .speed import Work, conditions, costs
 from .tables import NONE, parameters
 
 logger = logging.getLogger(__name__)
@@ -37,24 +39,13 @@ Maker = Callable[[int, int], Work]
 
 
 @dataclass(kw_only=True)
-class BenchRow:
+class BenchRow(Cost):
     """One decoder at one size."""
 
     name: str
     size: int
     """Side of the decoded square, in pixels."""
     parameters: int
-    gflop: float | None
-    """10⁹ operations a call (a multiply-add counts two); see `speed.count_flops` for what is left out. None:
-    computed outside PyTorch, where they are not counted."""
-    ms: float
-    """Median milliseconds a call."""
-    ms_low: float
-    """First quartile."""
-    ms_high: float
-    """Third quartile."""
-    peak_mb: float | None
-    """Peak memory above what was held before the call, in 10⁶ bytes; None: cannot be measured here."""
     speed_to_kl: float
     """Median time of `AutoencoderKL` over this one's: above 1 is faster."""
     speed_to_tiny: float
@@ -64,6 +55,24 @@ class BenchRow:
     def gflop_per_second(self) -> float | None:
         """Operations a second that were achieved, in 10⁹."""
         return None if self.gflop is None else 1000 * self.gflop / self.ms
+
+
+def _text(value: float | None, form: str) -> str:
+    return NONE if value is None else format(value, form)
+
+
+_COLUMNS: dict[str, Callable[[BenchRow], str]] = {
+    "decoder": lambda row: row.name,
+    "parameters": lambda row: parameters(row.parameters),
+    "GFLOP": lambda row: _text(row.gflop, ".4g"),
+    "ms": lambda row: f"{row.ms:.4g}",
+    "quartiles, ms": lambda row: f"{row.ms_low:.4g}–{row.ms_high:.4g}",
+    "GFLOP/s": lambda row: _text(row.gflop_per_second, ".3g"),
+    "peak MB": lambda row: _text(row.peak_mb, ".0f"),
+    f"speed ÷ {KL}": lambda row: f"{row.speed_to_kl:.3g}×",
+    f"speed ÷ {TINY}": lambda row: f"{row.speed_to_tiny:.3g}×",
+}
+"""The table: headings, and what stands below them."""
 
 
 @dataclass(kw_only=True)
@@ -81,10 +90,7 @@ class Bench:
     @property
     def head(self) -> list[str]:
         """Column headings."""
-        return [
-            "decoder", "parameters", "GFLOP", "ms", "quartiles, ms", "GFLOP/s", "peak MB", f"speed ÷ {KL}",
-            f"speed ÷ {TINY}",
-        ]  # fmt: skip
+        return list(_COLUMNS)
 
     @property
     def sizes(self) -> list[int]:
@@ -93,24 +99,10 @@ class Bench:
 
     def rows(self) -> dict[int, list[list[str]]]:
         """By size: the table's rows, peers first."""
-
-        def text(value: float | None, form: str) -> str:
-            return NONE if value is None else format(value, form)
-
-        def cells(row: BenchRow) -> list[str]:
-            return [
-                row.name,
-                parameters(row.parameters),
-                text(row.gflop, ".4g"),
-                f"{row.ms:.4g}",
-                f"{row.ms_low:.4g}–{row.ms_high:.4g}",
-                text(row.gflop_per_second, ".3g"),
-                text(row.peak_mb, ".0f"),
-                f"{row.speed_to_kl:.3g}×",
-                f"{row.speed_to_tiny:.3g}×",
-            ]
-
-        return {size: [cells(row) for row in self.results if row.size == size] for size in self.sizes}
+        return {
+            size: [[cell(row) for cell in _COLUMNS.values()] for row in self.results if row.size == size]
+            for size in self.sizes
+        }
 
     @property
     def notes(self) -> list[str]:
@@ -178,7 +170,7 @@ def run_bench(
     plan: Plan,
     *,
     extra: Mapping[str, tuple[nn.Module, Maker]] | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str], None] = logger.info,
     command: str = "",
 ) -> Bench:
     """Time the decoders next to diffusers' `AutoencoderKL` and `AutoencoderTiny`, all in this process, interleaved.
@@ -193,37 +185,16 @@ def run_bench(
         UserError: diffusers is not installed, or an unknown name.
     """
     start = time.perf_counter()
-    say = progress or logger.info
     place, kind = torch.device(plan.device), getattr(torch, plan.dtype)
     networks = _networks(plan.decoders, plan.models, place, kind) | dict(extra or {})
     results: list[BenchRow] = []
-    with torch.no_grad():  # libraries load at the first call, whose memory is not the decoders'
-        for name, (_, make) in networks.items():
-            say(f"warming up {name}")
-            make(1, 64)()
     for size in plan.sizes:
-        works, costs = {}, {}
-        for name, (_, make) in networks.items():
-            say(f"{size} × {size}: counting operations and memory of {name}")
-            works[name] = make(plan.batch, size)
-            costs[name] = profile(works[name], place)
-        say(f"{size} × {size}: {plan.repeats} rounds of {len(works)} decoders")
-        # That was a whole warm-up for a CPU; a GPU's clocks take longer.
-        timings = measure(works, repeats=plan.repeats, warmup=0 if place.type == "cpu" else 2, device=place)
-        for name, timing in timings.items():
-            gflop, peak = costs[name]
-            results.append(
-                BenchRow(
-                    name=name,
-                    size=size,
-                    parameters=sum(p.numel() for p in networks[name][0].parameters()),
-                    gflop=gflop or None,
-                    peak_mb=peak,
-                    speed_to_kl=timings[KL].median / timing.median,
-                    speed_to_tiny=timings[TINY].median / timing.median,
-                    **timing.figures,
-                )
-            )
+        works = {name: (make(plan.batch, size), place) for name, (_, make) in networks.items()}
+        found = costs(works, f"{size} × {size}", repeats=plan.repeats, progress=progress)
+        for name, cost in found.items():
+            parameters = sum(p.numel() for p in networks[name][0].parameters())
+            ratios = {"speed_to_kl": found[KL]["ms"] / cost["ms"], "speed_to_tiny": found[TINY]["ms"] / cost["ms"]}
+            results.append(BenchRow(name=name, size=size, parameters=parameters, **ratios, **cost))
     return Bench(
         command=command,
         batch=plan.batch,
@@ -242,17 +213,23 @@ def _networks(
     found: dict[str, tuple[nn.Module, Maker]] = {}
     for name, kind in ((KL, "kl"), (TINY, "tiny")):
         peer = placed(random_autoencoder(kind), device, dtype)
-        found[name] = (coding_parts(peer)[1], _peer_maker(peer, device, dtype))
+        decode = partial(peer.decode, return_dict=False)
+        found[name] = (coding_parts(peer)[1], maker(decode, device=device, dtype=dtype))
     for name in decoders:
         config = decoder_config({"size": name, "factor": FACTOR, "latent_channels": CHANNELS})
         decoder = make_decoder(config).to(device, dtype).eval()
-        found[name] = (decoder, _decoder_maker(decoder, device, dtype))
+        found[name] = (decoder, maker(partial(_one_step, decoder), device=device, dtype=dtype))
     for name in models:
         if name in found:
             raise UserError(f"{name!r} names two of the benchmark's decoders: give each once")
         tokenizer = Tokenizer.from_pretrained(name, device=device, dtype=dtype)
         found[name] = (tokenizer.decoder, tokenizer_maker(tokenizer))
     return found
+
+
+def _one_step(decoder: PixelDecoder, z: Tensor) -> list[Tensor]:
+    """One step from Gaussian noise."""
+    return list(pictures(decoder, z, Decoding().checked(decoder, SamplerConfig(), z)))
 
 
 def random_latents(
@@ -268,26 +245,11 @@ def random_latents(
     return draw_noise(shape, range(batch)).to(device, dtype)
 
 
-def _peer_maker(peer: Any, device: torch.device, dtype: torch.dtype) -> Maker:
-    def make(batch: int, side: int) -> Work:
-        z = random_latents(batch, side, CHANNELS, FACTOR, device, dtype)
-        return lambda: peer.decode(z, return_dict=False)
-
-    return make
-
-
-def _decoder_maker(decoder: PixelDecoder, device: torch.device, dtype: torch.dtype) -> Maker:
-    unit = max(1, decoder.unit // FACTOR)
+def maker(decode: Callable[[Tensor], object], **latents: Any) -> Maker:
+    """Decoding of `random_latents`, which take channels, factor, device and dtype."""
 
     def make(batch: int, side: int) -> Work:
-        z = pad_to_multiple(random_latents(batch, side, CHANNELS, FACTOR, device, dtype), unit, mode="replicate")
-        shape = (3, z.shape[2] * FACTOR, z.shape[3] * FACTOR)
-
-        def decode() -> Tensor:
-            noise = draw_noise(shape, range(batch)).to(device, dtype)
-            return euler(lambda x, t: decoder(x, t, z), noise, kind=decoder.prediction)
-
-        return decode
+        return partial(decode, random_latents(batch, side, **latents))
 
     return make
 
@@ -298,6 +260,6 @@ def tokenizer_maker(tokenizer: Tokenizer) -> Maker:
     def make(batch: int, side: int) -> Work:
         channels, factor = tokenizer.config.encoder.latent_channels, tokenizer.factor
         z = random_latents(batch, side, channels, factor, tokenizer.device, tokenizer.dtype)
-        return lambda: tokenizer.decode(z, size=(side, side))
+        return partial(tokenizer.decode, z, size=(side, side))
 
     return make

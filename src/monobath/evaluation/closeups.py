@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,17 +16,12 @@ from .plots import group_of
 from .results import Evaluation, SystemResult
 from .tables import decibels
 
-SIDE, ZOOM, BOX = 64, 3, 7
-"""Side of the enlarged square and of the box filter before the comparison, in pixels."""
+SIDE, ZOOM, BOX, GAP = 64, 3, 7, 8
+"""Side of the enlarged square, how much larger it is shown, side of the box filter before the comparison, and the space
+between pictures of the sheet, in pixels."""
 
-STYLE = """
-.cards { display: grid; gap: 1rem .5rem;
-  grid-template-columns: repeat(auto-fill, minmax(max(8.4rem, (99.9% - (var(--n) - 1) * .5rem) / var(--n)), 1fr)) }
-.cards img { border-radius: 0 } .cards .zoom { image-rendering: pixelated; margin-top: .3rem }
-.whole { position: relative } .whole i { position: absolute; border: 2px solid #fff; outline: 1px solid #000 }
-.cards figcaption { line-height: 1.35; margin-top: .25rem; overflow-wrap: anywhere }
-.cards figcaption b { color: var(--ink) }
-"""
+Card = tuple[str, str, str, str]
+"""Title, caption, the whole picture and the enlarged square, both as data URIs."""
 
 
 @dataclass(kw_only=True)
@@ -114,38 +108,23 @@ def choose(
     return sorted(found, key=lambda c: -c.score)[:count]
 
 
-def html_closeups(closeups: Sequence[Closeup], budget: int = 5_000_000) -> str:
-    """Escaped grid: the original, then every system, whole (the square marked) and enlarged.
+def affordable(closeups: Sequence[Closeup], budget: int = 5_000_000) -> list[tuple[Closeup, list[Card]]]:
+    """What a page shows of each: the original, then every system.
 
     Pictures stop before the page holds more than `budget` bytes of them; the first is always shown.
     """
-    parts: list[str] = []
+    shown: list[tuple[Closeup, list[Card]]] = []
+    spent = 0
     for closeup in closeups:
-        part = _html_picture(closeup)
-        if parts and sum(map(len, parts)) + len(part) > budget:
+        cards = [
+            (title, caption, picture_uri(pixels, "WEBP"), picture_uri(closeup.crop(pixels), "WEBP"))
+            for title, pixels, caption in _versions(closeup)
+        ]
+        spent += sum(len(whole) + len(enlarged) for _, _, whole, enlarged in cards)
+        if shown and spent > budget:
             break
-        parts.append(part)
-    return "\n".join(parts)
-
-
-def _html_picture(closeup: Closeup) -> str:
-    _, height, width = closeup.original.shape
-    frame = (
-        f"left:{100 * closeup.left / width:.2f}%;top:{100 * closeup.top / height:.2f}%;"
-        f"width:{100 * closeup.side / width:.2f}%;height:{100 * closeup.side / height:.2f}%"
-    )
-    cards = []
-    for system, pixels, caption in _versions(closeup):
-        alt = html.escape(f"{closeup.name}, {system}")
-        zoom = ZOOM * closeup.side
-        cards.append(
-            f'<figure><div class="whole"><img src="{picture_uri(pixels, "WEBP")}" width="{width}" height="{height}" '
-            f'alt="{alt}"><i style="{frame}"></i></div>'
-            f'<img class="zoom" src="{picture_uri(closeup.crop(pixels), "WEBP")}" width="{zoom}" height="{zoom}" '
-            f'alt="{alt}, enlarged"><figcaption><b>{html.escape(system)}</b><br>{caption}</figcaption></figure>'
-        )
-    a_row = len(cards) if len(cards) <= 8 else -(-len(cards) // 2)  # where there is room
-    return f'<h3>{html.escape(closeup.name)}</h3>\n<div class="cards" style="--n:{a_row}">{"".join(cards)}</div>'
+        shown.append((closeup, cards))
+    return shown
 
 
 def _versions(closeup: Closeup) -> list[tuple[str, Tensor, str]]:
@@ -158,19 +137,18 @@ def _versions(closeup: Closeup) -> list[tuple[str, Tensor, str]]:
 
 def comparison_sheet(closeups: Sequence[Closeup]) -> Image.Image:
     """One picture of everything: a row a picture, a column a system, enlarged squares below."""
-    gap, label = 8, 36
-    rows = [(closeup, _versions(closeup)) for closeup in closeups]
-    _, height, width = closeups[0].original.shape
-    zoom = ZOOM * closeups[0].side
-    cell, tall = max(width, zoom) + gap, height + zoom + label + 2 * gap
-    labels, pictures = [], []
-    for row, (closeup, versions) in enumerate(rows):
+    lines = []
+    for closeup in closeups:
+        zoom, (_, height, width) = ZOOM * closeup.side, closeup.original.shape
         frame = (closeup.left, closeup.top, closeup.left + closeup.side - 1, closeup.top + closeup.side - 1)
-        for column, (system, pixels, caption) in enumerate(versions):
-            x, y = gap + column * cell, gap + row * tall
-            labels.append(((x, y), f"{f'{closeup.name}, ' if column == 0 else ''}{system}\n{caption}"))
+        line: list[tuple[str, Image.Image]] = []
+        for system, pixels, caption in _versions(closeup):
             whole = tensor_to_pil(pixels)
             enlarged = tensor_to_pil(closeup.crop(pixels)).resize((zoom, zoom), Image.Resampling.NEAREST)
             ImageDraw.Draw(whole).rectangle(frame, outline="white", width=1)
-            pictures += [((x, y + label), whole), ((x, y + label + height + gap), enlarged)]
-    return sheet((gap + cell * len(rows[0][1]), gap + tall * len(rows)), labels, pictures)
+            both = Image.new("RGB", (max(width, zoom), height + GAP + zoom), "white")
+            both.paste(whole, (0, 0))
+            both.paste(enlarged, (0, height + GAP))
+            line.append((f"{system}\n{caption}" if line else f"{closeup.name}, {system}\n{caption}", both))
+        lines.append(line)
+    return sheet(lines, label=36, gap=GAP)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +16,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..images import pil_to_tensor, tensor_to_pil, to_float, to_uint8
-from ..tiles import pad_to_multiple
-from .system import Code, System
+from .system import Code, PaddedSystem, System
 
 
 @dataclass(frozen=True)
@@ -78,16 +79,9 @@ class FileCodec(System):
         return to_float(torch.stack([pil_to_tensor(Image.open(io.BytesIO(file))) for file in code.payload]))
 
     def _best(self, image: Image.Image, budget: float) -> bytes:
-        low, high = self.format.lowest, self.format.highest
-        best = self._file(image, low)
-        while low < high:  # quality `low` fits or is the lowest; none above `high` fits
-            middle = (low + high + 1) // 2
-            file = self._file(image, middle)
-            if 8 * len(file) <= budget:
-                low, best = middle, file
-            else:
-                high = middle - 1
-        return best
+        file = functools.cache(lambda quality: self._file(image, quality))
+        above = range(self.format.lowest + 1, self.format.highest + 1)
+        return file(self.format.lowest + bisect.bisect(above, budget, key=lambda quality: 8 * len(file(quality))))
 
     def _file(self, image: Image.Image, quality: int) -> bytes:
         buffer = io.BytesIO()
@@ -95,7 +89,7 @@ class FileCodec(System):
         return buffer.getvalue()
 
 
-class Bicubic(System):
+class Bicubic(PaddedSystem):
     """Keep one 8-bit RGB pixel of each factor × factor square; bicubic, with antialiasing, both ways.
 
     Sides are padded to multiples of the factor and cropped back. 24 bits a kept pixel.
@@ -105,6 +99,7 @@ class Bicubic(System):
     """
 
     kind = "bicubic"
+    bits = 8
 
     def __init__(self, factor: int, device: str | torch.device = "cpu") -> None:
         if factor < 2:
@@ -112,17 +107,14 @@ class Bicubic(System):
         self.factor, self.device = factor, torch.device(device)
         self.name, self.family = f"bicubic ÷{factor} ×{factor}", "bicubic"
 
-    def encode(self, images: Tensor) -> Code:
-        """Float images `(B, 3, H, W)` in [-1, 1] → small uint8 pictures."""
-        size = (images.shape[2], images.shape[3])
-        x = pad_to_multiple(images.to(self.device, torch.float32), self.factor)
-        small = (x.shape[2] // self.factor, x.shape[3] // self.factor)
-        kept = to_uint8(F.interpolate(x, size=small, mode="bicubic", antialias=True))
-        return Code(payload=kept, size=size, bits=[24 * small[0] * small[1]] * len(x))
+    def latents(self, x: Tensor) -> Tensor:
+        """Small uint8 pictures."""
+        return to_uint8(_scaled(x, x.shape[2] // self.factor, x.shape[3] // self.factor))
 
-    def decode(self, code: Code, seeds: Sequence[int]) -> Tensor:
-        """Small pictures → float images `(B, 3, H, W)` in [-1, 1]."""
-        kept = code.payload
-        full = (kept.shape[2] * self.factor, kept.shape[3] * self.factor)
-        x = F.interpolate(to_float(kept), size=full, mode="bicubic", antialias=True)
-        return x[:, :, : code.size[0], : code.size[1]].clamp(-1, 1)
+    def pixels(self, z: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Small pictures, enlarged."""
+        return _scaled(to_float(z), z.shape[2] * self.factor, z.shape[3] * self.factor)
+
+
+def _scaled(x: Tensor, *size: int) -> Tensor:
+    return F.interpolate(x, size=size, mode="bicubic", antialias=True)

@@ -7,10 +7,12 @@ processes (`processes.group`) each takes every n-th batch; batches are those of 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from os import PathLike
+from typing import Literal
 
 import numpy as np
 import torch
@@ -107,30 +109,37 @@ def evaluate(systems: Sequence[System], data: Source, settings: Settings) -> tup
     infos, loaded = load_metrics(settings.metrics, device=systems[0].device, seed=settings.seed)
     dataset = make_dataset(data, Crops(size=settings.resized, augment=False))
     comparison = _Comparison(dataset, settings, loaded, systems[0].device)
-    passes = [comparison.measure(system) for system in systems]
-    first = passes[0]
-    for name, found in zip(names, passes, strict=True):
-        if found.names != first.names:
+    passes = {system.name: comparison.measure(system) for system in systems}
+    first = passes[names[0]]
+    pictures = [row.name for row in first.rows]
+    for name, found in passes.items():
+        if [row.name for row in found.rows] != pictures:
             raise UserError(f"{data} gave other pictures to {name} than to {names[0]}: use a fixed set of files")
     for metric in comparison.of_sets:
-        comparison.state_sample(metric, dict(zip(names, passes, strict=True)))
+        comparison.state_sample(metric, passes)
+    kept = [row for row in first.rows if row.pair]
     return Evaluation(
         command=settings.command,
         data=str(data) if isinstance(data, (str, PathLike)) else " ".join(map(str, data)),
         size=settings.size,
         short_side=settings.resized,
-        names=first.names,
+        names=pictures,
         metrics=infos,
-        systems=[_result(s, found, first, settings) for s, found in zip(systems, passes, strict=True)],
+        systems=[_result(system, passes[system.name], first, settings) for system in systems],
         machine=machine(systems[0].device),
         seconds=time.perf_counter() - start,
         skipped=dataset.skipped_count,
     ), Kept(
-        names=[sample.name for sample in first.samples],
-        positions=[sample.position for sample in first.samples],
-        originals=torch.stack([sample.original for sample in first.samples]),
-        outputs={n: torch.stack([s.output for s in f.samples]) for n, f in zip(names, passes, strict=True)},
+        names=[row.name for row in kept],
+        positions=[row.position for row in kept],
+        originals=_pictures(first, 0),
+        outputs={name: _pictures(found, 1) for name, found in passes.items()},
     )
+
+
+def _pictures(found: _Pass, which: Literal[0, 1]) -> Tensor:
+    """The originals (0) or outputs (1) that a pass has kept."""
+    return torch.stack([row.pair[which] for row in found.rows if row.pair])
 
 
 @dataclass(kw_only=True)
@@ -142,31 +151,19 @@ class _Row:
     bits: int
     figures: dict[str, float | list[float]]
     """By metric key; a list where the metric is of channels."""
-
-
-@dataclass(kw_only=True)
-class _Sample:
-    """A picture that may be kept: those with the lowest draws are."""
-
     draw: int
-    position: int
-    name: str
-    original: Tensor
-    output: Tensor
+    """The pictures with the lowest ones are kept."""
+    pair: tuple[Tensor, Tensor] | None
+    """Original and output, uint8 `(3, H, W)`, on the CPU; None: not kept."""
 
 
 @dataclass(kw_only=True)
 class _Pass:
     """What is found about one system."""
 
-    rows: list[_Row] = field(default_factory=list)
-    samples: list[_Sample] = field(default_factory=list)
-    distances: dict[str, np.ndarray] = field(default_factory=dict)
+    rows: list[_Row]
+    distances: dict[str, np.ndarray]
     """By metric key: Fréchet distances of the whole set, then of its half-samples."""
-
-    @property
-    def names(self) -> list[str]:
-        return [row.name for row in self.rows]
 
 
 class _Comparison:
@@ -183,7 +180,8 @@ class _Comparison:
 
     def measure(self, system: System) -> _Pass:
         """One system, over all pictures and processes."""
-        found, seed = _Pass(), self.settings.seed
+        rows: list[_Row] = []
+        seed = self.settings.seed
         outputs = {metric.info.key: self._statistics(metric) for metric in self.of_sets}
         references = {} if self.originals else {metric.info.key: self._statistics(metric) for metric in self.of_sets}
         for start, batch in self._batches(system):
@@ -197,17 +195,14 @@ class _Comparison:
                 outputs[metric.info.key].update(metric.features(output, indices), positions)
                 if references:
                     references[metric.info.key].update(metric.features(original, indices), positions)
-            for i, (position, name) in enumerate(zip(positions, names, strict=True)):
+            for i, pair in enumerate(zip(original, output, strict=True)):
                 row = {key: values[i] for key, values in figures.items()}
-                found.rows.append(_Row(position=position, name=name, bits=bits[i], figures=row))
-                draw = mix_seed(5, seed, indices[i])
-                pair = {"original": original[i].to("cpu", copy=True), "output": output[i].to("cpu", copy=True)}
-                found.samples.append(_Sample(draw=draw, position=position, name=name, **pair))
-            found.samples = self._lowest(found.samples)
+                draw, kept = mix_seed(5, seed, indices[i]), (pair[0].to("cpu", copy=True), pair[1].to("cpu", copy=True))
+                rows.append(_Row(position=positions[i], name=names[i], bits=bits[i], figures=row, draw=draw, pair=kept))
+            self._keep_lowest(rows)
 
-        shares = processes.gather(found)
-        rows = sorted((row for share in shares for row in share.rows), key=lambda row: row.position)
-        samples = self._lowest([sample for share in shares for sample in share.samples])
+        rows = sorted(itertools.chain(*processes.gather(rows)), key=lambda row: row.position)
+        self._keep_lowest(rows)
         least = 4 if self.of_sets else 2  # two vectors in every half-sample; two figures for an interval
         if len(rows) < least:
             raise UserError(f"{len(rows)} usable pictures in {self.dataset.source}: at least {least} are needed")
@@ -216,8 +211,7 @@ class _Comparison:
         for key, statistics in outputs.items():
             pairs = zip(self.originals[key], statistics.gaussians(), strict=True)
             distances[key] = np.array([frechet_distance(a, b) for a, b in pairs])
-        samples.sort(key=lambda sample: sample.position)
-        return _Pass(rows=rows, samples=samples, distances=distances)
+        return _Pass(rows=rows, distances=distances)
 
     def state_sample(self, metric: SetMetric, passes: dict[str, _Pass]) -> None:
         """Put the size of the sample and the spread of the half-samples on what the tables say of a metric."""
@@ -248,8 +242,11 @@ class _Comparison:
         device = self.device if self.device.type == "cuda" else torch.device("cpu")  # others may lack float64
         return HalfSampled(metric.dim, seed=self.settings.seed, device=device)
 
-    def _lowest(self, samples: list[_Sample]) -> list[_Sample]:
-        return sorted(samples, key=lambda sample: (sample.draw, sample.position))[: self.settings.keep]
+    def _keep_lowest(self, rows: list[_Row]) -> None:
+        """Let go of the pictures that will not be kept."""
+        candidates = sorted((row for row in rows if row.pair), key=lambda row: (row.draw, row.position))
+        for row in candidates[self.settings.keep :]:
+            row.pair = None
 
 
 def mean_estimate(values: Sequence[float] | np.ndarray, seed: int = 0) -> Estimate:
@@ -310,17 +307,16 @@ def _result(system: System, found: _Pass, first: _Pass, settings: Settings) -> S
     seed = settings.seed
     for key in found.rows[0].figures:
         own, others = (np.array([row.figures[key] for row in each.rows]) for each in (found, first))
-        signed = own.ndim == 2
-        if signed:
+        if own.ndim == 2:
             result.channels[key] = {
                 name: Channel(mean=mean_estimate(values, seed), pictures=values)
                 for name, values in zip(CHANNELS, own.T.tolist(), strict=True)
             }
             own, others = _largest_channel(own), _largest_channel(others)
+            result.figures[key] = _from_zero(mean_estimate(own, seed))
         else:
             result.pictures[key] = own.tolist()
-        estimate = mean_estimate(own, seed)
-        result.figures[key] = _from_zero(estimate) if signed else estimate
+            result.figures[key] = mean_estimate(own, seed)
         if found is not first:
             result.differences[key] = mean_estimate(own - others, seed)
     for key, distances in found.distances.items():

@@ -5,9 +5,8 @@ A demo writes comparison.png, results.json and report.html.
 
 from __future__ import annotations
 
-import html
-import math
 import shlex
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,12 +19,12 @@ from PIL import Image
 from torch import Tensor
 
 from .. import resources
-from ..files import write_file, write_json, write_text
 from ..images import MAX_PIXELS, open_image, pil_to_tensor, psnr, tensor_to_pil
 from ..tokenizer import Tokenizer
 from ..words import in_words
-from .facts import describe, full_name, is_preview, machine
-from .page import html_facts, html_table, made_by, page, picture_uri, sheet
+from .facts import describe, machine
+from .page import render, sheet, write_all
+from .results import plain
 from .speed import measure
 from .tables import decibels
 
@@ -37,11 +36,6 @@ REPEATS = 3
 PREVIEW = (
     "Preview weights, as their name says: a small model after a short training. They show that everything works; "
     "they are not a tokenizer to build on."
-)
-LIMITS = (
-    "A handful of pictures is a demonstration, not an evaluation: compare models on a large held-out set. "
-    "A reconstruction is a guess: small text, faces and fine texture may come out plausible but wrong, so do not use "
-    "it where details are evidence. Times depend on the machine named below and on what else it was doing."
 )
 
 
@@ -121,36 +115,19 @@ def comparison(rows: Sequence[Reconstruction]) -> Image.Image:
 
     Pictures flow from left to right and wrap, so that two small ones share a line with room for a wide one.
     """
-    gap, label = 8, 24
-    widths = [3 * (row.size[1] + gap) for row in rows]
+    widths = [row.size[1] for row in rows]
     limit = max(max(widths), 2 * min(widths))
-    places, x, y, line = [], 0, 0, 0
-    for row, width in zip(rows, widths, strict=True):
-        if x + width > limit:
-            x, y, line = 0, y + line, 0
-        places.append((gap + x, gap + y))
-        x, line = x + width, max(line, row.size[0] + label + gap)
-    labels, pictures = [], []
-    for row, (left, top) in zip(rows, places, strict=True):
+    lines: list[list[tuple[str, Image.Image]]] = []
+    room = 0
+    for row in rows:
+        if row.size[1] > room:
+            lines.append([])
+            room = limit
+        room -= row.size[1]
         titles = (row.name, f"reconstruction, {decibels(row.psnr)}", "absolute difference, times 5")
-        for title, pixels in zip(titles, (row.original, row.output, row.difference), strict=True):
-            labels.append(((left, top + 2), title))
-            pictures.append(((left, top + label), tensor_to_pil(pixels)))
-            left += row.size[1] + gap
-    return sheet((gap + limit, gap + y + line), labels, pictures)
-
-
-def html_pictures(row: Reconstruction) -> str:
-    """Escaped figure of one picture: original, reconstruction, difference × 5."""
-    parts = {"original": row.original, "reconstruction": row.output, "difference × 5": row.difference}
-    h, w = row.size
-    figures = "".join(
-        f'<figure><img src="{picture_uri(pixels)}" width="{w}" height="{h}" alt="{html.escape(f"{row.name}, {what}")}">'
-        f"<figcaption>{what}</figcaption></figure>"
-        for what, pixels in parts.items()
-    )
-    title = f"{html.escape(row.name)} <small>{w} × {h}, {decibels(row.psnr)}</small>"
-    return f'<h3>{title}</h3>\n<div class="row">{figures}</div>'
+        pictures = map(tensor_to_pil, (row.original, row.output, row.difference))
+        lines[-1] += zip(titles, pictures, strict=True)
+    return sheet(lines, label=24)
 
 
 @dataclass(kw_only=True)
@@ -180,19 +157,20 @@ def run_demo(out: Path, model: str = "default", *, pictures: Sequence[Path] | No
     reconstruct(tokenizer, photos[0][1], "warm-up")
     rows = [reconstruct(tokenizer, photo, name, repeats=REPEATS) for name, photo in photos]
     command = shlex.join(["monobath", "demo", "--model", model, "--out", str(out)])
-    facts = {
+    described = describe(tokenizer, model)
+    facts: dict[str, Any] = {
         "command": command,
-        "model": describe(tokenizer, model),
-        "preview": is_preview(model),
+        "model": described,
+        "preview": "preview" in described["name"],
         "machine": machine(tokenizer.device),
         "timing": f"median of {REPEATS} after one warm-up; one picture at a time",
-        "mean_psnr": _json_number(mean_psnr(rows)),
+        "mean_psnr": round(mean_psnr(rows), 4),
         "pictures": [
             {
                 "name": row.name,
                 "height": row.size[0],
                 "width": row.size[1],
-                "psnr": _json_number(row.psnr),
+                "psnr": round(row.psnr, 4),
                 "encode_ms": round(row.encode_ms, 2),
                 "decode_ms": round(row.decode_ms, 2),
                 "bits_kept_percent": round(100 * row.bits_kept, 3),
@@ -200,17 +178,19 @@ def run_demo(out: Path, model: str = "default", *, pictures: Sequence[Path] | No
             for row in rows
         ],
     }
-    image, report = comparison(rows), _report(rows, facts)
-    files = [out / "comparison.png", out / "results.json", out / "report.html"]
-    write_file(files[0], image.save)
-    write_json(files[1], facts)
-    write_text(files[2], report)
-    return Demo(rows=rows, files=files, seconds=time.perf_counter() - began, preview=is_preview(model))
+    page = _report(rows, facts)
+    files = write_all(out, {"comparison.png": comparison(rows), "results.json": plain(facts), "report.html": page})
+    return Demo(rows=rows, files=files, seconds=time.perf_counter() - began, preview=facts["preview"])
 
 
 def mean_psnr(rows: Sequence[Reconstruction]) -> float:
     """Mean of the per-picture figures, in dB."""
-    return sum(row.psnr for row in rows) / len(rows)
+    return statistics.fmean(row.psnr for row in rows)
+
+
+def mean_line(rows: Sequence[Reconstruction]) -> tuple[str, ...]:
+    """The last line of the table."""
+    return ("mean", "", decibels(mean_psnr(rows)), "", "", "")
 
 
 def cells(row: Reconstruction) -> tuple[str, ...]:
@@ -227,32 +207,19 @@ def cells(row: Reconstruction) -> tuple[str, ...]:
 
 
 def _report(rows: Sequence[Reconstruction], facts: dict[str, Any]) -> str:
-    model, name = dict(facts["model"]), full_name(facts["model"]["name"])
-    training = model.pop("training", None)
-    if training:
-        model |= {f"training: {k}": v for k, v in training.items() if v is not None}
-    shown = {key.replace("_", " "): in_words(value) for key, value in model.items()}
-    note = f'<p class="note">{html.escape(PREVIEW)}</p>' if facts["preview"] else ""
-    foot = ("mean", "", decibels(mean_psnr(rows)), "", "", "")
-    return page(
-        f"monobath demo: {name}",
-        [
-            note,
-            html_table(HEAD, [cells(row) for row in rows], foot),
-            f"<p><small>PSNR over 8-bit values. Times: {html.escape(facts['timing'])}. Bits kept: latent values at "
-            "16 bit each, relative to 24 bit a pixel.</small></p>",
-            "<h2>Pictures</h2>",
-            *(html_pictures(row) for row in rows),
-            "<h2>What the model is</h2>",
-            html_facts(shown),
-            "<h2>Limits</h2>",
-            f"<p>{html.escape(LIMITS)}</p>",
-            *made_by(facts["command"], facts["machine"]),
-            "<p><small>The sample photos are CC0 or in the public domain; samples/SOURCES.md in the package says "
-            "whose they are.</small></p>",
-        ],
+    model = dict(facts["model"])
+    training = model.pop("training", {})
+    model |= {f"training: {key}": value for key, value in training.items() if value is not None}
+    return render(
+        "demo.html",
+        title=f"monobath demo: {model['name']}",
+        note=PREVIEW if facts["preview"] else "",
+        head=HEAD,
+        lines=[cells(row) for row in rows],
+        foot=mean_line(rows),
+        timing=facts["timing"],
+        rows=rows,
+        model={key: in_words(value) for key, value in model.items()},
+        command=facts["command"],
+        machine=facts["machine"],
     )
-
-
-def _json_number(value: float) -> float | None:
-    return round(value, 4) if math.isfinite(value) else None  # JSON has no infinity

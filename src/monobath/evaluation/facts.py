@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from .. import resources, store
+from .. import resources
 from .._version import __version__
 from ..models.encoder import FAMILIES
-from ..tokenizer import FORMAT, Tokenizer
+from ..tokenizer import Tokenizer
+from ..training.recipe import only_times
 
 
 def describe(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
@@ -41,7 +42,7 @@ def describe(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
         "pixel_values_per_latent_value": round(3 * 256 * 256 / values, 2),
         "bits_kept_percent": round(100 * 16 * values / (24 * 256 * 256), 2),
     }
-    training = _training(name)
+    training = Tokenizer.training_of(name)
     if training:
         recipe = training.get("recipe") or {}
         data, loop = recipe.get("data", {}), recipe.get("training", {})
@@ -50,27 +51,16 @@ def describe(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
             "steps": training.get("step"),
             "batch_size": loop.get("batch_size"),
             "crop": data.get("size"),
-            "started_from": recipe.get("init") or None,
+            "started_from": recipe.get("init") or recipe.get("init_encoder") or None,
+            **({"only_times": times} if (times := only_times(recipe)) else {}),
         }
     return described
-
-
-def _training(name: str) -> dict[str, Any]:
-    """What `save_pretrained(extra=)` stored with a model that `from_pretrained(name)` just read."""
-    folder, _ = store.locate(name, local_files_only=True)
-    training = store.stored(folder, FORMAT, "tokenizer").get("training")
-    return training if isinstance(training, dict) else {}
 
 
 def full_name(name: str) -> str:
     """The versioned name behind an alias of packaged weights; anything else as it is."""
     packaged = resources.weights_path(name)
     return name if packaged is None else packaged.name
-
-
-def is_preview(name: str) -> bool:
-    """Whether a model's own name says that it is a preview."""
-    return "preview" in full_name(name)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

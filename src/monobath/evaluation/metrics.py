@@ -41,20 +41,17 @@ SSIM_WINDOW = 11
 CHANNELS = ("red", "green", "blue")
 
 
+Measure = Callable[[Tensor, Tensor], Tensor]
+
+
 @dataclass(kw_only=True)
 class PictureMetric:
-    """A figure for each picture."""
+    """A figure for each picture, or a signed one for each of its channels (`MetricInfo.kind`)."""
 
     info: MetricInfo
-    measure: Callable[[Tensor, Tensor], Tensor]
-    """(output, original), uint8 `(B, 3, H, W)` → float `(B,)`."""
-
-
-class ChannelMetric(PictureMetric):
-    """A signed figure for each channel of each picture; of their means over pictures, the farthest from 0 counts.
-
-    `measure` gives float `(B, 3)`, as `CHANNELS`.
-    """
+    measure: Measure
+    """(output, original), uint8 `(B, 3, H, W)` → float `(B,)`, or `(B, 3)`, as `CHANNELS`, of whose means over pictures
+    the farthest from 0 counts."""
 
 
 @dataclass(kw_only=True)
@@ -128,7 +125,42 @@ def load_metrics(
     return infos, loaded
 
 
-# ---- what measures them -----------------------------------------------------------------------------------------
+# ---- what they are ----------------------------------------------------------------------------------------------
+
+
+Loader = Callable[[MetricInfo, Setting], Metric]
+METRICS: dict[str, tuple[MetricInfo, Loader]] = {}
+"""By key: what a metric is, and the function that loads it."""
+
+_MEAN = f"95 % percentile bootstrap interval of the mean over pictures, {RESAMPLES:,} resamples; differences are paired"
+_INTERVALS = {
+    "picture": _MEAN,
+    "channels": f"{_MEAN}; cut at 0",
+    "set": f"± 2 standard deviations over {HALVES} half-samples of the pictures, drawn without replacement, whose "
+    "spread estimates the standard error of the whole set's figure; differences are paired half-sample by half-sample",
+}
+
+
+def _metric(
+    key: str,
+    label: str,
+    details: str,
+    better: Literal["higher", "lower"] = "lower",
+    kind: Literal["picture", "channels", "set"] = "picture",
+) -> Callable[[Loader], Loader]:
+    """Enter the decorated function into `METRICS`; arguments as in `MetricInfo`."""
+    info = MetricInfo(key=key, label=label, details=details, better=better, kind=kind, interval=_INTERVALS[kind])
+
+    def enter(load: Loader) -> Loader:
+        METRICS[key] = (info, load)
+        return load
+
+    return enter
+
+
+def _plain(measure: Measure) -> Loader:
+    """A loader of what needs neither weights nor packages."""
+    return lambda info, setting: PictureMetric(info=info, measure=measure)
 
 
 def psnr(output: Tensor, original: Tensor) -> Tensor:
@@ -186,39 +218,6 @@ def grid(output: Tensor, original: Tensor, period: int) -> Tensor:
     return (grid_energy(error, p) / error.square().mean((2, 3)).clamp(min=torch.finfo(error.dtype).tiny)).mean(1)
 
 
-# ---- what there is, and what it is ------------------------------------------------------------------------------
-
-
-Loader = Callable[[MetricInfo, Setting], Metric]
-METRICS: dict[str, tuple[MetricInfo, Loader]] = {}
-"""By key: what a metric is, and the function that loads it."""
-
-_MEAN = f"95 % percentile bootstrap interval of the mean over pictures, {RESAMPLES:,} resamples; differences are paired"
-_FRECHET = (
-    f"± 2 standard deviations over {HALVES} half-samples of the pictures, drawn without replacement, whose spread "
-    "estimates the standard error of the whole set's figure; differences are paired half-sample by half-sample"
-)
-
-
-def _metric(
-    *,
-    key: str,
-    label: str,
-    details: str,
-    better: Literal["higher", "lower"] = "lower",
-    kind: Literal["picture", "channels", "set"] = "picture",
-    interval: str = _MEAN,
-) -> Callable[[Loader], Loader]:
-    """Enter the decorated function into `METRICS`; arguments as in `MetricInfo`."""
-    info = MetricInfo(key=key, label=label, details=details, better=better, kind=kind, interval=interval)
-
-    def enter(load: Loader) -> Loader:
-        METRICS[key] = (info, load)
-        return load
-
-    return enter
-
-
 def _need(module: str, package: str) -> None:
     if find_spec(module) is None:
         raise UserError(f"needs the package {module}: pip install {package}")
@@ -233,15 +232,13 @@ def _remedy(key: str) -> str:
     return f"name the metric (--metrics {key}) while online to download them"
 
 
-@_metric(
+_metric(
     key="psnr",
     label="PSNR (dB)",
     better="higher",
     details="8-bit RGB, data range 255, no network, features: pixel values; mean of the pictures' own figures; "
     f"cut at {MAX_PSNR:g} dB, since identical pictures would be infinite",
-)
-def _load_psnr(info: MetricInfo, setting: Setting) -> Metric:
-    return PictureMetric(info=info, measure=psnr)
+)(_plain(psnr))
 
 
 @_metric(
@@ -256,21 +253,13 @@ def _load_ssim(info: MetricInfo, setting: Setting) -> Metric:
     return PictureMetric(info=info, measure=ssim)
 
 
-@_metric(
+_metric(
     key="mean_error",
     label="mean error (in [-1, 1])",
     kind="channels",
-    interval=f"{_MEAN}; cut at 0",
     details="output − original, 8-bit RGB, data range [-1, 1], no network, features: pixel values; mean over "
     "places and pictures of the channel whose mean is farthest from 0, without its sign",
-)
-def _load_mean_error(info: MetricInfo, setting: Setting) -> Metric:
-    return ChannelMetric(info=info, measure=mean_error)
-
-
-def _load_grid(info: MetricInfo, setting: Setting) -> Metric:
-    return PictureMetric(info=info, measure=functools.partial(grid, period=int(info.key.removeprefix("grid"))))
-
+)(_plain(mean_error))
 
 for _p in (4, 8):
     _metric(
@@ -279,7 +268,7 @@ for _p in (4, 8):
         details="8-bit RGB, any data range, no network, features: pixel values; the share of the error that repeats "
         f"every {_p} pixels, times the number of {_p}×{_p} squares: 1 − 1/{_p}² if the error is white, 0 if there is "
         "none; mean over channels; what repeats counts the more, the larger the pictures are",
-    )(_load_grid)
+    )(_plain(functools.partial(grid, period=_p)))
 
 
 @_metric(
@@ -295,7 +284,6 @@ def _load_efflite(info: MetricInfo, setting: Setting) -> Metric:
 
 @_metric(
     kind="set",
-    interval=_FRECHET,
     key="fd_efflite",
     label="FD-EffLite (EfficientNet-Lite2)",
     details="Fréchet distance; not FID. 8-bit RGB, data range [0, 1] scaled to the network's, network: "
@@ -307,22 +295,31 @@ def _load_fd_efflite(info: MetricInfo, setting: Setting) -> Metric:
     return SetMetric(info=info, features=features, dim=features.dim)
 
 
-@_metric(
-    key="lpips",
-    label="LPIPS (VGG)",
-    details="8-bit RGB, data range [-1, 1], network: VGG-16 (ImageNet) with LPIPS 0.1's linear layers, "
-    "features: five ReLU layers, channel-normalised",
+_LPIPS = (
+    "8-bit RGB, data range [-1, 1], network: {} (ImageNet) with LPIPS 0.1's linear layers, features: five ReLU layers, "
+    "channel-normalised"
 )
+
+
+@_metric(key="lpips", label="LPIPS (VGG)", details=_LPIPS.format("VGG-16"))
 def _load_lpips(info: MetricInfo, setting: Setting) -> Metric:
+    return _lpips(info, setting, "vgg", "vgg16-397923af.pth")
+
+
+@_metric(key="lpips_alex", label="LPIPS (Alex)", details=_LPIPS.format("AlexNet"))
+def _load_lpips_alex(info: MetricInfo, setting: Setting) -> Metric:
+    return _lpips(info, setting, "alex", "alexnet-owt-7be5be79.pth")
+
+
+def _lpips(info: MetricInfo, setting: Setting, backbone: Literal["vgg", "alex"], weights: str) -> Metric:
     _need("lpips", "lpips")
-    _need_weights("vgg16-397923af.pth", setting, "lpips")
-    network = LpipsDistance("vgg").to(setting.device)
+    _need_weights(weights, setting, info.key)
+    network = LpipsDistance(backbone).to(setting.device)
     return PictureMetric(info=info, measure=lambda a, b: network(to_float(a), to_float(b)))
 
 
 @_metric(
     kind="set",
-    interval=_FRECHET,
     key="rfid",
     label="rFID (Inception-v3)",
     details="Fréchet distance. 8-bit RGB, data range 255, network: Inception-v3 (torch-fidelity's weights, "

@@ -18,11 +18,10 @@ from ..autoencoders import (
     read_taesd,
 )
 from ..models import taesd
-from ..tiles import pad_to_multiple
-from .system import Code, System
+from .system import PaddedSystem
 
 
-class DiffusersSystem(System):
+class DiffusersSystem(PaddedSystem):
     """An autoencoder of diffusers: mode of the posterior in, its plain `decode` out.
 
     Images are padded by reflection to multiples of the factor and cropped back.
@@ -55,26 +54,20 @@ class DiffusersSystem(System):
         if self.consistency:
             self.steps = 2  # the published decoder's, and diffusers' default
 
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Code:
-        """Float images `(B, 3, H, W)` in [-1, 1] → raw latents (no scaling factor)."""
-        size = (images.shape[2], images.shape[3])
-        x = pad_to_multiple(images.to(self.device), self.factor).to(self.dtype)
+    def latents(self, x: Tensor) -> Tensor:
+        """The posterior's mode, where there is one; no scaling factor."""
         coded = self.vae.encode(x, return_dict=False)[0]
-        z = coded if isinstance(coded, Tensor) else coded.mode()
-        return Code(payload=z, size=size, bits=latent_bits(z))
+        return coded if isinstance(coded, Tensor) else coded.mode()
 
-    @torch.no_grad()
-    def decode(self, code: Code, seeds: Sequence[int]) -> Tensor:
-        """Latents → float images `(B, 3, H, W)` in [-1, 1]. Only the consistency decoder draws noise."""
+    def pixels(self, z: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Only the consistency decoder draws noise."""
         options: dict[str, Any] = {}
         if self.consistency:  # a generator a sample, on the CPU: a picture depends on neither batch nor device
             options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
-        x = self.vae.decode(code.payload, return_dict=False, **options)[0]
-        return x[:, :, : code.size[0], : code.size[1]].float().clamp(-1, 1)
+        return self.vae.decode(z, return_dict=False, **options)[0]
 
 
-class TaesdSystem(System):
+class TaesdSystem(PaddedSystem):
     """A tiny autoencoder of the TAESD family from two files of one folder.
 
     Args:
@@ -85,6 +78,8 @@ class TaesdSystem(System):
         UserError: a file is missing, unreadable or of another architecture.
     """
 
+    factor = taesd.FACTOR
+
     def __init__(
         self, family: str, folder: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
@@ -93,23 +88,12 @@ class TaesdSystem(System):
         self.name = self.kind = self.family = family.upper()
         self.weights, self.device, self.dtype = folder, torch.device(device), dtype
 
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Code:
-        """Float images `(B, 3, H, W)` in [-1, 1] → raw latents."""
+    def latents(self, x: Tensor) -> Tensor:
+        """The encoder takes [0, 1]."""
         assert self.encoder is not None
-        size = (images.shape[2], images.shape[3])
-        x = pad_to_multiple(images.to(self.device), taesd.FACTOR).to(self.dtype)
-        z = self.encoder((x + 1) / 2)  # the network takes [0, 1]
-        return Code(payload=z, size=size, bits=latent_bits(z))
+        return self.encoder((x + 1) / 2)
 
-    @torch.no_grad()
-    def decode(self, code: Code, seeds: Sequence[int]) -> Tensor:
-        """Latents → float images `(B, 3, H, W)` in [-1, 1]."""
+    def pixels(self, z: Tensor, seeds: Sequence[int]) -> Tensor:
+        """The decoder gives [0, 1]."""
         assert self.decoder is not None
-        x = 2 * self.decoder(code.payload).float() - 1
-        return x[:, :, : code.size[0], : code.size[1]].clamp(-1, 1)
-
-
-def latent_bits(z: Tensor) -> list[int]:
-    """Bits of each sample's latent `(B, c, h, w)`: 16 a value, the precision that latents are stored in."""
-    return [16 * z[0].numel()] * len(z)
+        return 2 * self.decoder(z).float() - 1

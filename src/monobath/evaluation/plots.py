@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import html
 import io
 import itertools
@@ -12,11 +11,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox
 
 # What matplotlib draws in these colours takes the page's, light or dark.
 COLOURS = {
@@ -31,22 +33,8 @@ GROUPS = {
 }
 """Matplotlib's marker, the same as a character, and what it stands for."""
 
-Box = tuple[float, float, float, float]
-"""Left, bottom, right, top, in pixels."""
 Place = tuple[float, float]
 """x, y in the units of the axes."""
-
-STYLE = """
-:root { --ours: #1f5fbf; --network: #b4530a; --codec: #3c7a3f; --resampling: #7d4f9e }
-@media (prefers-color-scheme: dark) {
-  :root { --ours: #7fb2ff; --network: #f0a35e; --codec: #8ccf8f; --resampling: #c9a0e8 }
-}
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(21rem, 100%), 1fr)); gap: 1.4rem 1.6rem }
-.plots text { paint-order: stroke; stroke: var(--paper); stroke-width: 3px; stroke-linejoin: round }
-.plots svg { display: block; width: 100%; max-width: 34rem; height: auto }
-.plots figcaption { color: var(--ink); font-size: .9rem; margin-bottom: .2rem }
-.key { font-size: .85rem; color: var(--soft) } .key span { margin-right: 1.1em; white-space: nowrap }
-"""
 
 
 @dataclass(kw_only=True)
@@ -74,8 +62,8 @@ class Axis:
     log: bool = False
     lower_is_better: bool = False
     """For y: the axis is turned round, so that better is up in every plot."""
-    ticks: Sequence[float] = ()
-    """Where the ticks are; (): wherever they look well."""
+    at_points: bool = False
+    """Ticks are at the points' own values, not wherever they look well."""
 
 
 def group_of(kind: str) -> str:
@@ -88,16 +76,6 @@ def group_of(kind: str) -> str:
     return "resampling" if "bicubic" in lower else "network"
 
 
-def key(groups: Sequence[str]) -> str:
-    """HTML line that says what the marks stand for."""
-    spans = (
-        f'<span><span style="color:var(--{name});margin:0">{sign}</span> {words}</span>'
-        for name, (_, sign, words) in GROUPS.items()
-        if name in groups
-    )
-    return f'<p class="key">{" ".join(spans)}</p>'
-
-
 def pareto_front(points: Sequence[Point], *, lower_is_better: bool) -> list[Point]:
     """Points that no other one beats in y without a larger x, in the order of x."""
     sign = -1 if lower_is_better else 1
@@ -108,14 +86,13 @@ def pareto_front(points: Sequence[Point], *, lower_is_better: bool) -> list[Poin
     return front
 
 
-def plot(points: Sequence[Point], x: Axis, y: Axis, *, front: bool = False, size: tuple[int, int] = (370, 280)) -> str:
-    """A scatter of points, some of them joined, as an `<svg>` element for an HTML page.
+def plot(points: Sequence[Point], x: Axis, y: Axis, *, front: bool = False) -> str:
+    """A scatter of points, some of them joined, as an `<svg>` element for an HTML page, 370 × 280 CSS pixels.
 
     Args:
         points: at least one; those that a logarithmic axis cannot show must have been left out.
         x, y: the axes.
         front: draw the Pareto front (small x, good y).
-        size: width and height in CSS pixels at which the text has its own size.
     """
     try:
         from matplotlib import rc_context
@@ -131,21 +108,27 @@ def plot(points: Sequence[Point], x: Axis, y: Axis, *, front: bool = False, size
         "font.size": 11,
     }
     with rc_context(settings):
-        figure = Figure(figsize=(size[0] / 72, size[1] / 72), dpi=72, layout="constrained")
+        figure = Figure(figsize=(370 / 72, 280 / 72), dpi=72, layout="constrained")
         FigureCanvasAgg(figure)  # measures the labels
         axes = figure.add_subplot()
         _prepare(axes, points, x, y)
-        steps = _draw_front(axes, pareto_front(points, lower_is_better=y.lower_is_better)) if front else []
-        _draw_series(axes, points)
+        lines = []
+        if front:
+            lines.append(_steps(axes, pareto_front(points, lower_is_better=y.lower_is_better)))
+            style: dict[str, Any] = {"linewidth": 1.2, "linestyle": (0, (4, 3)), "alpha": 0.55}
+            axes.plot(*zip(*lines[0], strict=True), color=COLOURS["ink"], **style)
+        for series in dict.fromkeys(p.series for p in points if p.series):
+            joined = sorted((p for p in points if p.series == series), key=lambda p: p.x)
+            lines.append([(p.x, p.y) for p in joined])
+            colour = COLOURS[joined[0].group]
+            axes.plot(*zip(*lines[-1], strict=True), color=colour, linewidth=1.4, alpha=0.6)
         for point in points:
-            colour = COLOURS[point.group]
+            colour, edge = COLOURS[point.group], COLOURS["paper"]
             if point.interval:
                 axes.vlines(point.x, *point.interval, color=colour, linewidth=1.2, alpha=0.7)
             marker = GROUPS[point.group][0]
-            axes.plot(
-                point.x, point.y, marker, color=colour, markersize=7, markeredgecolor=COLOURS["paper"], zorder=3
-            )  # fmt: skip
-        _place_labels(figure, axes, points, steps)
+            axes.plot(point.x, point.y, marker, color=colour, markersize=7, markeredgecolor=edge, zorder=3)
+        _place_labels(figure, axes, points, lines)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     said = "; ".join(f"{p.name}: {p.x:.3g}, {p.y:.4g}" for p in points)
@@ -168,8 +151,8 @@ def _prepare(axes: Axes, points: Sequence[Point], x: Axis, y: Axis) -> None:
         low, high = low - margin, high + margin
         limits = (10**low, 10**high) if given.log else (low, high)
         axes.set(**{f"{name}scale": "log" if given.log else "linear", f"{name}lim": limits})
-        if given.ticks:
-            axis.set_major_locator(FixedLocator(list(given.ticks)))
+        if given.at_points:
+            axis.set_major_locator(FixedLocator(sorted(set(values))))
         elif given.log:
             wide = high - low > 2.5
             axis.set_major_locator(LogLocator(subs=(1, 3) if wide else (1, 2, 5), numticks=99))
@@ -187,101 +170,65 @@ def _prepare(axes: Axes, points: Sequence[Point], x: Axis, y: Axis) -> None:
         side.set_visible(False)
 
 
-def _draw_front(axes: Axes, front: Sequence[Point]) -> list[Place]:
-    """Steps through the front, on to the edges: what is below and right of them is beaten. Returns their corners."""
+def _steps(axes: Axes, front: Sequence[Point]) -> list[Place]:
+    """Corners of steps through the front, on to the edges: what is below and right of them is beaten."""
     right, bottom = axes.get_xlim()[1], axes.get_ylim()[0]
     corners = [(front[0].x, bottom)]
     for point, following in itertools.zip_longest(front, front[1:]):
         corners += [(point.x, point.y), (following.x if following else right, point.y)]
-    style: dict[str, Any] = {"color": COLOURS["ink"], "linewidth": 1.2, "linestyle": (0, (4, 3)), "alpha": 0.55}
-    axes.plot([x for x, _ in corners], [y for _, y in corners], **style)
     return corners
 
 
-def _draw_series(axes: Axes, points: Sequence[Point]) -> None:
-    for joined in _series(points):
-        colour = COLOURS[joined[0].group]
-        axes.plot([p.x for p in joined], [p.y for p in joined], color=colour, linewidth=1.4, alpha=0.6)
-
-
-def _series(points: Sequence[Point]) -> Iterator[list[Point]]:
-    """The points of each series, in the order of x."""
-    for series in dict.fromkeys(p.series for p in points if p.series):
-        yield sorted((p for p in points if p.series == series), key=lambda p: p.x)
-
-
-def _place_labels(figure: Figure, axes: Axes, points: Sequence[Point], steps: Sequence[tuple[float, float]]) -> None:
+def _place_labels(figure: Figure, axes: Axes, points: Sequence[Point], lines: Sequence[Sequence[Place]]) -> None:
     """Each label where it hides least: tried around its mark, ever farther away, joined to it where far.
 
-    `steps` are the corners of a line that labels should not cross.
+    `lines` are what labels should not cross.
     """
+    from matplotlib.path import Path
+    from matplotlib.transforms import Bbox
+
     figure.draw_without_rendering()  # settles the layout
     figure.set_layout_engine("none")
     frame = axes.get_window_extent()
-    pixels = axes.transData.transform([(p.x, p.y) for p in points])
-    centres: list[Place] = [(float(x), float(y)) for x, y in pixels]
-    marks = [(x - 5, y - 5, x + 5, y + 5) for x, y in centres]
-    lines = [box for a, b in _segments(points, steps) for box in _along(*axes.transData.transform([a, b]))]
-    taken: list[Box] = []
-    for point, (x, y) in sorted(zip(points, centres, strict=True), key=lambda pair: -pair[1][1]):
+    centres = axes.transData.transform([(p.x, p.y) for p in points])
+    taken = [Bbox([centre - 5, centre + 5]) for centre in centres]
+    paths = [Path(axes.transData.transform(line)) for line in lines]
+
+    def cost(place: tuple[float, Bbox], others: np.ndarray) -> float:
+        """How bad a place is: what it hides, what leaves the frame, how far it is, and whose it might seem."""
+        reach, box = place
+        inside = Bbox.intersection(box, frame)
+        outside = 1 - (inside.width * inside.height / (box.width * box.height) if inside else 0)
+        hidden = box.count_overlaps(taken) + sum(path.intersects_bbox(box, filled=False) for path in paths)
+        mistaken = np.clip(reach + 5 - _distance(box, others), 0, None).sum()
+        return 2000 * outside + 100 * hidden + 8 * mistaken + 2 * reach
+
+    for point, centre in sorted(zip(points, centres, strict=True), key=lambda pair: -pair[1][1]):
         if not point.label:
             continue
         text = figure.text(0, 0, point.label, fontsize=11, color=COLOURS["ink"], verticalalignment="bottom", zorder=4)
-        extent = text.get_window_extent()
-
-        places = _around(x, y, extent.width, extent.height)
-        others = [centre for centre in centres if math.dist(centre, (x, y)) > 1]
-        cost = functools.partial(_cost, frame=frame.extents, taken=[*taken, *marks, *lines], others=others)
-        _, box = min(places, key=cost)
+        others = centres[np.hypot(*(centres - centre).T) > 1]
+        _, box = min(_around(centre, np.array(text.get_window_extent().size)), key=lambda place: cost(place, others))
         taken.append(box)
-        text.set_position((box[0] / figure.bbox.width, box[1] / figure.bbox.height))
-        near = _nearest(box, (x, y))
-        if math.dist(near, (x, y)) > 12:
-            ends = axes.transData.inverted().transform([(x, y), near])
-            axes.plot(ends[:, 0], ends[:, 1], color=COLOURS["soft"], linewidth=0.8, zorder=2)
+        text.set(x=box.x0 / figure.bbox.width, y=box.y0 / figure.bbox.height)
+        if _distance(box, centre) > 12:
+            ends = axes.transData.inverted().transform([centre, np.clip(centre, box.min, box.max)])
+            axes.plot(*ends.T, color=COLOURS["soft"], linewidth=0.8, zorder=2)
 
 
-def _segments(points: Sequence[Point], steps: Sequence[Place]) -> Iterator[tuple[Place, Place]]:
-    """Ends of every straight piece of the front and of the joined series."""
-    yield from itertools.pairwise(steps)
-    for joined in _series(points):
-        yield from itertools.pairwise((p.x, p.y) for p in joined)
-
-
-def _along(a: Any, b: Any) -> Iterator[Box]:
-    """Small boxes along a line between two pixels."""
-    count = max(1, int(math.dist(a, b) / 4))
-    for part in range(count + 1):
-        x, y = a + (b - a) * part / count
-        yield x - 2, y - 2, x + 2, y + 2
-
-
-def _around(x: float, y: float, width: float, height: float) -> Iterator[tuple[float, Box]]:
+def _around(centre: np.ndarray, size: np.ndarray) -> Iterator[tuple[float, Bbox]]:
     """Places of a label around a mark, the preferred ones first: (distance, box)."""
+    from matplotlib.transforms import Bbox
+
     for reach in (9, 16, 26, 38, 52, 70):
-        for right, up in ((1, 0), (0.8, 0.6), (0.8, -0.6), (-0.8, 0.6), (-0.8, -0.6), (-1, 0), (0, 1), (0, -1)):
-            left = x + reach * right - width * (0.5 if right == 0 else right < 0)
-            bottom = y + reach * up - height * (0.5 if up == 0 else up < 0)
-            yield reach, (left, bottom, left + width, bottom + height)
+        for way in ((1, 0), (0.8, 0.6), (0.8, -0.6), (-0.8, 0.6), (-0.8, -0.6), (-1, 0), (0, 1), (0, -1)):
+            corner = centre + reach * np.array(way) - size * (1 - np.sign(way)) / 2
+            yield reach, Bbox([corner, corner + size])
 
 
-def _cost(place: tuple[float, Box], *, frame: Box, taken: Sequence[Box], others: Sequence[Place]) -> float:
-    """How bad a place of a label is: what it hides, what leaves the frame, how far it is, and whose it might seem."""
-    reach, box = place
-    outside = _overlap(box, box) - _overlap(box, frame)
-    hidden = sum(_overlap(box, other) for other in taken)
-    mistaken = sum(max(0.0, reach + 5 - math.dist(_nearest(box, other), other)) for other in others)
-    return 10 * outside + 5 * hidden + 8 * mistaken + 2 * reach
-
-
-def _nearest(box: Box, point: Place) -> Place:
-    """The point of a box that is nearest to another one."""
-    return min(max(point[0], box[0]), box[2]), min(max(point[1], box[1]), box[3])
-
-
-def _overlap(a: Box, b: Box) -> float:
-    """Area in common."""
-    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+def _distance(box: Bbox, places: np.ndarray) -> np.ndarray:
+    """From a box to places `(…, 2)`."""
+    return np.linalg.norm(places - np.clip(places, box.min, box.max), axis=-1)
 
 
 def _inline(svg: str, label: str) -> str:

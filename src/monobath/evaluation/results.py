@@ -23,7 +23,8 @@ class MetricInfo:
     """What a column of the table is."""
 
     key: str
-    """Name in results.json: psnr, ssim, mean_error, grid4, grid8, efflite, fd_efflite, lpips, rfid, dreamsim."""
+    """Name in results.json: psnr, ssim, mean_error, grid4, grid8, efflite, fd_efflite, lpips, lpips_alex, rfid or
+    dreamsim."""
     label: str
     """Heading with unit and network, such as "LPIPS (VGG)"."""
     better: Literal["higher", "lower"]
@@ -37,6 +38,11 @@ class MetricInfo:
     absent: str = ""
     """Why the metric could not be measured; then no system has a figure for it."""
 
+    @property
+    def heading(self) -> str:
+        """Label, and which way is better."""
+        return f"{self.label} {'↑' if self.better == 'higher' else '↓'}"
+
 
 @dataclass(kw_only=True)
 class Channel:
@@ -48,24 +54,31 @@ class Channel:
 
 
 @dataclass(kw_only=True)
-class Speed:
-    """Time and memory of one part of one system at one size and batch."""
+class Cost:
+    """Time, operations and memory of a call."""
+
+    ms: float
+    """Median milliseconds."""
+    ms_low: float
+    """First quartile."""
+    ms_high: float
+    """Third quartile."""
+    gflop: float | None
+    """10⁹ floating-point operations (a multiply-add counts two); see `speed.count_flops` for what is left out. None:
+    computed outside PyTorch, where they are not counted."""
+    peak_mb: float | None
+    """Peak memory above what was held before the call, in 10⁶ bytes; None: cannot be measured here."""
+
+
+@dataclass(kw_only=True)
+class Speed(Cost):
+    """What one part of one system costs at one size and batch; a call is a whole batch."""
 
     part: Literal["encode", "decode"]
     size: tuple[int, int]
     """(H, W) in pixels."""
     batch: int
-    ms: float
-    """Median milliseconds a call (a whole batch)."""
-    ms_low: float
-    """First quartile."""
-    ms_high: float
-    """Third quartile."""
     repeats: int
-    gflop: float | None
-    """10⁹ floating-point operations a call (a multiply-add counts two); None: not a network."""
-    peak_mb: float | None
-    """Peak memory of a call above what was held before it, in 10⁶ bytes; None: cannot be measured here."""
 
     @property
     def images_per_second(self) -> float:
@@ -123,15 +136,14 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; infinite and undefined figures become null."""
-        values: dict[str, Any] = _finite(dataclasses.asdict(self))
+        values: dict[str, Any] = plain(dataclasses.asdict(self))
         return values
 
 
-def _finite(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value for JSON, in which infinite and undefined numbers are null."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None  # JSON has neither infinity nor NaN
-    return value
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,6 +7,8 @@ eagerly, never compiled, as the systems' own code runs them.
 from __future__ import annotations
 
 import ctypes
+import itertools
+import logging
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -25,6 +28,8 @@ from ..errors import UserError
 from ..images import open_image, pil_to_tensor, to_float
 from .results import Evaluation, Speed
 from .system import System
+
+logger = logging.getLogger(__name__)
 
 Work = Callable[[], object]
 Part = Literal["encode", "decode"]
@@ -46,16 +51,8 @@ class Timing:
     @property
     def quartiles(self) -> tuple[float, float]:
         """First and third quartile; of a single round, that round twice."""
-        if len(self.times) == 1:
-            return self.times[0], self.times[0]
-        low, _, high = statistics.quantiles(self.times, n=4, method="inclusive")
+        low, high = np.quantile(self.times, [0.25, 0.75]).tolist()
         return low, high
-
-    @property
-    def figures(self) -> dict[str, float]:
-        """Median and quartiles by the names that results have for them."""
-        low, high = self.quartiles
-        return {"ms": self.median, "ms_low": low, "ms_high": high}
 
 
 def measure(
@@ -96,6 +93,36 @@ def profile(work: Work, device: torch.device) -> tuple[float, float | None]:
     counts: list[float] = []
     peak = peak_memory(lambda: counts.append(count_flops(work)), device)
     return counts[0] / 1e9, peak
+
+
+def costs(
+    works: Mapping[str, tuple[Work, torch.device]], what: str, *, repeats: int, progress: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
+    """The fields of `Cost` for several pieces of work, interleaved; before the timed rounds each runs twice.
+
+    Args:
+        works: by name: a call, and the device it works on.
+        what: they do, for people.
+        repeats: timed rounds.
+        progress: told in words what comes next.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, (work, device) in works.items():
+        progress(f"{what}: operations and memory of {name}")
+        with torch.no_grad():
+            work()  # libraries load at the first call, whose memory is not the work's
+        gflop, peak = profile(work, device)
+        found[name] = {"gflop": gflop or None, "peak_mb": peak}
+    waited = next((device for _, device in works.values() if device.type != "cpu"), None)
+    progress(f"{what}: {repeats} rounds of {len(works)}")
+    # That was a whole warm-up for a CPU; a GPU's clocks take longer.
+    timings = measure(
+        {name: work for name, (work, _) in works.items()}, repeats=repeats, warmup=2 if waited else 0, device=waited
+    )
+    for name, timing in timings.items():
+        low, high = timing.quartiles
+        found[name] |= {"ms": timing.median, "ms_low": low, "ms_high": high}
+    return found
 
 
 def count_flops(work: Work) -> int:
@@ -160,17 +187,16 @@ def system_speeds(
     parts: Sequence[Part] = ("encode", "decode"),
     repeats: int = 5,
     *,
-    images: Tensor | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str], None] = logger.info,
 ) -> dict[str, list[Speed]]:
     """Speed of several systems at one picture size, interleaved part by part.
+
+    The packaged sample photos are encoded, repeated up to the batch: what a picture holds matters to codecs of files.
 
     Args:
         systems: with distinct names, all on one device.
         size: (H, W) in pixels.
         batches: pictures a call.
-        images: what is encoded, `(N, 3, H, W)` in [-1, 1]; default: the packaged sample photos, which matters to
-            codecs of files. They are repeated up to the batch.
         progress: told in words what comes next.
 
     Returns:
@@ -180,25 +206,13 @@ def system_speeds(
     systems = list(systems)
     found: dict[str, list[Speed]] = {system.name: [] for system in systems}
     assert len(found) == len(systems), "two systems of one name"
-    images = sample_images(size) if images is None else images
-    assert tuple(images.shape[2:]) == tuple(size), (images.shape, size)
-    for batch in batches:
+    images = sample_images(size)
+    for batch, part in itertools.product(batches, parts):
         x = images[torch.arange(batch) % len(images)]
-        for part in parts:
-            works: dict[str, Work] = {}
-            costs: dict[str, dict[str, float | None]] = {}
-            for system in systems:
-                if progress is not None:
-                    progress(f"{system.name}: {part} {batch} × {size[0]} × {size[1]}")
-                works[system.name] = _work(system, part, x)
-                works[system.name]()
-                gflop, peak = profile(works[system.name], system.device)
-                network = system.encoder if part == "encode" else system.decoder
-                costs[system.name] = {"gflop": None if network is None else gflop, "peak_mb": peak}
-            device = next((s.device for s in systems if s.device.type != "cpu"), None)
-            for name, timing in measure(works, repeats=repeats, warmup=0, device=device).items():
-                facts: dict[str, Any] = {**timing.figures, **costs[name]}
-                found[name].append(Speed(part=part, size=size, batch=batch, repeats=repeats, **facts))
+        works = {system.name: (_work(system, part, x), system.device) for system in systems}
+        what = f"{part} {batch} × {size[0]} × {size[1]}"
+        for name, cost in costs(works, what, repeats=repeats, progress=progress).items():
+            found[name].append(Speed(part=part, size=size, batch=batch, repeats=repeats, **cost))
     return found
 
 
@@ -208,7 +222,7 @@ def add_speeds(
     batches: Sequence[int],
     *,
     repeats: int,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str], None] = logger.info,
 ) -> None:
     """Measure the systems at the size of each evaluation, and put the figures into it; arguments as `system_speeds`."""
     for evaluation in evaluations:

@@ -12,13 +12,14 @@ import torch
 from PIL import features
 from torch import Tensor, nn
 
-from .. import resources
 from ..autoencoders import Foreign, as_encoder
 from ..errors import UserError
 from ..models.frozen import ForeignEncoder
 from ..sampling import Noise
+from ..tiles import pad_to_multiple
 from ..tokenizer import Tokenizer
 from ..words import count, did_you_mean
+from .facts import full_name
 
 T = TypeVar("T")
 
@@ -57,6 +58,34 @@ class System(ABC):
         """Code → float images `(B, 3, H, W)` in [-1, 1], clipped. `seeds`: one a picture, for those that draw noise."""
 
 
+class PaddedSystem(System):
+    """Its code is a tensor, and it takes sides divisible by `factor`: padded by reflection, cropped back."""
+
+    factor: int
+    dtype = torch.float32
+    bits = 16
+    """Of a value of the code: the precision that latents are stored in."""
+
+    @abstractmethod
+    def latents(self, x: Tensor) -> Tensor:
+        """Images `(B, 3, H, W)` in [-1, 1], of type `dtype` → raw latents `(B, c, H/f, W/f)`."""
+
+    @abstractmethod
+    def pixels(self, z: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Raw latents → images `(B, 3, H, W)`, not clipped."""
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Code:
+        """Float images `(B, 3, H, W)` in [-1, 1] → raw latents."""
+        z = self.latents(pad_to_multiple(images.to(self.device), self.factor).to(self.dtype))
+        return Code(payload=z, size=(images.shape[2], images.shape[3]), bits=[self.bits * z[0].numel()] * len(z))
+
+    @torch.no_grad()
+    def decode(self, code: Code, seeds: Sequence[int]) -> Tensor:
+        """Latents → float images `(B, 3, H, W)` in [-1, 1]."""
+        return self.pixels(code.payload, seeds)[:, :, : code.size[0], : code.size[1]].float().clamp(-1, 1)
+
+
 class TokenizerSystem(System):
     """One of our tokenizers.
 
@@ -85,8 +114,7 @@ class TokenizerSystem(System):
         sampler = self.tokenizer.config.sampler
         self.steps = sampler.steps if steps is None else steps
         self.noise: Noise = sampler.noise if noise is None else noise
-        packaged = resources.weights_path(name)
-        self.weights = name if packaged is None else packaged.name
+        self.weights = full_name(name)
         # A curve over steps joins what differs in nothing else.
         self.family = name if noise in (None, sampler.noise) else f"{name}, {noise} noise"
         self.name = self.family if steps in (None, sampler.steps) else f"{self.family}, {count(steps, 'step')}"
@@ -136,19 +164,18 @@ def make_models(
         UserError: an encoder that no model needs, or as `TokenizerSystem`.
     """
     labels = [_label(name) for name in names]
-    shared, used = None if encoder is None else as_encoder(encoder), False
+    shared = None if encoder is None else as_encoder(encoder)
     systems: list[TokenizerSystem] = []
     for name, label in zip(names, labels, strict=True):
         for number in dict.fromkeys(steps) if steps else [None]:
             system = TokenizerSystem(name, steps=number, device=device, dtype=dtype)
             if shared is not None and system.tokenizer.config.encoder.family:
                 system.attach_encoder(shared)
-                used = True
             if labels.count(label) == 1:
                 system.name = system.name.replace(name, label, 1)
                 system.family = system.family.replace(name, label, 1)
             systems.append(system)
-    if shared is not None and not used:
+    if shared is not None and not any(system.tokenizer.config.encoder.family for system in systems):
         raise UserError(f"--encoder {encoder}: {', '.join(names)} has an encoder of its own; leave it out")
     return systems
 

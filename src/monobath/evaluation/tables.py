@@ -67,8 +67,8 @@ def rows(evaluation: Evaluation) -> list[list[tuple[str, str]]]:
             (system.name, ""),
             (NONE if system.bits_per_pixel is None else f"{system.bits_per_pixel:.2f}", ""),
             *(estimate_cell(system.figures.get(m.key), places[m.key]) for m in metrics),
-            (number(_picture_ms(system, "encode")), ""),
-            (number(_picture_ms(system, "decode")), ""),
+            (number(picture_ms(system, "encode")), ""),
+            (number(picture_ms(system, "decode")), ""),
         ]
         for system in evaluation.systems
     ]
@@ -85,23 +85,26 @@ def channel_rows(evaluation: Evaluation, metric: MetricInfo) -> tuple[list[str],
     return ["system", *found[0][1]], lines
 
 
-def difference_rows(evaluation: Evaluation) -> list[list[tuple[str, str]]]:
-    """What each other system has more or less than the first: (mark and difference, interval) in each cell."""
+def difference_rows(evaluation: Evaluation) -> list[list[tuple[str, str, str]]]:
+    """What each other system has more or less than the first: (mark and difference, interval, "better", "worse" or "")
+    in each cell.
+    """
     metrics = measured(evaluation)
     others = evaluation.systems[1:]
     places = {m.key: decimals([s.differences[m.key] for s in others if m.key in s.differences]) for m in metrics}
     lines = []
     for system in others:
-        line = [(system.name, "")]
+        line = [(system.name, "", "")]
         for metric in metrics:
             found = system.differences.get(metric.key)
             figure, interval = estimate_cell(found, places[metric.key], signed=True)
-            line.append((f"{_MARKS[standing(found, metric)]} {figure}" if found else figure, interval))
+            mark, style = _MARKS[standing(found, metric)] if found else ("", "")
+            line.append((f"{mark} {figure}".lstrip(), interval, style))
         lines.append(line)
     return lines
 
 
-_MARKS = {1: "▲", 0: "≈", -1: "▼"}
+_MARKS = {1: ("▲", "better"), 0: ("≈", ""), -1: ("▼", "worse")}
 
 
 def standing(difference: Estimate | None, metric: MetricInfo) -> int:
@@ -181,47 +184,13 @@ def _no_more_bits(system: SystemResult, first: SystemResult) -> bool:
     return system.bits_per_pixel <= 1.02 * first.bits_per_pixel  # files cannot hit a size to the byte
 
 
-def system_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
-    """(headings, rows) of what the systems are."""
-    lines = [
-        [
-            s.name,
-            s.kind,
-            s.weights or NONE,
-            NONE if s.steps is None else str(s.steps),
-            parameters(s.encoder_parameters),
-            parameters(s.decoder_parameters),
-        ]
-        for s in evaluation.systems
-    ]
-    return ["system", "kind", "weights", "steps", "encoder", "decoder"], lines
-
-
-def speed_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
-    """(headings, rows) of all times."""
-    lines = [
-        [
-            s.name,
-            speed.part,
-            f"{speed.batch} × {speed.size[0]} × {speed.size[1]}",
-            number(speed.ms),
-            f"{number(speed.ms_low)} to {number(speed.ms_high)}",
-            number(speed.images_per_second),
-            number(speed.gflop),
-            number(speed.peak_mb),
-        ]
-        for s in evaluation.systems
-        for speed in s.speed
-    ]
-    return ["system", "part", "batch × H × W", "ms", "quartiles", "images/s", "GFLOP", "peak MB"], lines
-
-
 def speed_of(system: SystemResult, part: str) -> Speed | None:
     """A system's figures at the smallest batch."""
     return min((s for s in system.speed if s.part == part), key=lambda s: s.batch, default=None)
 
 
-def _picture_ms(system: SystemResult, part: str) -> float | None:
+def picture_ms(system: SystemResult, part: str) -> float | None:
+    """Milliseconds a picture at the smallest batch."""
     speed = speed_of(system, part)
     return None if speed is None else speed.ms / speed.batch
 

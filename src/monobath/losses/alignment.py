@@ -28,9 +28,6 @@ from ..decoders.uvit import Middle
 from ..errors import UserError, imported
 from .perceptual import EffLiteDistance, Frozen
 
-HIDDEN = 2048
-"""Width of the projector's hidden layer (REPA's)."""
-
 
 class Features(Frozen):
     """A frozen network that describes an image on a grid: `features(images, (h, w))` → `(B, width, h, w)`.
@@ -141,8 +138,9 @@ def tapped_block(decoder: PixelDecoder, number: int = 0) -> nn.Module:
     """The block whose output is aligned; that output has `config.channels[-1]` channels.
 
     Args:
-        number: a transformer block, counted from 1; 0 is SSDD's choice: block 4, or the middle one of fewer. A decoder
-            without a transformer gives its last residual block before the way up, or the first one on it.
+        number: a transformer block, counted from 1; 0 is SSDD's choice: block 5 of more than eight, else block 4, or
+            the middle one of fewer than four. A decoder without a transformer gives its last residual block before the
+            way up, or the first one on it.
 
     Raises:
         UserError: the decoder has no block of that number.
@@ -154,7 +152,7 @@ def tapped_block(decoder: PixelDecoder, number: int = 0) -> nn.Module:
         remedy = f"give a number from 1 to {count}, or 0 for the default" if count else "leave it at 0"
         raise UserError(f"loss.repa_block is {number}, but the decoder has {count} transformer blocks: {remedy}")
     if count:
-        number = number or (4 if count >= 4 else (count + 1) // 2)
+        number = number or (5 if count > 8 else 4 if count >= 4 else (count + 1) // 2)
         return blocks[number - 1]
     return decoder.hidden_block
 
@@ -186,18 +184,19 @@ class Alignment(nn.Module):
         decoder: what will be tapped. It is not kept: its parameters are not those of the loss.
         features: the frozen network.
         block: see `tapped_block`.
+        hidden: width of the projector's hidden layer (REPA's); 0: as wide as the tokens (SSDD's).
 
     Raises:
         UserError: the decoder has no such block.
     """
 
-    def __init__(self, decoder: PixelDecoder, features: Features, block: int = 0) -> None:
+    def __init__(self, decoder: PixelDecoder, features: Features, block: int = 0, hidden: int = 2048) -> None:
         super().__init__()
         tapped_block(decoder, block)  # a wrong number says so now
         self.features, self.block, self.tapped = features, block, Tap()
-        self.projector = nn.Sequential(
-            nn.Linear(decoder.config.channels[-1], HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, features.width)
-        )
+        width = decoder.config.channels[-1]
+        hidden = hidden or width
+        self.projector = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, features.width))
 
     @contextlib.contextmanager
     def tap(self, decoder: PixelDecoder) -> Iterator[None]:

@@ -106,7 +106,10 @@ class LossConfig:
     repa_model: str = "facebook/dinov2-base"
     """DINOv2 weights: a Hub id or a local folder."""
     repa_block: int = 0
-    """Transformer block that is aligned, counted from 1; 0: block 4, or the middle one of fewer."""
+    """Transformer block that is aligned, counted from 1; 0: block 5 of more than eight, else block 4, or the middle one
+    of fewer."""
+    repa_hidden: int = 2048
+    """Width of the hidden layer between tokens and features; 0: as wide as the tokens, as SSDD's."""
     adversarial: float = 0.0
     """Weight of a discriminator's opinion, relative to the other losses at the last layer. SSDD does without; KL-VAEs
     take 0.5."""
@@ -117,7 +120,7 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         weights = ("flow", "time_power", "perceptual", "pooled", "grid", "kl", "repa", "adversarial", "adversarial_lr")
-        at_least(0, "loss", self, *weights)
+        at_least(0, "loss", self, *weights, "repa_hidden")
         fractions("loss", self, "adversarial_start")
 
 
@@ -132,7 +135,7 @@ class OptimizerConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     """The optimizer's decay rates."""
     weight_decay: float = 0.01
-    """Decoupled weight decay, on matrices and convolutions only (not on biases and norms)."""
+    """Decoupled weight decay, on matrices and convolutions only (not on biases, norms and relative-position tables)."""
     warmup: int = 100
     """Steps of linear warm-up (adamw)."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -169,6 +172,9 @@ class TrainingConfig:
     al. 2022, arXiv 2109.01903)."""
     ema_start: float = 0.1
     """The average starts after this fraction of the run; before that it copies the weights."""
+    ema_start_steps: int = 0
+    """It starts after this many steps of the run instead, as SSDD's does after 50 000 of each stage; 0: the fraction
+    says."""
     seed: int = 0
     """Decides initial weights, order of the data, crops and noise."""
     log_every: int = 10
@@ -189,6 +195,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep", "max_bad")
         at_least(1, "training", self, *counts)
+        at_least(0, "training", self, "ema_start_steps")
         if self.minutes < 0:
             raise UserError(f"training.minutes is {self.minutes}: it must be above 0, or 0 for no limit")
         if not 0 <= self.ema < 1 or not 0 <= self.ema_start <= 1:
@@ -207,6 +214,9 @@ class DistillConfig:
     """Exponent of the teacher's time grid; 0: what its checkpoint says."""
     student_steps: int = 1
     """Steps that the student is made for."""
+    student_guidance: float = 1.0
+    """Guidance that the student takes its steps with, in training and decoding. 1, none, is enough: the student of a
+    guided teacher learns the guided pictures. Another needs `model.decoder.null_latent`."""
     perceptual_to: Literal["", "teacher", "image"] = ""
     """What the student's perceptual distance is taken to: the teacher's sample (SSDD's; default of a single scale) or
     the real image (MSD's; the only one of several stages)."""
@@ -227,9 +237,10 @@ class ScalesConfig:
 
     times: Literal["logit-normal", "uniform"] = "logit-normal"
     """How the other times are drawn."""
-    weighting: Literal["none", "sigmoid"] = "none"
-    """sigmoid: the flow loss of a sample counts e^b·sigmoid(λ−b)/(t(1−t)) with λ = 2·log((1−t)/t), t its noise level.
-    Nothing is left of it at t = 1, where the first stage takes its only step, if it takes one."""
+    weighting: Literal["none", "sigmoid", "sigmoid-local"] = "none"
+    """The flow loss of a sample counts e^b·sigmoid(λ−b)/(t(1−t)) with λ = 2·log((1−t)/t). sigmoid-local (MSD's): t is
+    its stage's own time, and nothing is left at a stage's start. sigmoid: t is its noise level, and nothing is left at
+    1, where the first stage takes its only step, if it takes one."""
     bias: float = -3.0
     """b of that weighting."""
     drop: float = 0.0
@@ -241,8 +252,8 @@ class ScalesConfig:
     resolution. Needs `times.ones` 1. With `model.sampler.stages` 1 the model decodes at full resolution, and
     `decode_progressive` gives its previews."""
     renoise: bool = False
-    """In a distillation: the teacher starts from the student's own image, noised anew to a random time (MSD's), instead
-    of where the student starts."""
+    """In a distillation: MSD's published form. The student's finished picture is noised to one level u per batch, and
+    the teacher goes on from there through all stages that are left; see `StagedDistillation`."""
 
     def __post_init__(self) -> None:
         fractions("scales", self, "drop", "union", below_one=True)

@@ -47,7 +47,7 @@ RIDGE = 1e-3
 
 
 def make_tokenizer(recipe: TokenizerRecipe, dataset: AnyDataset | None = None, *, quiet: bool = False) -> Tokenizer:
-    """The tokenizer to train, in training mode: random weights, or those of `recipe.init` (see `start_from`).
+    """The tokenizer to train, in training mode: random weights, or another model's (see `start_from`).
 
     Args:
         dataset: to train on: what a new decoder with `standardise` is fitted to first (see `fit_to_latents`). A run
@@ -62,9 +62,11 @@ def make_tokenizer(recipe: TokenizerRecipe, dataset: AnyDataset | None = None, *
     taken = False
     if recipe.model.encoder.source:
         tokenizer.attach_encoder(f"{recipe.model.encoder.family}={recipe.model.encoder.source}")
-    if recipe.init:
+    if recipe.first_weights == "published":
+        published_weights(tokenizer.decoder)
+    if recipe.source:
         taken = start_from(tokenizer, recipe)
-        if not taken and not quiet:
+        if recipe.init and not taken and not quiet:
             log.info("init: the encoder comes from %s; its decoder has another shape, so ours starts anew", recipe.init)
     elif not recipe.training.train_encoder and not recipe.model.encoder.family and not quiet:
         log.warning("training.train_encoder is false without init: the decoder learns a random encoder's latents")
@@ -115,7 +117,7 @@ def _check_latents(recipe: TokenizerRecipe) -> None:
             f"{encoder.family}=WHERE. Only training from cached latents (data.latents) without sample grids "
             "(training.sample_every 0) needs none"
         )
-    if recipe.model.decoder.standardise and (training.train_encoder or not (encoder.family or recipe.init)):
+    if recipe.model.decoder.standardise and (training.train_encoder or not (encoder.family or recipe.source)):
         raise UserError(
             "model.decoder.standardise fits a decoder to the latents of a frozen encoder: add --encoder KIND=WHERE, or "
             "init, and set training.train_encoder to false"
@@ -123,7 +125,8 @@ def _check_latents(recipe: TokenizerRecipe) -> None:
 
 
 def start_from(tokenizer: Tokenizer, recipe: TokenizerRecipe) -> bool:
-    """Take encoder and decoder from the model `recipe.init`; a decoder of another shape keeps its random weights.
+    """Take encoder and decoder from the model `recipe.init`, or the encoder alone from `recipe.init_encoder`. A decoder
+    of another shape than `init`'s keeps its random weights.
 
     The encoder must fit: it decides the latent space, which is why one starts from another model. What trains may be
     padded otherwise than it was: it adapts in a few thousand crops. A multi-scale
@@ -136,13 +139,14 @@ def start_from(tokenizer: Tokenizer, recipe: TokenizerRecipe) -> bool:
     Raises:
         UserError: there is no such model, or its encoder has another shape.
     """
-    source = Tokenizer.from_pretrained(recipe.init)
+    source = Tokenizer.from_pretrained(recipe.source)
     given = source.config.encoder
     if recipe.training.train_encoder:
         given = dataclasses.replace(given, padding=recipe.model.encoder.padding)
     if given != recipe.model.encoder:
         raise UserError(
-            f"init: the encoder of {recipe.init} is {source.config.encoder}, but the recipe says {recipe.model.encoder}"
+            f"init: the encoder of {recipe.source} is {source.config.encoder}, but the recipe says "
+            f"{recipe.model.encoder}"
         )
     tokenizer.encoder.load_state_dict(source.encoder.state_dict())
     if not recipe.training.train_encoder:
@@ -150,7 +154,7 @@ def start_from(tokenizer: Tokenizer, recipe: TokenizerRecipe) -> bool:
         kept = {name: getattr(source.config, name) for name in names}
         tokenizer.config = dataclasses.replace(tokenizer.config, **kept)
     ours, theirs = tokenizer.decoder, source.decoder
-    if not same_network(ours, theirs):
+    if recipe.init_encoder or not same_network(ours, theirs):
         return False
     own, weights = ours.state_dict(), theirs.state_dict()
     own.update({name: value for name, value in weights.items() if name in own})
@@ -160,11 +164,25 @@ def start_from(tokenizer: Tokenizer, recipe: TokenizerRecipe) -> bool:
     return True
 
 
+def published_weights(decoder: PixelDecoder) -> None:
+    """First weights of SSDD's published decoders: Xavier's for linear maps, N(0, 0.02²) for convolutions, zero biases.
+    What starts at zero stays there."""
+    for module in decoder.modules():
+        if not isinstance(module, nn.Linear | nn.Conv2d) or not module.weight.any():
+            continue
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+        else:
+            nn.init.normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
 def same_network(ours: PixelDecoder, theirs: PixelDecoder) -> bool:
     """Whether weights of one mean the same in the other; stages and a null latent add some that are zero at first."""
     comparable = ours.stages == theirs.stages or 1 in (ours.stages, theirs.stages)
     added = ("stage_embedding", "null_latent") if comparable else ()
-    free = {"size", "attention", "dropout", "residual", "padding", "stages", "null_latent"}
+    free = {"size", "attention", "dropout", "residual", "residual_shares", "padding", "stages", "null_latent"}
     shapes, fields = [], []
     for decoder in (ours, theirs):
         shapes.append({name: value.shape for name, value in decoder.state_dict().items() if name not in added})
@@ -200,6 +218,7 @@ def fit_to_latents(tokenizer: Tokenizer, dataset: AnyDataset, *, seed: int) -> N
         weight, bias = least_squares(
             [(x, decoder.standardised(z)) for x, z in pairs], decoder.config.read_factor, decoder.config.padding
         )
+        assert decoder.linear_skip.bias is not None
         decoder.linear_skip.bias.copy_(bias)
         decoder.linear_skip.weight[:, : weight.shape[1]] = weight  # the context's weights stay at zero
 

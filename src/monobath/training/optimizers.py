@@ -17,16 +17,26 @@ from ..errors import UserError
 from .config import OptimizerConfig
 
 
-def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+def make_optimizer(
+    module: nn.Module, config: OptimizerConfig, like: dict[str, Any] | None = None
+) -> torch.optim.Optimizer:
     """The optimizer of a module's trainable parameters.
+
+    Args:
+        like: a checkpoint's state that is to be loaded: runs begun before relative-position tables were spared go on as
+            they began.
 
     Raises:
         UserError: the package of a schedule-free optimizer is not installed.
     """
     trained = [p for p in module.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim in (2, 4)]
+    if like is not None and len(like["param_groups"][0]["params"]) > len(decayed):
+        decayed = [p for p in trained if p.ndim >= 2]
+    decays = {id(p) for p in decayed}
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if id(p) not in decays], "weight_decay": 0.0},
     ]
     betas = (config.betas[0], config.betas[1])
     if config.kind == "adamw":

@@ -12,10 +12,12 @@ resolved recipe is stored in the run folder and in every model it writes.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from ..errors import UserError
+from ..sampling import time_grid
 from ..scales import ScaleSchedule
 from ..tokenizer import TokenizerConfig
 from .config import (
@@ -90,6 +92,11 @@ class TokenizerRecipe(Recipe):
     init: str = ""
     """Start from this model (a name or path, such as runs/stage1/model) instead of random weights. A recipe that says
     nothing of `model` takes that model's shape."""
+    init_encoder: str = ""
+    """Take the encoder alone from this model: the decoder starts anew, whatever its shape (SSDD's stage 1)."""
+    first_weights: Literal["pytorch", "published"] = "pytorch"
+    """What a decoder that starts anew starts from. published: as SSDD's do, see `published_weights`; for decoders with
+    group norms, the paper's."""
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     scales: ScalesConfig | None = None
@@ -97,11 +104,21 @@ class TokenizerRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.init and self.init_encoder:
+            raise UserError(
+                f"init is {self.init} and init_encoder {self.init_encoder}: give init to start from all of a model, "
+                "init_encoder to start from its encoder alone"
+            )
+        decoder = self.model.decoder
+        if self.first_weights == "published" and getattr(decoder, "norm", "") != "group":
+            raise UserError(
+                f"first_weights is published, which is for decoders with group norms, such as S/1; {decoder.title} has "
+                "weights of its own: leave it out"
+            )
         if self.loss.adversarial and self.training.precision == "fp16":
             raise UserError('loss.adversarial needs training.precision "bf16" or "fp32"')
         if self.loss.time_power and (what := self._without_times()):
             raise UserError(f"loss.time_power is {self.loss.time_power:g}, which would not act on {what}: leave it out")
-        decoder = self.model.decoder
         unit = self.model.encoder.factor * ScaleSchedule(decoder.stages).unit(decoder.factor, decoder.token_side)
         if self.data.size % unit:
             at = "" if decoder.stages == 1 else f", at each of {decoder.stages} stages"
@@ -109,13 +126,22 @@ class TokenizerRecipe(Recipe):
         if decoder.stages > 1:
             self.scales = self.scales or ScalesConfig()
             self._check_stages(self.scales)
-        elif self.scales not in (None, ScalesConfig()):
+        elif self.scales in (None, ScalesConfig()):
+            self.scales = None
+        elif self._has_shape():
             raise UserError(
                 "scales.* is for multi-scale decoders: set model.decoder.stages and model.sampler.stages, or leave it "
                 "out"
             )
-        else:
-            self.scales = None
+
+    def _has_shape(self) -> bool:
+        """Whether `model` is final."""
+        return True
+
+    @property
+    def source(self) -> str:
+        """The model that weights come from, all or the encoder's; empty: there is none."""
+        return self.init or self.init_encoder
 
     def _without_times(self) -> str:
         """Why a sample's time does not matter, where it does not."""
@@ -155,7 +181,7 @@ class TokenizerRecipe(Recipe):
 
 @dataclass(kw_only=True)
 class DecoderRecipe(TokenizerRecipe):
-    """A decoder learns from the latents of a frozen encoder: `init`'s, or a foreign one (`model.encoder.family`)."""
+    """A decoder learns from the latents of a frozen encoder: a model's, or a foreign one (`model.encoder.family`)."""
 
     trains = "decoder"
     fixed: ClassVar[dict[str, tuple[Any, str]]] = {
@@ -183,10 +209,20 @@ class DistillationRecipe(DecoderRecipe):
     distill: DistillConfig = field(default_factory=DistillConfig)
 
     def __post_init__(self) -> None:
-        self.init = self.init or self.distill.teacher
-        # A guided teacher's student needs no guidance: it learns the guided pictures.
-        self.model.sampler = dataclasses.replace(self.model.sampler, steps=self.distill.student_steps, guidance=1.0)
+        self.init = self.init or ("" if self.init_encoder else self.distill.teacher)
+        distill = self.distill
+        self.model.sampler = dataclasses.replace(
+            self.model.sampler, steps=distill.student_steps, guidance=distill.student_guidance
+        )
+        if distill.student_guidance != 1 and self._has_shape() and not self.model.decoder.null_latent:
+            raise UserError(
+                f"distill.student_guidance is {distill.student_guidance}, but the student has no null latent "
+                "(model.decoder.null_latent): leave it at 1, or name a teacher of several stages that has one"
+            )
         super().__post_init__()
+
+    def _has_shape(self) -> bool:
+        return bool(self.distill.teacher)  # else the one that is named later has it
 
     def _without_times(self) -> str:
         return super()._without_times() or ("a student of one step a stage" if self.model.decoder.stages > 1 else "")
@@ -203,3 +239,12 @@ class DistillationRecipe(DecoderRecipe):
                 "of several stages takes 1 step a stage, and its teacher starts where the student is, so that nothing "
                 "can be kept; leave both out"
             )
+
+
+def only_times(recipe: Mapping[str, Any]) -> list[float]:
+    """The only times, each stage's own where there are several, that a stored recipe trains at; empty: all of them."""
+    distill = recipe.get("distill") or {}
+    if distill.get("teacher"):
+        power = recipe.get("model", {}).get("sampler", {}).get("power", 2.0)
+        return time_grid(distill.get("student_steps", 1), power)[:-1].tolist()
+    return [1.0] if recipe.get("times", {}).get("ones") == 1 else []

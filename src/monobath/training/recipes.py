@@ -130,7 +130,7 @@ def _own(content: dict[Any, Any], kind: type[Recipe]) -> dict[Any, Any]:
 
 def _idle(name: Any, value: Any) -> bool:
     """Whether a section has its defaults only."""
-    if name == "init":
+    if name in ("init", "init_encoder"):
         return not value
     if name == "generator":
         from .generation import GenerationConfig
@@ -158,10 +158,10 @@ def _read(name: str) -> tuple[Path, str]:
 
 def _inherited(values: dict[str, Any]) -> dict[str, Any]:
     """Shapes that the recipe leaves to the model it starts from: whole parts (encoder, decoder, sampler) only."""
-    source = values.get("init") or values.get("distill.teacher")
+    source = values.get("init") or values.get("init_encoder") or values.get("distill.teacher")
     if not source:
         return {}
-    parts = ("encoder", "decoder", "sampler")
+    parts = ("encoder",) if values.get("init_encoder") else ("encoder", "decoder", "sampler")
     missing = [part for part in parts if not any(f"{key}.".startswith(f"model.{part}.") for key in values)]
     if not {"encoder", "decoder"} & set(missing):
         return {}

@@ -154,7 +154,14 @@ class Run:
 
     @cached_property
     def _batches(self) -> Iterator[dict[str, Tensor]]:
-        """The batches that are left."""
+        return self.batches()
+
+    def batches(self) -> Iterator[dict[str, Tensor]]:
+        """The batches that are left, of this process: the recipe's data, unless a subclass takes them from elsewhere.
+
+        Yields:
+            `image`, uint8 `(B, 3, size, size)` on any device, and what else `make_loader` yields.
+        """
         loader = make_loader(
             self.dataset,
             batch_size=self.micro,
@@ -217,7 +224,7 @@ class Run:
         in_a_row = (self.bad[0] + 1) * bad
         self.bad = torch.stack([in_a_row, torch.maximum(self.bad[1], in_a_row), self.bad[2] + bad])
         with evaluation_weights(self.optimizer.optimizer):
-            if self.done < training.ema_start * training.steps:
+            if self.done < (training.ema_start_steps or training.ema_start * training.steps):
                 self.ema.copy(self.model)
             else:
                 self.ema.update(self.model)
@@ -310,6 +317,7 @@ class Run:
         try:
             if trainer.get("kind", "adamw") != self.recipe.optimizer.kind:
                 raise ValueError(f"its optimizer is {trainer.get('kind', 'adamw')}")
+            self.optimizer = make_optimizer(self.objective, self.recipe.optimizer, like=trainer["optimizer"])
             own, saved = self._loss_parameters(), trainer.get("losses", {})
             if {n: p.shape for n, p in own.items()} != {n: p.shape for n, p in saved.items()}:
                 raise ValueError("its losses train other parameters")

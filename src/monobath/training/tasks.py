@@ -23,10 +23,11 @@ from ..data.resident import ResidentPictures
 from ..errors import UserError
 from ..images import to_float
 from ..models.identity import weights_sha256
+from ..sampling import time_grid
 from ..tokenizer import Tokenizer, TokenizerConfig
 from .initialise import AnyDataset, make_tokenizer
 from .objectives.base import AutoencoderObjective, Batch, Draws, Losses
-from .recipe import DistillationRecipe, Recipe, TokenizerRecipe
+from .recipe import DistillationRecipe, Recipe, TokenizerRecipe, only_times
 from .samples import SampleCache
 
 
@@ -164,6 +165,7 @@ class TokenizerTask(Task):
         if not recipe.distill.teacher:
             raise UserError(f"recipe {recipe.name} names no teacher: add distill.teacher")
         teacher = Tokenizer.from_pretrained(recipe.distill.teacher)
+        _check_times(recipe, teacher)
         if recipe.scales is not None:
             return StagedDistillation(self.model, teacher, recipe.loss, recipe.distill, recipe.scales)
         objective = DistillationObjective(self.model, teacher, recipe.loss, recipe.distill)
@@ -250,3 +252,18 @@ def crops_of(recipe: Recipe) -> Crops:
         size=data.size, scale=(data.scale[0], data.scale[1]), flip=data.flip, seed=recipe.training.seed,
         max_pixels=data.max_pixels, min_side=data.min_side,
     )  # fmt: skip
+
+
+def _check_times(recipe: DistillationRecipe, teacher: Tokenizer) -> None:
+    """Raises `UserError` where the teacher would be sampled at other times than it has learned at."""
+    distill, anywhere = recipe.distill, recipe.scales is not None and recipe.scales.renoise
+    known = only_times(Tokenizer.training_of(distill.teacher).get("recipe") or {})
+    asked = time_grid(distill.steps, distill.power or teacher.config.sampler.power)[:-1].tolist()
+    if known and (anywhere or not set(asked) <= set(known)):
+        times = " and ".join(f"{time:g}" for time in known)
+        raise UserError(
+            f"distill.teacher {distill.teacher} was trained at t = {times} alone, and cannot be sampled "
+            + ("from any other (scales.renoise)" if anywhere else f"in {distill.steps} steps")
+            + ": name one that was trained at all times (times.ones below 1)"
+            + ("" if anywhere else ", or set distill.steps to 1")
+        )

@@ -52,8 +52,8 @@ class Draws:
     """Each sample's stage; default: all at the first."""
     dropped: Sequence[bool] = ()
     """Whether each sample's latent is dropped; default: none is."""
-    renoising: tuple[int, int, int] = (0, 0, 0)
-    """For new noise of a batch: seed, this process' first sample, and samples of all processes."""
+    level: float = 1.0
+    """Noise level in (0, 1] of the batch, the same for all processes; see `StagedDistillation`."""
 
     @classmethod
     def make(
@@ -146,7 +146,8 @@ def make_alignment(decoder: PixelDecoder, loss: LossConfig) -> Alignment | None:
         raise UserError(f"loss.repa is {loss.repa}, but a KL-VAE decoder has no block to align: set it to 0")
     from ...losses.alignment import Alignment, alignment_features
 
-    return Alignment(decoder, alignment_features(loss.repa_features, loss.repa_model), loss.repa_block)
+    features = alignment_features(loss.repa_features, loss.repa_model)
+    return Alignment(decoder, features, loss.repa_block, loss.repa_hidden)
 
 
 def tap(alignment: Alignment | None, decoder: PixelDecoder) -> contextlib.AbstractContextManager[None]:

@@ -6,25 +6,26 @@ to x̂_T, REPA to the real image. A student of k steps learns the same at its k 
 ε. What we added: the perceptual distance can be to the real image (`distill.perceptual_to`), as MSD has it.
 
 A student of one step per stage runs through all stages, from noise, and is trained end to end towards a frozen teacher
-that takes many steps in each (MSD, arXiv 2603.19570); MSD's own form is `loss.adversarial` and `scales.renoise`.
+that takes many steps in each, after MSD (arXiv 2603.19570), whose published form is `scales.renoise`.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ... import flow
 from ...decoding import predictor
 from ...errors import UserError
 from ...sampling import euler, time_grid
-from ...scales import ScaleSchedule, integrate
+from ...scales import ScaleSchedule, image_pyramid, integrate, noise_pyramid
 from ...tokenizer import Tokenizer
 from ..config import DistillConfig, LossConfig, ScalesConfig
 from .base import AutoencoderObjective, Batch, Draws, Losses, tap
-from .staged import OTHER_STREAM, called, run_through
+from .staged import OTHER_STREAM, StageStep, called, run_through
 
 
 class DistillationObjective(AutoencoderObjective):
@@ -89,19 +90,24 @@ class DistillationObjective(AutoencoderObjective):
 class StagedDistillation(DistillationObjective):
     """One step a stage from many: the student runs through all stages, from noise and with hand-overs, end to end.
 
-    At each stage the frozen teacher takes its N steps from the state that the student is in. The student learns the
-    stage's clean image whose straight line from that state ends where the teacher's samples end; at one stage that is
-    SSDD's v = x̂_T − ε. The loss is the sum of the stages' flow losses, the perceptual distance of the finished picture
-    to the real image, and REPA at the last stage.
+    Ours: at each stage the frozen teacher takes its N steps from the state that the student is in. The student learns
+    the stage's clean image whose straight line from that state ends where the teacher's samples end; at one stage that
+    is SSDD's v = x̂_T − ε. The flow loss is the sum of the stages'.
 
-    With `scales.renoise` (MSD's form) the teacher starts from the student's image at each stage, noised anew to a time
-    u ~ U(0, 1), and what it makes of that is learned with weight 1 / (1 + u).
+    MSD's published form (`scales.renoise`): a level u ~ U(0, 1), one per batch, says at which stage the teacher begins,
+    the one with u in its window of the time axis. The student's finished picture, averaged down to that stage's size,
+    is noised to (1 − u)·x + u·n, and the teacher goes on from there through all stages that are left, N steps each (1
+    as published). The flow loss is the sum of squared errors between the states in which student and teacher end these
+    stages, times 1 / (1 + u). What we chose: n and the block noise are the student's own, so that the states differ by
+    the pictures alone.
+
+    In both, the perceptual distance of the finished picture is to the real image, and REPA acts at the last stage.
 
     Args:
         tokenizer: the student.
         teacher: with as many stages. Its samples are guided if its checkpoint says so.
         loss: weights.
-        config: how the teacher samples, `steps` at each stage.
+        config: how the teacher samples, `steps` at each stage, and the student's guidance.
         scales: `renoise`.
 
     Raises:
@@ -115,56 +121,65 @@ class StagedDistillation(DistillationObjective):
         ours, theirs = (model.config.decoder.stages for model in (tokenizer, teacher))
         if ours != theirs:
             raise UserError(f"distill: the teacher has {theirs} stages, the student {ours}: they must be equal")
-        self.schedule, self.renoise = ScaleSchedule(ours), scales.renoise
+        self.schedule, self.renoise, self.guidance = ScaleSchedule(ours), scales.renoise, config.student_guidance
         self.perceptual_to_image = True
-        if tokenizer.decoder.config.null_latent:  # students are not guided
+        if tokenizer.decoder.config.null_latent and self.guidance == 1:
             tokenizer.decoder.null_latent.requires_grad_(False)
 
     def draw(self, draws: Draws, seed: int, rank: int, world: int) -> None:
-        """The seed of the new noise."""
-        draws.renoising = (seed ^ OTHER_STREAM, rank * len(draws.t), world * len(draws.t))
+        """The batch's noise level."""
+        draws.level = 1 - torch.rand((), generator=torch.Generator().manual_seed(seed ^ OTHER_STREAM)).item()  # never 0
 
     def _decoder_losses(self, batch: Batch, z: Tensor) -> Losses:
-        """`flow` is the sum of `flow_stage0`, ….  The student takes its steps from each stage's start."""
-        x, noise, ones = batch.images, batch.draws.noise, torch.ones_like(batch.draws.t)
-        decoder, kind = self.tokenizer.decoder, self.tokenizer.decoder.prediction
-        predict, last = partial(called, decoder, z), len(self.schedule) - 1
-        seed, first, count = batch.draws.renoising
-        generator = torch.Generator(x.device).manual_seed(seed)  # of new noise, where there is any
-        parts: dict[str, Tensor] = {"flow": x.new_zeros((), dtype=torch.float32)}
+        x, noise, decoder = batch.images, batch.draws.noise, self.tokenizer.decoder
+        predict, last = partial(called, decoder, z, guidance=self.guidance), len(self.schedule) - 1
 
         def tapped(state: Tensor, level: Tensor, number: int) -> Tensor:
             with tap(self.repa if number == last else None, decoder):
                 return predict(state, level, number)
 
-        steps = run_through(tapped, self.schedule, noise, kind)
-        for stage, state, prediction, clean in steps:
-            if self.renoise:
-                own = slice(first, first + len(x))
-                u = torch.rand(count, generator=generator, device=x.device)[own]
-                fresh = torch.randn(count, *state.shape[1:], generator=generator, device=x.device)[own]
-                goal = self.teachers(stage.state(clean.detach(), fresh, u), z, stage.index, u)[1]
-                error = (clean - goal).square() / (1 + u)[:, None, None, None]
-            else:
-                end, goal = self.teachers(state.detach(), z, stage.index, ones)
-                line = end - state.detach()
-                if kind == "x":
-                    goal = stage.clean(line, state.detach(), ones, "v")
-                error = (prediction - (goal if kind == "x" else line)).square()
-            parts[f"flow_stage{stage.index}"] = error.mean()
-            parts["flow"] = parts["flow"] + parts[f"flow_stage{stage.index}"]
-        losses = Losses(total=self.loss.flow * parts["flow"], parts=parts, clean=clean, target=goal, real=x)
-        return self._with_others(losses, batch.judge)
+        steps = list(run_through(tapped, self.schedule, noise, decoder.prediction))
+        if self.renoise:
+            parts, goal = self._flow_renoised(steps, z, noise, batch.draws.level)
+        else:
+            parts, goal = self._flow_followed(steps, z)
+        total, clean = self.loss.flow * parts["flow"], steps[-1].clean
+        return self._with_others(Losses(total=total, parts=parts, clean=clean, target=goal, real=x), batch.judge)
+
+    def _flow_followed(self, steps: list[StageStep], z: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Our flow loss, `flow`, the sum of `flow_stage0`, …, and the last goal."""
+        parts, kind = {}, self.tokenizer.decoder.prediction
+        for stage, state, prediction, _ in steps:
+            start, ones = state.detach(), state.new_ones(len(state))
+            goal = line = self.teachers(start, z, stage.index, ones) - start
+            if kind == "x":
+                goal = stage.clean(line, start, ones, "v")
+            parts[f"flow_stage{stage.index}"] = (prediction - goal).square().mean()
+        return {"flow": reduce(torch.add, parts.values()), **parts}, goal
+
+    def _flow_renoised(
+        self, steps: list[StageStep], z: Tensor, noise: Tensor, u: float
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """MSD's flow loss, and the teacher's picture."""
+        stages, kind = len(self.schedule), self.tokenizer.decoder.prediction
+        first = min(int((1 - u) * stages), stages - 1)
+        fields, picture = noise_pyramid(noise, stages), image_pyramid(steps[-1].clean.detach(), stages)[first]
+        ones, begun = picture.new_ones(len(picture)), self.schedule[first]
+        state, tau = flow.interpolate(picture, fields[first], u * ones), (u - begun.end) / (begun.start - begun.end)
+        errors = []
+        for stage, start, prediction, _ in steps[first:]:
+            goal = self.teachers(state, z, stage.index, tau * ones)
+            errors.append((stage.step(prediction, start, ones, 0 * ones, kind) - goal).square().mean())
+            if stage.index < stages - 1:
+                state, tau = self.schedule.hand_over(goal, stage.index, fields[stage.index + 1]), 1.0
+        return {"flow": reduce(torch.add, errors) / (1 + u)}, goal
 
     @torch.no_grad()
-    def teachers(self, state: Tensor, z: Tensor, stage: int, tau: Tensor) -> tuple[Tensor, Tensor]:
-        """The teacher's N steps within a stage.
+    def teachers(self, state: Tensor, z: Tensor, stage: int, tau: Tensor) -> Tensor:
+        """Where the teacher's N steps end a stage: float32 `(B, 3, h, w)`.
 
         Args:
             state: at local times tau `(B,)`, without gradients.
-
-        Returns:
-            The stage's end point, and the clean image that the last prediction means: float32 `(B, 3, h, w)`.
         """
         decoder, config = self.teacher.decoder, self.teacher.config
         given = predictor(decoder, z, config.sampler.guidance)

@@ -1,14 +1,16 @@
 """What multi-scale decoders learn.
 
 MSD (arXiv 2603.19570): each sample of a batch trains one stage, on its path (`monobath.scales`); the perceptual
-distance counts at the last stage only. What we changed: no discriminator by default (MSD's is `loss.adversarial`), and
-`UnionObjective`, which learns one step per stage without a teacher. Distillation is in `distilled.py`.
+distance counts at the last stage only. What we changed: no discriminator by default (`loss.adversarial` has one that
+judges patches, MSD one of DINO's features), and `UnionObjective`, which learns one step per stage without a teacher.
+Distillation is in `distilled.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +40,8 @@ def uniform_times(t: Tensor) -> Tensor:
 
 
 def sigmoid_weight(t: Tensor, bias: float = -3.0, margin: float = 1e-3) -> Tensor:
-    """e^b·sigmoid(λ − b) / (t·(1 − t)) with λ = 2·log((1 − t)/t), as MSD weighs the flow loss: `(B,)`, float32.
+    """e^b·sigmoid(λ − b) / (t·(1 − t)) with λ = 2·log((1 − t)/t), as MSD weighs the flow loss by a stage's own time:
+    `(B,)`, float32.
 
     In logarithms, and with t kept `margin` away from 0 and 1: written out it is ∞·0 at t = 1.
     """
@@ -102,8 +105,9 @@ class StagedObjective(AutoencoderObjective):
                 prediction = decoder(state, level, latent, stage.index)
             goal = image if kind == "x" else stage.velocity(image, white)
             error = (prediction.float() - goal.float()).square()
-            if self.scales.weighting == "sigmoid":
-                error = error * sigmoid_weight(level, self.scales.bias)[:, None, None, None]
+            if self.scales.weighting != "none":
+                time = tau if self.scales.weighting == "sigmoid-local" else level
+                error = error * sigmoid_weight(time, self.scales.bias)[:, None, None, None]
             if self.loss.time_power:
                 error = error * time_weight(level, self.loss.time_power)
             value = error.mean()
@@ -115,28 +119,33 @@ class StagedObjective(AutoencoderObjective):
         return self._with_others(losses, batch.judge, share=share)
 
 
-def called(decoder: PixelDecoder, z: Tensor, state: Tensor, level: Tensor, stage: int) -> Tensor:
-    """A stage's prediction by the module itself, as it is compiled and wrapped."""
-    return decoder(state, level, z, stage)
+def called(decoder: PixelDecoder, z: Tensor, state: Tensor, level: Tensor, stage: int, guidance: float = 1.0) -> Tensor:
+    """A stage's prediction by the module itself, as it is compiled and wrapped; guided, it is called twice."""
+    if guidance == 1:
+        return decoder(state, level, z, stage)
+    absent = decoder(state, level, decoder.without(z), stage)  # type: ignore[operator]
+    return absent + guidance * (decoder(state, level, z, stage) - absent)
 
 
-def run_through(
-    predict: Predict, schedule: ScaleSchedule, noise: Tensor, kind: Prediction
-) -> Iterator[tuple[Stage, Tensor, Tensor, Tensor]]:
-    """One step a stage, through all of them, with gradients.
+class StageStep(NamedTuple):
+    """One step that is all of a stage."""
 
-    Args:
-        noise: white, of the finished picture's size `(B, 3, H, W)`.
+    stage: Stage
+    state: Tensor
+    """That it starts from, `(B, 3, h, w)`."""
+    prediction: Tensor
+    """Raw, float32."""
+    clean: Tensor
+    """The clean image that this means, float32."""
 
-    Yields:
-        Each stage, the state that it starts from, the raw prediction there, and the clean image that this means, both
-        float32.
-    """
+
+def run_through(predict: Predict, schedule: ScaleSchedule, noise: Tensor, kind: Prediction) -> Iterator[StageStep]:
+    """One step a stage, through all of them, with gradients; `noise` is white, of the finished picture's size."""
     fields = noise_pyramid(noise, len(schedule))
     state, ones = fields[0], noise.new_ones(len(noise), dtype=torch.float32)
     for stage in schedule:
         prediction = predict(state, stage.level(ones), stage.index).float()
-        yield stage, state, prediction, stage.clean(prediction, state, ones, kind)
+        yield StageStep(stage, state, prediction, stage.clean(prediction, state, ones, kind))
         if stage.index < len(schedule) - 1:
             state = stage.step(prediction, state, ones, torch.zeros_like(ones), kind)
             state = schedule.hand_over(state, stage.index, fields[stage.index + 1])
