@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean
+.PHONY: help demo test check docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
@@ -19,6 +19,9 @@ test: ## run the tests (ARGS="-k NAME" chooses)
 
 check: ## lint, format and types
 	@PYTHON="$(PYTHON)" scripts/with-venv dev check scripts/check
+
+docs: ## the documentation site: build/docs/index.html
+	@PYTHON="$(PYTHON)" HF_HUB_OFFLINE=1 scripts/with-venv dev docs $(BIN)/python scripts/docs.py
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) build dist runs/demo src/monobath.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -16,8 +16,9 @@ from monobath import resources
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "monobath"
 LAYERS = [
-    "cli", "app", "integrations", "export", "evaluation", "training", "data", "generation", "tokenizer", "decoding",
-    "autoencoders", "store", "losses", "decoders", "models", "scales", "tiles", "sampling", "flow",
+    "cli", "app", "integrations", "export", "evaluation", "training", "data", "generation", "tokenizer",
+    "autoencoders", "store", "config", "decoding", "losses", "decoders", "models", "scales", "tiles", "sampling",
+    "flow",
 ]  # fmt: skip
 LEAVES = {"devices", "errors", "files", "images", "resources", "words", "_version"}
 ENTRY = {"__init__", "__main__"}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,8 +26,9 @@ def blocks(page: Path, language: str) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_python_blocks_run(page):
+    names: dict[str, object] = {}
     for block in blocks(page, "python"):
-        exec(compile(block, page.name, "exec"), {})
+        exec(compile(block, page.name, "exec"), names)
 
 
 def test_readme_commands_run_in_order(tmp_path, monkeypatch):
@@ -62,3 +65,31 @@ def test_links_lead_to_files(page):
             assert target[1:] in anchors, target
         elif not target.startswith("http"):
             assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+def test_the_tables_are_those_of_the_figures():
+    """docs/figures.json is the one place of the packaged models' figures; scripts/figures.py writes the tables."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "figures.py"), "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_site_has_every_page_and_its_links_stay(monkeypatch, tmp_path):
+    """What scripts/docs.py gathers: no link leads out of the site, each page is in the index's lists."""
+    import docs
+
+    monkeypatch.setattr(docs, "SOURCE", tmp_path / "site")
+    docs.gather()
+    pages = sorted((tmp_path / "site").rglob("*.md"))
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} <= {path.name for path in pages}
+    index = (tmp_path / "site" / "index.md").read_text(encoding="utf-8")
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r"(?<!!)\]\(([^)\s]+)\)", text):
+            path = target.partition("#")[0]
+            place = (tmp_path / "site" / path[1:]) if path.startswith("/") else page.parent / path
+            assert target.startswith(("http", "#")) or place.exists(), f"{page.name}: {target}"
+        if page.parent == tmp_path / "site" and page.name != "index.md":
+            assert re.search(rf"^{page.stem}$", index, re.MULTILINE), page.name

@@ -18,7 +18,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 NEW = {
     "training.ema_start_steps": 0, "init_encoder": "", "first_weights": "pytorch", "loss.repa_hidden": 2048,
     "distill.student_guidance": 1.0,
-    "model.decoder.residual_shares": "flow",
+    "model.decoder.residual_shares": "flow", "model.decoder.context": 0,
 }  # fmt: skip
 """Keys that came later, and what they say where a file does not: what was so before."""
 

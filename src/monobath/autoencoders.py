@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .config import TokenizerConfig
 from .errors import UserError, imported
 from .models import taesd
 from .models.encoder import FAMILIES, EncoderConfig
@@ -62,18 +63,27 @@ def as_encoder(source: Foreign) -> ForeignEncoder:
     return _of_callable(source)
 
 
-def fitting_encoder(source: Foreign, own: EncoderConfig) -> ForeignEncoder:
-    """`as_encoder(source)` for a model whose latents are those of `own`.
+def fitting_encoder(source: Foreign, model: TokenizerConfig) -> ForeignEncoder:
+    """`as_encoder(source)` for a model of that configuration.
 
     Raises:
-        UserError: as `as_encoder`; or other factors or channels; or the model has an encoder of its own.
+        UserError: as `as_encoder`; or other factors or channels; or raw latents where the model decodes normalised
+            ones, or the other way round; or the model has an encoder of its own.
     """
+    own = model.encoder
     if not own.family:
         raise UserError(f"this model has an encoder of its own ({own.name}): leave the other encoder out")
     found = as_encoder(source)
+    given = source if isinstance(source, str) else FAMILIES[found.config.family]
     if found.config.name != own.name:
-        given = source if isinstance(source, str) else FAMILIES[found.config.family]
         raise UserError(f"encoder {given} makes {found.config.name} latents, and this model decodes {own.name}")
+    normalised = found.published.get("normalised", model.takes_normalised)
+    if normalised != model.takes_normalised:
+        made, wanted = ("normalised", "raw") if normalised else ("raw", "normalised")
+        raise UserError(
+            f"encoder {given} makes {made} latents of FLUX.2's, and this model decodes {wanted} ones: give "
+            f"{'flux2' if normalised else 'taef2'}=WHERE"
+        )
     return found
 
 
@@ -109,7 +119,7 @@ def _from_spec(kind: str, where: str) -> ForeignEncoder:
         encoder = read_taesd(kind, where, "encoder")
         channels = encoder[-1].out_channels
         config = EncoderConfig(family=kind, source=where, factor=taesd.FACTOR, latent_channels=int(channels))  # type: ignore[arg-type]
-        return ForeignEncoder(config, UnitRange(encoder))
+        return ForeignEncoder(config, UnitRange(encoder), {"normalised": True})
     if where == "random":
         raise UserError(f"encoder {kind}=random: random weights have no latents worth decoding; give {_where(kind)}")
     return _of_autoencoder(kind, load_autoencoder(kind, where), where)
@@ -137,17 +147,24 @@ def _of_autoencoder(kind: str, vae: Any, source: str) -> ForeignEncoder:
 
 
 def _flux2_statistics(vae: Any) -> dict[str, Any]:
-    """Mean and standard deviation of each channel, from those of FLUX.2's 2×2 patches of latents.
+    """Statistics of FLUX.2's 2×2 patches of latents, and mean and standard deviation of each channel, from those.
 
     Its pipelines pack 2×2 positions into 4c channels and normalise these by `vae.bn`; what `vae.encode` gives and
-    `vae.decode` takes, and so ours, is not packed: `(B, c, H/8, W/8)`.
+    `vae.decode` takes, and so ours, is neither packed nor normalised: `(B, c, H/8, W/8)`.
     """
     mean, variance = (
         statistic.detach().double().reshape(vae.config["latent_channels"], -1)  # channel by channel: see the pipeline
         for statistic in (vae.bn.running_mean, vae.bn.running_var)
     )
     overall = variance.mean(1) + mean.var(1, correction=0)
-    return {"latent_mean": mean.mean(1).tolist(), "latent_std": overall.sqrt().tolist()}
+    return {
+        "latent_mean": mean.mean(1).tolist(),
+        "latent_std": overall.sqrt().tolist(),
+        "normalised": False,
+        "packed_mean": mean.flatten().tolist(),
+        "packed_variance": variance.flatten().tolist(),
+        "packed_eps": float(vae.config["batch_norm_eps"]),
+    }
 
 
 def _of_callable(call: Callable[[Tensor], Encoding], source: str = "") -> ForeignEncoder:

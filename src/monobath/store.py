@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -19,8 +19,6 @@ from . import resources
 from ._version import __version__
 from .errors import UserError
 from .files import write_folder
-
-T = TypeVar("T")
 
 
 def locate(name: str | os.PathLike[str], **hub: Any) -> tuple[Path, int]:
@@ -137,15 +135,3 @@ def _weights_of(path: Path) -> Path:
 
 def _corrupt(path: Path, error: Exception) -> UserError:
     return UserError(f"{path} is corrupt or not a monobath checkpoint ({error}): fetch or save it again")
-
-
-def config_of(kind: type[T], values: Mapping[str, Any], parts: Mapping[str, Callable[..., Any]], what: str) -> T:
-    """A configuration dataclass from plain values, its `parts` from dictionaries of their own.
-
-    Raises:
-        UserError: an unknown key, which the message names.
-    """
-    try:
-        return kind(**{k: parts[k](**v) if k in parts else v for k, v in values.items()})
-    except TypeError as error:
-        raise UserError(f"not a {what} configuration of this version ({error})") from None

@@ -13,8 +13,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,84 +23,18 @@ from torch import Tensor, nn
 
 from . import store, tiles
 from .autoencoders import Foreign, fitting_encoder
-from .decoders import DecoderConfig, PixelDecoder, UViTConfig, decoder_config, make_decoder
+from .config import TokenizerConfig
+from .decoders import PixelDecoder, make_decoder
 from .decoders.folded import folded
 from .decoding import Decoding, Output, SamplerConfig, pictures
 from .errors import UserError
 from .images import MAX_PIXELS, Images, images_to_tensor, tensor_to_pil, to_uint8
-from .models.encoder import EncoderConfig, Posterior
+from .models.encoder import Posterior
 from .models.frozen import make_encoder
 from .models.loading import load_strictly
 from .sampling import Noise
 
 FORMAT = "monobath-tokenizer-1"
-SHARED = ("factor", "latent_channels", "padding")
-"""What a KL-VAE decoder takes over from the decoder it stands in place of."""
-
-
-@dataclass(kw_only=True)
-class TokenizerConfig:
-    """Everything needed to build a tokenizer; stored with its weights."""
-
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    decoder: DecoderConfig = field(default_factory=UViTConfig)
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    scaling_factor: float = 1.0
-    """1 / std of the latents. Published for generators and diffusers pipelines; `encode` and `decode` ignore it."""
-    shift_factor: float = 0.0
-    """Mean of the latents, likewise."""
-    latent_mean: list[float] = field(default_factory=list)
-    """Mean of each channel of the latents, likewise; empty: never measured (`monobath stats` does)."""
-    latent_std: list[float] = field(default_factory=list)
-    """Standard deviation of each channel, likewise."""
-
-    def __post_init__(self) -> None:
-        for name in ("factor", "latent_channels"):
-            a, b = getattr(self.encoder, name), getattr(self.decoder, name)
-            if a != b:
-                raise UserError(f"encoder.{name}={a} and decoder.{name}={b} must be equal")
-        if self.sampler.stages not in (1, self.decoder.stages):
-            raise UserError(
-                f"sampler.stages={self.sampler.stages} with decoder.stages={self.decoder.stages}: it must be equal to "
-                "that, or 1"
-            )
-        if self.sampler.guidance != 1 and not self.decoder.null_latent:
-            raise UserError(
-                f"sampler.guidance={self.sampler.guidance} needs decoder.null_latent; without it, leave it at 1"
-            )
-        if self.sampler.guidance != 1 and self.sampler.stages == 1:
-            raise UserError(f"sampler.guidance={self.sampler.guidance} needs sampler.stages above 1: leave it at 1")
-        if self.decoder.kind in ("kl", "taef2") and (self.sampler.steps, self.sampler.noise) != (1, "zero"):
-            raise UserError(
-                f'decoder.kind {self.decoder.kind} needs sampler.steps 1 and sampler.noise "zero": it takes no noise'
-            )
-        for name in ("latent_mean", "latent_std"):
-            if len(getattr(self, name)) not in (0, self.encoder.latent_channels):
-                raise UserError(
-                    f"{name} is {getattr(self, name)}: give one number for each of the "
-                    f"{self.encoder.latent_channels} latent channels, or none"
-                )
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any], stages: int = 0) -> TokenizerConfig:
-        """Build from plain values; an unknown key is a `UserError` that names it.
-
-        Args:
-            stages: `sampler.stages`, whatever the values say; 0: what they say.
-        """
-        values = dict(values)
-        if stages:
-            values["sampler"] = values["sampler"] | {"stages": stages}
-        channels = values.pop("kl_decoder", None)  # as it was written before decoders had kinds
-        if channels:
-            kept = {name: values["decoder"][name] for name in SHARED if name in values.get("decoder", {})}
-            values["decoder"] = {"kind": "kl", "channels": channels, **kept}
-        parts: dict[str, Callable[..., Any]] = {
-            "encoder": EncoderConfig,
-            "decoder": lambda **fields: decoder_config(fields),
-            "sampler": SamplerConfig,
-        }
-        return store.config_of(cls, values, parts, "tokenizer")
 
 
 class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-tokenizer", "autoencoder"]):
@@ -122,7 +55,7 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
 
     @property
     def factor(self) -> int:
-        """f: side of the pixel square behind one latent position."""
+        """Side of the pixel square behind one latent position, f."""
         return self.config.encoder.factor
 
     @property
@@ -300,7 +233,7 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
         Raises:
             UserError: it cannot be read, does not fit, or this model has an encoder of its own.
         """
-        self.encoder = fitting_encoder(encoder, self.config.encoder).to(self.device, self.dtype)
+        self.encoder = fitting_encoder(encoder, self.config).to(self.device, self.dtype)
         return self
 
     # ---- files ----------------------------------------------------------------------------------

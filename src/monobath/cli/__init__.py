@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import keyword
 import logging
 import shlex
 import sys
@@ -18,6 +19,7 @@ from .._version import __version__
 from ..errors import UserError
 from ..words import did_you_mean
 from .arguments import in_one_sentence, parser_of, split_overrides, verb_name, with_underscores
+from .bulk import decode_dataset, encode_dataset
 from .comparing import bench, eval_
 from .exporting import export
 from .generating import generate
@@ -29,7 +31,7 @@ VERBS: dict[str, Callable[..., None]] = {
     verb_name(function): function
     for function in (
         train, distill, reconstruct, encode, decode, generate, info, demo, eval_, bench, export, import_ssdd, stats,
-        cache_latents, serve,
+        cache_latents, serve, encode_dataset, decode_dataset,
     )
 }  # fmt: skip
 
@@ -69,8 +71,8 @@ def _run(verb: str, arguments: list[str]) -> None:
         extra["command"] = shlex.join(["monobath", verb, *arguments])
     if "overrides" in parameters:
         arguments, extra["overrides"] = split_overrides(parser, arguments)
-    given = parser.parse_args(arguments)
-    function(**vars(given), **extra)
+    given = vars(parser.parse_args(arguments))
+    function(**{f"{name}_" if keyword.iskeyword(name) else name: value for name, value in given.items()}, **extra)
 
 
 def _top(arguments: list[str]) -> None:

@@ -68,7 +68,7 @@ def parser_of(function: Callable[..., None]) -> ArgumentParser:
             shown.append(f"--{name} {name.upper()}")
         if options.get("nargs") == "+":
             options["action"] = "extend"
-        parser.add_argument(f"--{name}", **options)
+        parser.add_argument(f"--{name.rstrip('_')}", **options)  # for_ is --for, which Python keeps for itself
     parser.usage = " ".join([*shown, "[options]"])
     return parser
 

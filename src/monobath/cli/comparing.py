@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import UserError
 from .exporting import EngineName
 from .shared import DType, check_options, out_folder, print_table, progress, write_lines
 
 if TYPE_CHECKING:
+    import torch
+
+    from ..evaluation.compare import Engine
     from ..evaluation.results import Evaluation
     from ..evaluation.system import System
 
@@ -37,6 +41,8 @@ def eval_(
     seed: int = 0,
     repeats: int = 5,
     speed_batches: list[int] | None = None,
+    engine: Literal["ray"] | None = None,
+    gallery: bool = False,
     out: str = "runs/eval",
     device: str = "auto",
     dtype: DType = "float32",
@@ -68,6 +74,9 @@ def eval_(
         seed: Seed of noise, crops and resampling.
         repeats: Timed rounds; 0: no times.
         speed_batches: Pictures a call when speed is measured; default: 1. The tables show the smallest.
+        engine: ray: measure on so many --workers of an embedded Ray (0: one a CPU), one thread each; the figures are
+            the same. For CPUs.
+        gallery: Also write OUT/gallery/index.html: up to 24 pictures, a slider over the original for each system.
         out: Folder for the results.
         device: cpu, cuda, cuda:1 …; auto: a GPU if there is one.
         dtype: Arithmetic of the networks.
@@ -84,7 +93,9 @@ def eval_(
 
     from ..devices import usable_device
     from ..evaluation import processes
+    from ..evaluation.closeups import shown_systems
     from ..evaluation.compare import Settings, evaluate
+    from ..evaluation.gallery import PICTURES, write_gallery
     from ..evaluation.report import write_evaluation
     from ..evaluation.speed import add_speeds
     from ..evaluation.system import make_baselines, make_models, make_peer
@@ -104,7 +115,9 @@ def eval_(
                 size=sides[-1], short_side=sides[-1], metrics=metrics, limit=limit, batch_size=batch,
                 num_workers=workers, seed=seed, progress=counted, command=command,
             )  # fmt: skip
-            found = [evaluate(systems, data, replace(settings, size=side)) for side in sides]
+            settings = replace(settings, keep=PICTURES) if gallery else settings
+            with _engine(engine, workers, place) as measure:
+                found = [evaluate(systems, data, replace(settings, size=side, engine=measure)) for side in sides]
             is_main = processes.is_main()
         if not is_main:
             return
@@ -113,6 +126,8 @@ def eval_(
             batches = sorted(set(speed_batches or [1]))
             add_speeds(evaluations, systems, batches, repeats=repeats, progress=lambda text: update(description=text))
     files = write_evaluation(folder, evaluations, found[-1][1], by_size=bool(sizes))
+    if gallery:
+        files.append(write_gallery(folder / "gallery", *found[-1], shown_systems(evaluations[-1])))
     _print_tables(evaluations)
     write_lines(files)
 
@@ -176,6 +191,22 @@ def bench(
     for size, rows in result.rows().items():
         print_table(result.head, rows, title=f"{size} × {size}", width=WIDTH)
     write_lines([*result.notes, *files])
+
+
+@contextmanager
+def _engine(name: str | None, workers: int, device: torch.device) -> Iterator[Engine | None]:
+    """Within: what measures batches elsewhere."""
+    if name is None:
+        yield None
+        return
+    from ..evaluation import processes
+    from ..integrations.ray import Cluster
+    from ..integrations.ray import engine as ray_engine
+
+    if device.type != "cpu" or processes.world_size() > 1:
+        raise UserError(f"--engine {name} measures on CPUs, from one process: add --device cpu, or use torchrun alone")
+    with ray_engine(Cluster(workers=workers or None)) as measure:
+        yield measure
 
 
 # ---- what is printed ----------------------------------------------------------------------------------------------

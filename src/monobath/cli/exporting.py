@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 from ..errors import UserError
@@ -12,6 +13,7 @@ from .shared import find_pictures, load_tokenizer, out_folder, write
 EngineName = Literal[
     "torch", "compile", "torch-export", "aotinductor", "onnxruntime", "openvino", "openvino-bf16", "openvino-int8"
 ]
+ProgramName = Literal["comfyui", "sdcpp", "diffusers"]
 FileEngine = Literal["torch-export", "aotinductor", "onnxruntime", "openvino", "openvino-int8"]
 
 
@@ -19,6 +21,7 @@ def export(
     model: str = "default",
     *,
     out: str,
+    for_: ProgramName | None = None,
     engine: list[FileEngine] | None = None,
     calibration: list[str] | None = None,
 ) -> None:
@@ -29,15 +32,24 @@ def export(
     `image` (B, 3, H, W) in [-1, 1] before clipping, any B, h and w. OUT is also a model:
     monobath reconstruct PHOTO --model OUT --engine openvino.
 
+    With --for, OUT gets what another program loads without monobath. comfyui: taef2_decoder.safetensors, for its folder
+    models/vae_approx, and sdcpp: taef2-sdcpp.safetensors, for --tae of stable-diffusion.cpp; both of a model of TAEF2's
+    shape only (recipe flux2-slim). diffusers: a folder for AutoModel.from_pretrained(OUT, trust_remote_code=True).
+
     Args:
         model: Packaged name, folder, or Hugging Face Hub id.
         out: Folder for the files.
+        for_: Another program: comfyui, sdcpp, diffusers; default: engines.
         engine: What to write for: onnxruntime, openvino, openvino-int8, torch-export, aotinductor; default: onnxruntime
             and openvino.
         calibration: Pictures or folders of pictures whose latents int8 takes its ranges from; default: the packaged
             sample photos.
     """
     folder = out_folder(out)
+    if for_ is not None:
+        if engine or calibration:
+            raise UserError(f"--for {for_} writes no engine's file: leave out --engine and --calibration")
+        return _export_for(model, for_, folder)
     from ..export.engines import onnx_bytes, write_export
     from ..export.running import calibration_latents
 
@@ -51,3 +63,18 @@ def export(
     program = onnx_bytes(tokenizer) if set(engines) - {"torch-export", "aotinductor"} else None
     for name in engines:
         write(f"{write_export(tokenizer, name, folder, calibration=latents, program=program)}\n")
+
+
+def _export_for(model: str, program: ProgramName, folder: Path) -> None:
+    """What another program loads."""
+    tokenizer = load_tokenizer(model, "cpu", "float32")
+    if program == "diffusers":
+        from ..integrations.remote import write_remote
+
+        write(f"{write_remote(tokenizer, folder)}\n")
+        return
+    from ..export.formats import write_for
+
+    path, fidelity = write_for(tokenizer, program, folder)
+    nearly = f"{fidelity:.1f} dB between its pictures and the model's"
+    write(f"{path}: {nearly if fidelity < 90 else 'the same pictures as the model'}\n")

@@ -1,11 +1,14 @@
 """Cached latents: crops with what the encoder made of them, as webdataset shards.
 
-A cache is a folder that `monobath cache-latents` writes (`encoding.py` does the encoding):
+A cache is a folder that `monobath cache-latents` (`encoding.py`) or `monobath encode-dataset` (`bulk.py`) writes:
 
     latents.json            what made it: encoder, crops, counts
     latents-000000.tar …    a sample is N.webp (the crop, lossless), N.moments.npy (float16 `(2c, h, w)`, mean and
                             log-variance), N.json (facts) and, if there are labels, N.cls, with
                             N = picture × copies + copy
+
+Those of `encode-dataset` have the pictures' own keys, as many pictures in each shard as there were, and maybe Parquet
+in place of tar (`cache_shards.py`), or whole pictures of any size, of which they keep the moments alone.
 
 Copy k of a picture is the crop that `PhotoDataset` gives in epoch k for the same seed: a run on the cache sees, in
 the same order, what a run on the pictures would see, and after `copies` epochs the same crops again.
@@ -17,11 +20,10 @@ import copy
 import dataclasses
 import io
 import json
-import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,10 +35,13 @@ from ..errors import UserError
 from ..models.encoder import EncoderConfig
 from ..models.frozen import ForeignEncoder, without_spread
 from ..models.identity import weights_sha256
+from .cache_shards import Shards
 from .pictures import Crops, Item
-from .sources import Sample, Source, is_remote, parse_label, shard_members
+from .sources import Source, is_remote
 
 FORMAT = "monobath-latents-1"
+Layout = Literal["tar", "parquet"]
+"""Kind of the shards."""
 FACTS_FILE = "latents.json"
 REMEDY = "monobath cache-latents writes such folders"
 NO_LABELS = "it was written without labels; write another with monobath cache-latents --labels, from labelled pictures"
@@ -57,7 +62,7 @@ class CacheFacts:
     factor: int
     """Side of the pixel square behind one latent position."""
     size: int
-    """Side of the square crops, in pixels."""
+    """Side of the square crops, in pixels; 0: whole pictures, which are not kept."""
     scale: list[int]
     """Range of the short side before cropping, in pixels."""
     flip: bool
@@ -75,19 +80,37 @@ class CacheFacts:
     pictures_sha256: str
     """Of the pictures' names, in order."""
     pictures_a_shard: int
-    """In every shard but the last."""
+    """In every shard but the last, where `counts` does not say; of `encode-dataset`, of those that lie in folders."""
     labels: list[int] = field(default_factory=list)
     """Labels of the pictures, each once, sorted; empty: none were kept."""
     complete: bool = False
     """All shards are written."""
+    layout: Layout = "tar"
+    """Of the shards."""
+    counts: list[int] | None = None
+    """Pictures in each shard, as `encode-dataset` found them."""
+    labelled: bool = False
+    """`encode-dataset` keeps labels."""
+    batch: int = 0
+    """Pictures at once in `encode-dataset`, whose last bits depend on it; so do the next two."""
+    threads: int = 0
+    """Of each of its workers."""
+    device: str = ""
+    """Kind of its workers' devices."""
 
     @property
     def shards(self) -> int:
         """Number of shards."""
-        return -(-self.pictures // self.pictures_a_shard)
+        return -(-self.pictures // self.pictures_a_shard) if self.counts is None else len(self.counts)
+
+    def shard_path(self, folder: Path, number: int) -> Path:
+        """File of a shard."""
+        return shard_path(folder, number, self.layout)
 
     def pictures_of(self, shard: int) -> range:
         """The pictures in a shard."""
+        if self.counts is not None:
+            return range(sum(self.counts[:shard]), sum(self.counts[: shard + 1]))
         first = shard * self.pictures_a_shard
         return range(first, min(first + self.pictures_a_shard, self.pictures))
 
@@ -100,9 +123,9 @@ class CacheFacts:
         )
 
 
-def shard_path(folder: Path, number: int) -> Path:
+def shard_path(folder: Path, number: int, layout: str = "tar") -> Path:
     """File of a shard."""
-    return folder / f"latents-{number:06d}.tar"
+    return folder / f"latents-{number:06d}.{layout}"
 
 
 def read_facts(folder: Path) -> CacheFacts | None:
@@ -172,7 +195,7 @@ class LatentDataset(Dataset[Item]):
                 f"{self.facts.size} of its crops"
             )
         self._starts = np.cumsum([0, *(facts.pictures for facts in self.caches)])
-        self._index = [_index(folder, facts) for folder, facts in zip(self.folders, self.caches, strict=True)]
+        self._shards = [Shards(folder, facts) for folder, facts in zip(self.folders, self.caches, strict=True)]
         self._chosen = np.arange(self._starts[-1])  # positions of the pictures that are in use
         self._kept: dict[tuple[int, int], Item] = {}
 
@@ -200,7 +223,7 @@ class LatentDataset(Dataset[Item]):
                 there = f"there are {', '.join(map(str, self.labels))}" if self.labels else NO_LABELS
                 raise UserError(f"no picture in {self.folders[0]} has the label {missing[0]}: {there}")
             # A picture's label is its first copy's: all copies are of one picture.
-            found = np.concatenate([i[:: f.copies, 4] for i, f in zip(self._index, self.caches, strict=True)])
+            found = np.concatenate([s.labels[:: f.copies] for s, f in zip(self._shards, self.caches, strict=True)])
             other._chosen = np.flatnonzero(np.isin(found, labels))
         return other
 
@@ -244,22 +267,19 @@ class LatentDataset(Dataset[Item]):
                 self[epoch, index]
 
     def _load(self, number: int, sample: int) -> Item:
-        folder, facts = self.folders[number], self.caches[number]
-        path = shard_path(folder, sample // (facts.pictures_a_shard * facts.copies))
-        offset, size, offset_moments, size_moments, label = self._index[number][sample].tolist()
-        name, shape = f"{sample:09d}", (3, facts.size, facts.size)
-        item: Item = {"label": label} if facts.labels else {}
+        facts, shards = self.caches[number], self._shards[number]
+        path, name, shape = shards.path(shards.shard_of(sample)), shards.name_of(sample), (3, facts.size, facts.size)
+        item: Item = {"label": int(shards.labels[sample])} if facts.labels else {}
         try:
-            array = Sample(f"{name}.moments.npy", str(path), offset_moments, size_moments).read()
+            array, crop = shards.read(sample, picture=self.pictures)
             moments = np.load(io.BytesIO(array), allow_pickle=False)
-            if self.pictures:
-                crop = Sample(f"{name}.webp", str(path), offset, size).read()
+            if crop is not None:
                 with Image.open(io.BytesIO(crop)) as picture:
                     pixels = np.array(picture.convert("RGB")).transpose(2, 0, 1)
                 item["image"], shape = torch.from_numpy(np.ascontiguousarray(pixels)), pixels.shape
         except Exception as error:  # a broken picture makes Pillow raise nearly anything
             raise UserError(f"{path}: sample {name} cannot be read ({error}): delete the shard and write it again, "
-                            "with the same monobath cache-latents command") from None  # fmt: skip
+                            f"with the same {shards.command} command") from None  # fmt: skip
         side = facts.size // facts.factor
         expected = (2 * facts.encoder["latent_channels"], side, side)
         if shape != (3, facts.size, facts.size) or moments.shape != expected:
@@ -294,35 +314,12 @@ def _open(folder: Path) -> CacheFacts:
     if facts is None:
         raise UserError(f"{folder} holds no {FACTS_FILE}, so no cached latents: {REMEDY}")
     if not facts.complete:
-        raise UserError(f"{folder} is not finished: the same monobath cache-latents command goes on")
+        verb = "cache-latents" if facts.counts is None else "encode-dataset"
+        raise UserError(f"{folder} is not finished: the same monobath {verb} command goes on")
+    if not facts.size:
+        raise UserError(f"{folder} holds latents of whole pictures: training needs crops; monobath encode-dataset "
+                        "--size writes them")  # fmt: skip
     return facts
-
-
-def _index(folder: Path, facts: CacheFacts) -> np.ndarray:
-    """int64 `(samples, 5)`: offset and size of each crop, offset and size of its moments, and its label, if any."""
-    columns = 5 if facts.labels else 4
-    found = np.full((facts.pictures * facts.copies, 5), -1, dtype=np.int64)
-    for number in range(facts.shards):
-        path = shard_path(folder, number)
-        try:
-            for key, members in shard_members(path).items():
-                for kind, column in (("webp", 0), ("moments.npy", 2)):
-                    if kind in members:
-                        found[int(key), column : column + 2] = members[kind].offset, members[kind].size
-                if facts.labels and "cls" in members:
-                    found[int(key), 4] = parse_label(members["cls"].read(), members["cls"].location)
-        except (tarfile.TarError, OSError, EOFError, ValueError, IndexError) as error:
-            raise UserError(f"{path} cannot be read ({error}): delete it and run the same monobath cache-latents "
-                            "command again") from None  # fmt: skip
-        samples = facts.pictures_of(number)
-        part = found[samples.start * facts.copies : samples.stop * facts.copies]
-        lacking = int((part[:, :columns] < 0).any(1).sum())
-        if lacking:
-            raise UserError(
-                f"{path} lacks {lacking} of its {len(part)} samples: delete it and run the same "
-                "monobath cache-latents command again"
-            )
-    return found
 
 
 # ---- training from it -------------------------------------------------------------------------------------------

@@ -202,8 +202,16 @@ class PhotoDataset(_Pictures, Dataset[Item | None]):
     @property
     def skipped(self) -> dict[str, str]:
         """Pictures found unusable so far, by any process: location → reason (one of `REASONS`)."""
-        found = torch.nonzero(self._codes).flatten().tolist()
-        return {self.samples[index].location: REASONS[int(self._codes[index])] for index in found}
+        return {self.samples[index].location: REASONS[code] for index, code in self.unusable.items()}
+
+    @property
+    def unusable(self) -> dict[int, int]:
+        """Pictures found unusable so far: index → position in `REASONS`. What other processes found can be set."""
+        return {i: int(self._codes[i]) for i in torch.nonzero(self._codes).flatten().tolist()}
+
+    @unusable.setter
+    def unusable(self, found: dict[int, int]) -> None:
+        self._codes[list(found)] = torch.tensor(list(found.values()), dtype=torch.uint8)
 
     def preload(self, *, threads: int | None = None) -> None:
         """Decode everything into the cache now, with a pool of threads (default: one per core).

@@ -85,7 +85,7 @@ def remote_urls(source: Source) -> list[str]:
     for entry in map(str, _as_list(source)):
         if not entry.startswith(REMOTE_PREFIXES):
             raise UserError(f"{entry} is a local path among shard URLs: give either URLs or local paths")
-        for url in _expand_braces(entry):
+        for url in expand_braces(entry):
             if url.startswith("s3://"):
                 url = f"pipe:aws s3 cp {shlex.quote(url)} -"
             elif url.startswith("file:"):
@@ -119,7 +119,7 @@ def find_samples(source: Source, *, labels: bool = False) -> list[Sample]:
     for entry in entries:
         if str(entry).startswith(REMOTE_PREFIXES):
             raise UserError(f"{entry} is a shard URL among local paths: give either URLs or local paths")
-        found = [sample for path in _expand(str(entry)) for sample in _samples_at(path, labels)]
+        found = [sample for path in expand_paths(str(entry)) for sample in _samples_at(path, labels)]
         if not found:
             raise UserError(
                 f"no pictures found in {entry}: expected files ending in .jpg, .png, .webp … "
@@ -128,7 +128,7 @@ def find_samples(source: Source, *, labels: bool = False) -> list[Sample]:
         samples += found
     if labels:
         if len(entries) == 1 and all(sample.label is None for sample in samples):
-            samples = _label_by_folder(samples)
+            samples = label_by_folder(samples)
         for sample in samples:
             if sample.label is None:
                 raise UserError(
@@ -169,7 +169,8 @@ def _as_list(source: Source) -> list[str | os.PathLike[str]]:
     return [source] if isinstance(source, (str, os.PathLike)) else list(source)
 
 
-def _expand_braces(pattern: str) -> list[str]:
+def expand_braces(pattern: str) -> list[str]:
+    """`a-{0..2}.tar` → three names; a name without braces is itself."""
     if "{" not in pattern:
         return [pattern]
     lacking = f"{pattern} has braces, which need the braceexpand package: pip install 'monobath[train]'"
@@ -181,13 +182,13 @@ def _expand_braces(pattern: str) -> list[str]:
         raise UserError(f"{pattern} has unbalanced braces: write name-{{000000..000009}}.tar") from None
 
 
-def _expand(pattern: str) -> list[Path]:
+def expand_paths(pattern: str) -> list[Path]:
     """Existing paths for a path, a brace pattern or a glob pattern."""
     pattern = os.path.expanduser(pattern)
     if os.path.exists(pattern):
         return [Path(pattern)]
     paths = []
-    for path in _expand_braces(pattern):
+    for path in expand_braces(pattern):
         matches = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else [path]
         if not matches:
             raise UserError(f"nothing matches {path}: check the pattern and the folder")
@@ -202,14 +203,16 @@ def _samples_at(path: Path, labels: bool) -> Iterator[Sample]:
     if path.is_dir():
         yield from _folder_samples(path, labels)
     elif path.suffix.lower() == ".tar":
-        yield from _shard_samples(path, labels)
+        yield from shard_samples(path, labels)
     elif path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS:
-        yield Sample(path.name, str(path), label=_sibling_label(path) if labels else None)
+        yield Sample(path.name, str(path), label=sibling_label(path) if labels else None)
     else:
         raise UserError(f"{path} is neither a folder, a picture nor a .tar shard: shards must be plain .tar")
 
 
-def _folder_samples(root: Path, labels: bool) -> Iterator[Sample]:
+def folder_files(root: Path, extensions: Sequence[str]) -> list[str]:
+    """Files below a folder with these extensions, as sorted relative names; hidden ones are left out."""
+
     def complain(error: OSError) -> None:
         logger.warning("folder left out: %s", error)
 
@@ -224,22 +227,28 @@ def _folder_samples(root: Path, labels: bool) -> Iterator[Sample]:
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in files:
             extension = name.rpartition(".")[2].lower()
-            if not name.startswith(".") and (extension in IMAGE_EXTENSIONS or extension == "tar"):
+            if not name.startswith(".") and extension in extensions:
                 found.append(Path(folder, name).relative_to(root).as_posix())
-    for relative in sorted(found):
+    return sorted(found)
+
+
+def _folder_samples(root: Path, labels: bool) -> Iterator[Sample]:
+    for relative in folder_files(root, (*IMAGE_EXTENSIONS, "tar")):
         path = root / relative
         if path.suffix.lower() == ".tar":
-            yield from _shard_samples(path, labels)
+            yield from shard_samples(path, labels)
         else:
-            yield Sample(relative, str(path), label=_sibling_label(path) if labels else None)
+            yield Sample(relative, str(path), label=sibling_label(path) if labels else None)
 
 
-def _sibling_label(path: Path) -> int | None:
+def sibling_label(path: Path) -> int | None:
+    """The integer in the `.cls` file beside a picture; None: there is no such file."""
     sibling = path.with_suffix(".cls")
     return parse_label(sibling.read_bytes(), str(sibling)) if sibling.is_file() else None
 
 
-def _label_by_folder(samples: list[Sample]) -> list[Sample]:
+def label_by_folder(samples: list[Sample]) -> list[Sample]:
+    """The same with the number of each one's sub-folder as its label, unless one lies in none."""
     if any("/" not in sample.name for sample in samples):
         return samples
     classes = sorted({sample.name.partition("/")[0] for sample in samples})
@@ -247,10 +256,14 @@ def _label_by_folder(samples: list[Sample]) -> list[Sample]:
     return [replace(sample, label=number[sample.name.partition("/")[0]]) for sample in samples]
 
 
-def shard_members(path: Path) -> dict[str, dict[str, Sample]]:
+def shard_members(path: Path, *, unique: bool = False) -> dict[str, dict[str, Sample]]:
     """The files in a tar shard, by webdataset key and extension, in the order of the keys' first members.
 
+    Args:
+        unique: a member that comes twice is an error; default: the later one counts.
+
     Raises:
+        UserError: a member comes twice, where that is an error.
         OSError, EOFError, tarfile.TarError: the shard cannot be read as plain tar.
     """
     keys: dict[str, dict[str, Sample]] = {}
@@ -259,14 +272,17 @@ def shard_members(path: Path) -> dict[str, dict[str, Sample]]:
             name = member.name.removeprefix("./")
             if member.isreg() and not name.rpartition("/")[2].startswith((".", "__")):
                 key, extension = split_key(name)
-                keys.setdefault(key, {})[extension] = Sample(name, str(path), member.offset_data, member.size)
+                members = keys.setdefault(key, {})
+                if unique and extension in members:
+                    raise UserError(f"{path}: the key {key} comes twice ({name}): rename one of them")
+                members[extension] = Sample(name, str(path), member.offset_data, member.size)
     return keys
 
 
-def _shard_samples(path: Path, labels: bool) -> Iterator[Sample]:
-    """One sample per key that has a picture."""
+def shard_samples(path: Path, labels: bool, *, unique: bool = False) -> Iterator[Sample]:
+    """One sample per key that has a picture; `unique` as in `shard_members`."""
     try:
-        keys = shard_members(path)
+        keys = shard_members(path, unique=unique)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(
             f"{path} cannot be read as a plain tar shard ({error}): it may be cut short, fetch it again"

@@ -22,6 +22,9 @@ class Taef2Config(DecoderShape):
     kind: Literal["taef2"] = "taef2"
     slim: int = taesd.CHANNELS
     """Channels between the convolutions of the last block: 1 to 64; the published one has 64."""
+    unfolded: bool = False
+    """Whether the last enlargement and the convolution behind it stay two layers, as published: a little slower, and
+    whatever is trained, other programs can load it (`export/formats.py`)."""
     trunk = 16
 
     def __post_init__(self) -> None:
@@ -42,7 +45,7 @@ class Taef2Decoder(PixelDecoder):
     def __init__(self, config: Taef2Config) -> None:
         super().__init__(config)
         self.add_trunk()
-        self.tail, self.conv_out = taesd.SlimTail(config.slim), taesd.conv(taesd.CHANNELS, 3)
+        self.tail, self.conv_out = taesd.SlimTail(config.slim, config.unfolded), taesd.conv(taesd.CHANNELS, 3)
 
     def output(self, x_t: Tensor, t: Tensor, features: Features, stage: int | None) -> Tensor:
         return 2 * self.conv_out(self.tail(features.z)) - 1

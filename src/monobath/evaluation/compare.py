@@ -20,16 +20,18 @@ from torch import Tensor, nn
 
 from ..data import Crops, PhotoDataset, Source, StreamDataset, iterate_eval, make_dataset
 from ..data.pictures import Item
-from ..data.transforms import centre, mix_seed
+from ..data.transforms import mix_seed
 from ..errors import UserError
-from ..images import to_float, to_uint8
 from . import processes
 from .facts import machine
 from .frechet import Gaussian, HalfSampled, frechet_distance
+from .measuring import Measured, Measuring
 from .metrics import CHANNELS, RESAMPLES, Metric, PictureMetric, SetMetric, load_metrics
 from .results import Channel, Estimate, Evaluation, SystemResult
 from .system import System
 
+Engine = Callable[[Callable[[list[int]], Measured], Sequence[list[int]]], Iterator[Measured]]
+"""`map` by other processes: (function, pictures' numbers by batch) → its results, in order."""
 Progress = Callable[[str, int, int | None], None]
 """(system's name, pictures done, pictures there are or None), after every batch that the main process has seen."""
 
@@ -71,6 +73,8 @@ class Settings:
     """Called after every batch."""
     command: str = ""
     """What led here, for the record."""
+    engine: Engine | None = None
+    """Measures batches elsewhere (`integrations.ray.engine`); None: here."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.keep < 1 or (self.limit is not None and self.limit < 1):
@@ -184,21 +188,19 @@ class _Comparison:
         seed = self.settings.seed
         outputs = {metric.info.key: self._statistics(metric) for metric in self.of_sets}
         references = {} if self.originals else {metric.info.key: self._statistics(metric) for metric in self.of_sets}
-        for start, batch in self._batches(system):
-            names, indices = batch["name"], batch["index"].tolist()
-            positions = range(start, start + len(names))
-            images = centre(batch["image"], self.settings.size)
-            output, bits = _reconstruct(system, images, names, [seed + index for index in indices])
-            original, output = images.to(self.device), output.to(self.device)
-            figures = {m.info.key: m.measure(output, original).tolist() for m in self.of_pictures}
-            for metric in self.of_sets:
-                outputs[metric.info.key].update(metric.features(output, indices), positions)
-                if references:
-                    references[metric.info.key].update(metric.features(original, indices), positions)
-            for i, pair in enumerate(zip(original, output, strict=True)):
-                row = {key: values[i] for key, values in figures.items()}
-                draw, kept = mix_seed(5, seed, indices[i]), (pair[0].to("cpu", copy=True), pair[1].to("cpu", copy=True))
-                rows.append(_Row(position=positions[i], name=names[i], bits=bits[i], figures=row, draw=draw, pair=kept))
+        for start, part in self._parts(system, bool(references)):
+            positions = range(start, start + len(part.names))
+            for key, (features, others) in part.features.items():
+                outputs[key].update(features, positions)
+                if others is not None:
+                    references[key].update(others, positions)
+            for i, name in enumerate(part.names):
+                row = {key: values[i] for key, values in part.figures.items()}
+                draw = mix_seed(5, seed, part.indices[i])
+                pair = (part.original[i].to("cpu", copy=True), part.output[i].to("cpu", copy=True))
+                rows.append(
+                    _Row(position=positions[i], name=name, bits=part.bits[i], figures=row, draw=draw, pair=pair)
+                )
             self._keep_lowest(rows)
 
         rows = sorted(itertools.chain(*processes.gather(rows)), key=lambda row: row.position)
@@ -223,6 +225,32 @@ class _Comparison:
             f"{info.details}; {vectors:,} feature vectors of {pictures:,} pictures on each side; standard deviation "
             f"over half-samples: {spreads}"
         )
+
+    def _parts(self, system: System, references: bool) -> Iterator[tuple[int, Measured]]:
+        """What this process finds, or another for it, each with the position of its first picture."""
+        settings, engine = self.settings, self.settings.engine
+        measuring = Measuring(
+            system=system, metrics=[*self.of_pictures, *self.of_sets], size=settings.size, seed=settings.seed,
+            references=references, device=self.device,
+        )  # fmt: skip
+        if engine is None:
+            for start, batch in self._batches(system):
+                yield start, measuring(batch)
+            return
+        if not isinstance(self.dataset, PhotoDataset):
+            raise UserError(f"{self.dataset.source}: streamed shards are measured here only; leave --engine out")
+        measuring.dataset = self.dataset
+        numbers, size = range(len(self.dataset)), settings.batch_size
+        start, limit = 0, settings.limit or len(numbers)
+        for part in engine(measuring, [list(numbers[i : i + size]) for i in numbers[::size]]):
+            self.dataset.unusable = self.dataset.unusable | part.skipped
+            part = part.first(limit - start)
+            yield start, part
+            start += len(part.names)
+            if settings.progress:
+                settings.progress(system.name, start, limit)
+            if start == limit:
+                return
 
     def _batches(self, system: System) -> Iterator[tuple[int, Item]]:
         """This process's batches, each with the position of its first picture among the usable ones."""
@@ -277,20 +305,6 @@ def half_sample_estimate(figures: np.ndarray) -> Estimate:
 
 def _spread(halves: np.ndarray) -> float:
     return float(np.std(halves, ddof=1))
-
-
-def _reconstruct(system: System, images: Tensor, names: list[str], seeds: list[int]) -> tuple[Tensor, list[int]]:
-    """uint8 `(B, 3, H, W)` → (output, uint8 of the same shape; bits of each picture's code)."""
-    code = system.encode(to_float(images.to(system.device)))
-    output = system.decode(code, seeds)
-    assert output.shape == images.shape, (system.name, output.shape, images.shape)
-    bad = ~torch.isfinite(output).flatten(1).all(1)
-    if bad.any():
-        name = names[int(bad.nonzero()[0])]
-        raise UserError(
-            f"{system.name} turned {name} into NaN or infinity: check its weights, or run it in a wider number type"
-        )
-    return to_uint8(output), code.bits
 
 
 def _result(system: System, found: _Pass, first: _Pass, settings: Settings) -> SystemResult:

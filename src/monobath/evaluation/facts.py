@@ -13,6 +13,7 @@ import torch
 
 from .. import resources
 from .._version import __version__
+from ..config import PACKED
 from ..models.encoder import FAMILIES
 from ..tokenizer import Tokenizer
 from ..training.recipe import only_times
@@ -38,6 +39,7 @@ def describe(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
         | ({"stages": sampler.stages} if sampler.stages > 1 else {}),
         "scaling_factor": config.scaling_factor,
         "shift_factor": config.shift_factor,
+        **({"latents": "normalised" if config.takes_normalised else "raw"} if encoder.family in PACKED else {}),
         "latent_of_256": [encoder.latent_channels, side, side],
         "pixel_values_per_latent_value": round(3 * 256 * 256 / values, 2),
         "bits_kept_percent": round(100 * 16 * values / (24 * 256 * 256), 2),

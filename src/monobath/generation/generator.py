@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import store
+from ..config import config_of
 from ..errors import UserError
 from ..models.dit import DiT, DiTConfig
 from ..models.loading import load_strictly
@@ -90,7 +91,7 @@ class GeneratorConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> GeneratorConfig:
         """Build from plain values; an unknown key is a `UserError` that names it."""
-        return store.config_of(cls, values, {"dit": DiTConfig, "sampler": GenerationSampler}, "generator")
+        return config_of(cls, values, {"dit": DiTConfig, "sampler": GenerationSampler}, "generator")
 
 
 class Generator(nn.Module):

@@ -1,4 +1,4 @@
-"""The bridge to diffusers: `AutoencoderMonobath` for pipelines, and encoders of `AutoencoderKL` → our `Encoder`.
+"""The bridge to diffusers: `AutoencoderMonobath`, `LatentPreviews`, and encoders of `AutoencoderKL` → our `Encoder`.
 
 A latent space that already exists keeps its encoder: only the decoder is replaced. State dicts are accepted
 under diffusers' names (`encoder.down_blocks.0.resnets.0.…` with `quant_conv`; attention new and old style) and
@@ -23,6 +23,7 @@ from ..models.loading import load_strictly
 
 if TYPE_CHECKING:
     from .autoencoder import AutoencoderMonobath as AutoencoderMonobath
+    from .previews import LatentPreviews as LatentPreviews
 
 # (foreign name, our name), applied in order. diffusers first, then latent diffusion.
 _ENCODER_NAMES: list[tuple[str, str]] = [
@@ -50,6 +51,10 @@ _NOT_OURS = "not an AutoencoderKL encoder"
 
 
 def __getattr__(name: str) -> Any:
+    if name == "LatentPreviews":
+        from .previews import LatentPreviews
+
+        return LatentPreviews
     if name != "AutoencoderMonobath":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .autoencoder import AutoencoderMonobath  # diffusers is an extra

@@ -18,12 +18,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..config import TokenizerConfig
 from ..decoders.uvit import SIZES, UViT, UViTConfig
 from ..decoding import SamplerConfig
 from ..errors import UserError
 from ..models.encoder import EncoderConfig
 from ..models.loading import load_strictly
-from ..tokenizer import Tokenizer, TokenizerConfig
+from ..tokenizer import Tokenizer
 
 NOTICE = (
     "published SSDD weights are licensed for non-commercial use only; a model made from them stays under that license"

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from monobath.errors import UserError
+from ..errors import UserError
 
 BACKENDS = ("auto", "dense", "blocked")
 

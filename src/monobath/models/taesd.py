@@ -89,11 +89,14 @@ class SlimTail(nn.Module):
 
     Args:
         hidden: channels between the block's convolutions; the published networks have 64.
+        unfolded: keep the two apart, as the published networks have them.
     """
 
-    def __init__(self, hidden: int) -> None:
+    def __init__(self, hidden: int, unfolded: bool = False) -> None:
         super().__init__()
-        self.up = nn.ConvTranspose2d(CHANNELS, CHANNELS, 4, stride=2, padding=1, bias=False)
+        self.up: nn.Module = nn.ConvTranspose2d(CHANNELS, CHANNELS, 4, stride=2, padding=1, bias=False)
+        if unfolded:
+            self.up = nn.Sequential(nn.Upsample(scale_factor=2), conv(CHANNELS, CHANNELS, bias=False))
         self.conv = nn.Sequential(
             conv(CHANNELS, hidden), nn.ReLU(), conv(hidden, hidden), nn.ReLU(), conv(hidden, CHANNELS)
         )
@@ -116,7 +119,10 @@ class SlimTail(nn.Module):
         kernel = cast(nn.Conv2d, own[17]).weight
         pulse = torch.eye(CHANNELS).reshape(CHANNELS, CHANNELS, 1, 1).to(kernel)
         answer = F.conv2d(F.interpolate(F.pad(pulse, (2, 2, 2, 2)), scale_factor=2.0), kernel, padding=1)
-        self.up.weight.copy_(answer[:, :, 3:7, 3:7])
+        if isinstance(self.up, nn.Sequential):
+            cast(nn.Conv2d, self.up[1]).weight.copy_(kernel)
+        else:
+            cast(nn.ConvTranspose2d, self.up).weight.copy_(answer[:, :, 3:7, 3:7])
         given, ours = cast(Block, own[18]).conv, self.conv
         x, kept = self.up(features), torch.arange(CHANNELS)  # channels of x that are read
         for i in (0, 2, 4):

@@ -25,6 +25,8 @@ from .ema import EMA
 
 log = logging.getLogger(__name__)
 
+SHARDED = ".metadata"
+"""What a checkpoint of `sharding.Sharding` has, and no other."""
 UNREADABLE = (
     OSError, ValueError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile
 )  # fmt: skip
@@ -98,10 +100,15 @@ def save(
         (folder / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
 
     write_folder(path, write)
+    remove_old(run, keep)
+    return path
+
+
+def remove_old(run: Path, keep: int) -> None:
+    """Remove all checkpoints but the newest `keep`."""
     old = sorted((run / "checkpoints").glob("step-*"), key=lambda p: int(p.name[5:]))
     for folder in old[:-keep]:
         shutil.rmtree(folder, ignore_errors=True)
-    return path
 
 
 def load(path: Path, *, model: nn.Module, ema: EMA) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -110,6 +117,8 @@ def load(path: Path, *, model: nn.Module, ema: EMA) -> tuple[dict[str, Any], dic
     Raises:
         UserError: a file is missing or corrupt, or the checkpoint belongs to another architecture.
     """
+    if (path / SHARDED).exists():
+        raise UserError(f"checkpoint {path} is sharded: set training.shard to true, or choose another --run")
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         weights, averaged = load_file(path / "model.safetensors"), load_file(path / "ema.safetensors")

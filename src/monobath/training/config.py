@@ -158,6 +158,8 @@ class TrainingConfig:
     """Arithmetic of the networks (autocast); weights, losses and the EMA stay float32."""
     compile: bool = False
     """torch.compile for encoder and decoder."""
+    shard: bool = False
+    """Spread weights, optimizer and average over the processes (FSDP2), for networks that one GPU cannot hold."""
     channels_last: bool = True
     """Memory format of images and convolutions: faster on CPU, and on GPU in half precision."""
     checkpointing: bool = False

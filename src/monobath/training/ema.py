@@ -38,11 +38,16 @@ class EMA:
         self._blend(model, 1.0)
 
     def _blend(self, model: nn.Module, weight: float) -> None:
-        own: list[torch.Tensor] = list(self.model.parameters())
-        other = [p.detach() for p in model.parameters()]
+        own: list[torch.Tensor] = [_local(p) for p in self.model.parameters()]
+        other = [_local(p.detach()) for p in model.parameters()]
         if weight == 1.0:
             torch._foreach_copy_(own, other)
         else:
             torch._foreach_lerp_(own, other, weight)
         for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
             mine.copy_(theirs)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process' part of a sharded tensor; both models are sharded alike."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -150,7 +150,7 @@ def start_from(tokenizer: Tokenizer, recipe: TokenizerRecipe) -> bool:
         )
     tokenizer.encoder.load_state_dict(source.encoder.state_dict())
     if not recipe.training.train_encoder:
-        names = ("scaling_factor", "shift_factor", "latent_mean", "latent_std")
+        names = {field.name for field in dataclasses.fields(source.config)} - {"encoder", "decoder", "sampler"}
         kept = {name: getattr(source.config, name) for name in names}
         tokenizer.config = dataclasses.replace(tokenizer.config, **kept)
     ours, theirs = tokenizer.decoder, source.decoder

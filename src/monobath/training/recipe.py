@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from ..config import TokenizerConfig
 from ..errors import UserError
 from ..sampling import time_grid
 from ..scales import ScaleSchedule
-from ..tokenizer import TokenizerConfig
 from .config import (
     DataConfig,
     DistillConfig,

@@ -22,9 +22,10 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from .. import resources
 from ..autoencoders import as_encoder
+from ..config import SHARED, TokenizerConfig
 from ..decoders import KINDS, decoder_config
 from ..errors import UserError
-from ..tokenizer import SHARED, Tokenizer, TokenizerConfig
+from ..tokenizer import Tokenizer
 from .config import DistillConfig, LossConfig, ScalesConfig
 from .recipe import DecoderRecipe, DistillationRecipe, Recipe, TokenizerRecipe
 

@@ -39,6 +39,7 @@ from .optimizers import (
 )
 from .progress import Progress
 from .recipe import Recipe, TokenizerRecipe
+from .rejoining import rejoin
 from .stopping import Stopping
 from .tasks import Place, task_of
 
@@ -100,9 +101,15 @@ class Run:
         self.task.build()
         self.model, self.objective = self.task.model, self.task.objective
         self.objective.to(self.device)
-        if training.channels_last:
+        if training.channels_last and not training.shard:  # which needs rows that follow one another
             self.objective.to(memory_format=torch.channels_last)
         self.ema = EMA(self.model, training.ema, warmup=training.ema_warmup)
+        self.sharding: Any = None
+        if training.shard:
+            from .sharding import Sharding
+
+            self.task.resumed()  # a frozen encoder is the same in every checkpoint
+            self.sharding = Sharding(recipe, self.objective, self.model, self.ema, self.accelerator)
         self.optimizer: Any = make_optimizer(self.objective, recipe.optimizer)
         self.schedule_free = is_schedule_free(self.optimizer)
         self.adversary = None
@@ -112,10 +119,14 @@ class Run:
             self.adversary = Adversary(recipe.loss, self.accelerator, recipe.optimizer.clip)
         self.done = self.anew = 0
         self._resume()
-        self.task.resumed()
+        if self.sharding is None:
+            self.task.resumed()
         if training.compile:
             self.task.compile()
-        self.prepared, self.optimizer = self.accelerator.prepare(self.objective, self.optimizer)
+        if self.sharding is None:
+            self.prepared, self.optimizer = self.accelerator.prepare(self.objective, self.optimizer)
+        else:
+            self.optimizer = self.accelerator.prepare(self.optimizer)
         if self._scaler_state is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(self._scaler_state)
         self.bad = torch.zeros(3, device=self.device)  # non-finite steps: in a row, most in a row, in all
@@ -190,8 +201,9 @@ class Run:
             batch.judge = judge
             torch.manual_seed(seed + self.rank)  # dropout
             syncing = micro == accumulation - 1
-            with contextlib.nullcontext() if syncing else self.accelerator.no_sync(self.prepared):
-                losses = self.prepared(batch)
+            apart = not syncing and self.sharding is None
+            with self.accelerator.no_sync(self.prepared) if apart else contextlib.nullcontext():
+                losses = self.prepared(batch) if self.sharding is None else self.sharding(batch, syncing=syncing)
                 self.accelerator.backward(losses.total / accumulation)
             self.task.learned(batch, losses, position)
             values = losses.named
@@ -210,10 +222,11 @@ class Run:
         clip = self.recipe.optimizer.clip or float("inf")
         parameters = [p for p in self.objective.parameters() if p.requires_grad]
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+        norm = norm if self.sharding is None else norm.full_tensor()  # type: ignore[attr-defined]
         # Gradients are averaged over processes, so all of them see the same norm and decide alike.
         finite = torch.isfinite(norm)
-        if self.accelerator.scaler is None and self.schedule_free:
-            if finite:  # waits for the device: this optimizer cannot skip by itself
+        if self.accelerator.scaler is None and (self.schedule_free or self.sharding is not None):
+            if finite:  # waits for the device: this optimizer, or a sharded one, cannot skip by itself
                 self.optimizer.step()
         else:
             if self.accelerator.scaler is None:
@@ -256,10 +269,11 @@ class Run:
             )
 
     def _sample(self, progress: Progress) -> None:
+        model = self.averaged()
         if not self.main:
             return
         with self.accelerator.autocast():
-            shown = self.task.show(self.ema.model)
+            shown = self.task.show(model)
         if shown is None:
             return
         grid, figures = shown
@@ -270,7 +284,9 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint."""
-        if self.main:
+        if self.sharding is not None:
+            self.sharding.save(self.folder, self.done, self.optimizer.optimizer, self._loss_parameters(), self.anew)
+        elif self.main:
             scaler, optimizer = self.accelerator.scaler, self.optimizer.optimizer
             # A checkpoint holds the weights to evaluate; where those to train are others, it holds them too.
             weights = [p.cpu() for p in training_weights(optimizer)] if self.schedule_free else None
@@ -296,15 +312,17 @@ class Run:
 
     def finish(self) -> Path:
         """Write the slim averaged model; returns its folder."""
-        folder = self.folder / "model"
+        folder, model = self.folder / "model", self.averaged()
         if self.main:
-            self.ema.model.save_pretrained(  # type: ignore[operator]
-                folder, extra={"recipe": self.recipe.to_dict(), "step": self.done}
-            )
+            model.save_pretrained(folder, extra={"recipe": self.recipe.to_dict(), "step": self.done})
             if self.dataset.skipped_count:
                 log.warning("%d unusable pictures were skipped", self.dataset.skipped_count)
         self.accelerator.wait_for_everyone()
         return folder
+
+    def averaged(self) -> Any:
+        """The averaged model; of a sharded run in one piece, on the main process alone, and all must ask for it."""
+        return self.ema.model if self.sharding is None else self.sharding.averaged()
 
     # ---- set-up ---------------------------------------------------------------------------------
 
@@ -312,6 +330,12 @@ class Run:
         self._scaler_state = None
         path = checkpoints.latest(self.folder)
         if path is None:
+            return
+        if self.sharding is not None:
+            state = self.sharding.load(path, self.optimizer, self._loss_parameters())
+            self.done, self.anew = state["step"], state["anew"]
+            if self.main:
+                log.info("resuming %s at step %d", self.folder, self.done)
             return
         state, trainer = checkpoints.load(path, model=self.model, ema=self.ema)
         try:
@@ -368,6 +392,7 @@ def _accelerator(recipe: Recipe) -> Any:
         raise UserError('training.precision is "fp16", which needs a GPU: use bf16 or fp32')
     # accelerate remembers the precision of a process' first run; a second run may want another.
     AcceleratorState._reset_state()
+    rejoin()
     return Accelerator(
         mixed_precision=precision, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
     )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
+from ..config import TokenizerConfig
 from ..data import Crops, LatentDataset, PhotoDataset, StreamDataset, iterate_eval, make_dataset
 from ..data.cache import check_encoder, open_cache, stored_moments
 from ..data.resident import ResidentPictures
@@ -24,7 +25,7 @@ from ..errors import UserError
 from ..images import to_float
 from ..models.identity import weights_sha256
 from ..sampling import time_grid
-from ..tokenizer import Tokenizer, TokenizerConfig
+from ..tokenizer import Tokenizer
 from .initialise import AnyDataset, make_tokenizer
 from .objectives.base import AutoencoderObjective, Batch, Draws, Losses
 from .recipe import DistillationRecipe, Recipe, TokenizerRecipe, only_times
@@ -234,6 +235,9 @@ class TokenizerTask(Task):
     def _examples(self) -> Tensor:
         """uint8 `(n, 3, size, size)`: what the sample grids show."""
         data = self.recipe.data
+        if isinstance(self.dataset, LatentDataset) and self.dataset.facts.layout == "parquet" and not data.validation:
+            count = min(self.recipe.training.samples, len(self.dataset))
+            return torch.stack([self.dataset[0, index]["image"] for index in range(count)])
         fixed = make_dataset(data.validation or data.source, crops_of(self.recipe).centred())
         parts = iterate_eval(fixed, batch_size=8, limit=self.recipe.training.samples)
         return torch.cat([part["image"] for part in parts])

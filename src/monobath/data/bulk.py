@@ -1,0 +1,265 @@
+"""Bulk work on shards: what one worker does with one shard, and what the folder of results says about it.
+
+    work = encoding_work(tokenizer, ["photos/{000..999}.tar"], Path("latents"), BulkEncoding())
+    with claimed(work) as missing:
+        reports = [run_shard(work, number) for number in missing]      # or on a cluster: integrations/ray.py
+        finish(work)
+
+A result is a function of its shard, the settings and the networks alone: batches never reach beyond a shard, pictures
+of one padded size are gathered in the shard's order, and the number of threads is fixed. So a shard can be done
+anywhere, any number of times: it appears whole, under its name, with the same bytes. The folder while work goes on:
+
+    latents.json      what is made, from what, with which networks; another command is refused
+    latents-000000.…  finished shards
+    done/000000.json  a finished shard's report; the shard counts as done from here on
+    partial/          half-written shards of running workers
+    .lock             held by the one process that gives out work
+
+`finish` puts the reports' counts into `latents.json`, their skipped pictures into `skipped.jsonl`, and removes `done`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from filelock import FileLock, Timeout
+
+from ..errors import UserError
+from ..files import write_file, write_json, write_text
+from .cache_shards import Stored, write_samples
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+DONE, PARTIAL, SKIPPED = "done", "partial", "skipped.jsonl"
+BATCH_SIDE = 512
+"""A batch has no more pixels than `batch` squares of this side, but at least one picture."""
+
+
+class Manifest(Protocol):
+    """What the folder of results says, as its JSON file."""
+
+    complete: bool
+
+    def differences(self, other: Any) -> str:
+        """In words, what makes another folder of results one that is made otherwise; empty: nothing."""
+
+
+class Work(Protocol):
+    """One command on many shards. It travels to the workers, with its networks."""
+
+    out: Path
+    shards: Sequence[Any]
+    threads: int
+
+    def manifest(self) -> Any:
+        """What is to be made, before it is."""
+
+    def read_manifest(self) -> Any:
+        """What the folder says is being made in it; None: nothing."""
+
+    def write_manifest(self, reports: Sequence[Report] | None) -> None:
+        """Write it; with the reports of all shards: as finished."""
+
+    def path(self, number: int) -> Path:
+        """The finished shard."""
+
+    def name(self, number: int) -> str:
+        """What messages call the shard that is read."""
+
+    def samples(self, number: int, report: Report) -> Iterable[Stored]:
+        """What the shard's results are, in its order; fills in the report."""
+
+    def to(self, device: str) -> None:
+        """Move the networks."""
+
+
+@dataclass(kw_only=True)
+class Report:
+    """What became of one shard."""
+
+    number: int
+    pictures: int = 0
+    """Read and used."""
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    """Pictures that cannot be used: where, why and in words."""
+    labels: list[int] = field(default_factory=list)
+    """Each once, sorted."""
+    bytes: int = 0
+    """Of the finished shard."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """By what was done: read (and decode), network, write."""
+    error: str = ""
+    """Why the shard could not be done; nothing else is said then."""
+    again: bool = False
+    """It was done before."""
+
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Add the time of the block to `seconds`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
+
+
+# ---- the folder of results --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def claimed(work: Work) -> Iterator[list[int]]:
+    """Within: this process alone gives out the work of a folder. Yields the numbers of the shards that are missing.
+
+    Raises:
+        UserError: another process does, or the folder holds something made otherwise.
+    """
+    try:
+        work.out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(work.out / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"{work.out} is being written by another command: wait for it, or choose another --out"
+        ) from None
+    except OSError as error:
+        raise UserError(f"could not write to {work.out} ({error}): choose another folder") from None
+    try:
+        before, wanted = work.read_manifest(), work.manifest()
+        if before is not None and (different := wanted.differences(before)):
+            raise UserError(f"{work.out} was made otherwise ({different}): choose another folder")
+        if before is None and next(work.out.glob("latents-*"), None) is not None:
+            raise UserError(f"{work.out} holds shards of something else: choose another folder")
+        if before is not None and before.complete:
+            lost = [work.path(n) for n in range(len(work.shards)) if not work.path(n).is_file()]
+            if lost:
+                raise UserError(f"{lost[0]} is missing from a finished folder: delete latents.json to write all anew")
+            yield []
+            return
+        work.write_manifest(None)
+        shutil.rmtree(work.out / PARTIAL, ignore_errors=True)
+        for folder in (DONE, PARTIAL):
+            (work.out / folder).mkdir(exist_ok=True)
+        yield [number for number in range(len(work.shards)) if _report(work, number) is None]
+    finally:
+        lock.release()
+
+
+def finish(work: Work) -> list[Report]:
+    """All shards are done: say so in the folder, and tidy up. Returns their reports, in order.
+
+    Raises:
+        UserError: not one picture could be used.
+    """
+    if (work.read_manifest()).complete:
+        return []
+    found = [_report(work, number) for number in range(len(work.shards))]
+    reports = [report for report in found if report is not None]
+    assert len(reports) == len(found), "a shard is missing"
+    skipped = [row for report in reports for row in report.skipped]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in skipped)
+    write_text(work.out / SKIPPED, lines)
+    if not any(report.pictures for report in reports):
+        raise UserError(
+            f"none of the {len(skipped):,} pictures could be used: {work.out / SKIPPED} says why of each"
+            if skipped else f"there is no picture in {work.name(0)}" + (" and the others" if len(reports) > 1 else "")
+        )  # fmt: skip
+    work.write_manifest(reports)
+    for folder in (DONE, PARTIAL):
+        shutil.rmtree(work.out / folder, ignore_errors=True)
+    return reports
+
+
+def _report(work: Work, number: int) -> Report | None:
+    """Of a shard that is done, and still there."""
+    file = work.out / DONE / f"{number:06d}.json"
+    try:
+        return Report(**json.loads(file.read_text(encoding="utf-8"))) if work.path(number).is_file() else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def digest(names: Iterable[str]) -> str:
+    """SHA-256 of names, in order."""
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+
+# ---- what a worker does -----------------------------------------------------------------------------------------
+
+
+def run_shard(work: Work, number: int) -> Report:
+    """Do one shard; a mistake of the user's is in the report. Done before: nothing is done."""
+    before = _report(work, number)
+    if before is not None:
+        return replace(before, again=True)
+    report = Report(number=number)
+    path = work.path(number)
+    # A name of its own: a worker that is thought to be lost may still be writing the same shard.
+    partial = work.out / PARTIAL / f"{uuid.uuid4().hex}{path.suffix}"
+    try:
+        samples = list(work.samples(number, report))
+        with report.timed("write"):
+            write_file(partial, lambda own: write_samples(own, samples, suffix=getattr(work, "suffix", "webp")))
+            report.bytes = partial.stat().st_size
+            os.replace(partial, path)
+            write_json(work.out / DONE / f"{number:06d}.json", vars(report))
+    except UserError as error:
+        return Report(number=number, error=str(error))
+    except (torch.OutOfMemoryError, MemoryError):
+        return Report(number=number, error=f"{work.name(number)}: out of memory; use a smaller --batch or --max_pixels")
+    return report
+
+
+def in_buckets(items: Iterable[T], side: Callable[[T], tuple[int, int]], batch: int) -> Iterator[list[tuple[int, T]]]:
+    """Batches of items of equal sides, with each item's number; a function of the items' order alone.
+
+    A batch is given as soon as it is full; what is held back is bounded: the largest batch goes first.
+
+    Args:
+        side: height and width in pixels.
+        batch: see `BATCH_SIDE`.
+    """
+    waiting: dict[tuple[int, int], list[tuple[int, T]]] = {}
+    pixels, room = 0, batch * BATCH_SIDE**2
+
+    def taken(key: tuple[int, int]) -> list[tuple[int, T]]:
+        nonlocal pixels
+        found = waiting.pop(key)
+        pixels -= len(found) * key[0] * key[1]
+        return found
+
+    for number, item in enumerate(items):
+        key = side(item)
+        waiting.setdefault(key, []).append((number, item))
+        pixels += key[0] * key[1]
+        if len(waiting[key]) == max(1, min(batch, room // (key[0] * key[1]))):
+            yield taken(key)
+        while pixels > 16 * room:
+            yield taken(max(waiting, key=lambda k: len(waiting[k]) * k[0] * k[1]))
+    for key in list(waiting):
+        yield taken(key)
+
+
+def ahead(function: Callable[[T], U], items: Iterable[T], threads: int) -> Iterator[U]:
+    """`map`, with so many threads at work ahead of what is asked for; 0: none."""
+    if not threads:
+        yield from map(function, items)
+        return
+    rest = iter(items)
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = [pool.submit(function, item) for item in islice(rest, 8 * threads)]
+        while waiting:
+            found = waiting.pop(0).result()
+            waiting += [pool.submit(function, item) for item in islice(rest, 1)]
+            yield found

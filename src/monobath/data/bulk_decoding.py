@@ -1,0 +1,186 @@
+"""A cache of latents to pictures, shard by shard, which `bulk.py` runs."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UserError, check_least
+from ..files import write_json
+from ..images import tensor_to_pil
+from ..models.frozen import ForeignEncoder
+from ..models.identity import weights_sha256
+from ..sampling import Noise
+from ..tokenizer import Tokenizer
+from .bulk import Report, digest, in_buckets
+from .cache import FACTS_FILE, Layout, read_facts
+from .cache_shards import Stored, read_samples
+
+FORMAT, FACTS = "monobath-decoded-1", "pictures.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BulkDecoding:
+    """How a data set of latents becomes pictures."""
+
+    layout: Layout = "tar"
+    model: str = ""
+    """What the user calls the model that decodes."""
+    steps: int | None = None
+    """Sampler steps; default: what the model was made for."""
+    seed: int = 0
+    """Noise seed, the same for every picture."""
+    noise: Noise | None = None
+    """What decoding starts from; default: what the model was made for."""
+    batch: int = 8
+    """Pictures at once; fewer where they are larger than 512²."""
+    threads: int = 1
+    """Of each worker."""
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        check_least(1, {"batch": self.batch, "threads": self.threads})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodedFacts:
+    """What a folder of decoded pictures holds and what made it: the content of `pictures.json`."""
+
+    model: str
+    model_sha256: str
+    latents_sha256: str
+    """Of the `latents.json` that they were decoded from."""
+    dtype: str
+    steps: int | None
+    seed: int
+    noise: str | None
+    layout: Layout
+    batch: int
+    threads: int
+    device: str
+    counts: list[int] = field(default_factory=list)
+    """Pictures in each shard."""
+    complete: bool = False
+
+    def differences(self, other: DecodedFacts) -> str:
+        """In words, what differs from another, this one's value first."""
+        return ", ".join(
+            f"{f.name} {str(getattr(self, f.name))[:12]} instead of {str(getattr(other, f.name))[:12]}"
+            for f in fields(self)
+            if f.name not in ("complete", "model", "counts") and getattr(self, f.name) != getattr(other, f.name)
+        )
+
+
+class DecodingWork:
+    """See `bulk.Work`: a cache of latents to pictures, as lossless PNG, each of the size that was encoded.
+
+    Args:
+        tokenizer: that decodes.
+        source: folder of a finished cache.
+        out: folder, which all workers must see.
+        how: settings.
+
+    Raises:
+        UserError: no finished cache, or one of another encoder.
+    """
+
+    suffix = "png"
+
+    def __init__(self, tokenizer: Tokenizer, source: Path, out: Path, how: BulkDecoding) -> None:
+        facts = read_facts(source)
+        if facts is None or not facts.complete:
+            state = "is not finished" if facts else f"holds no {FACTS_FILE}"
+            raise UserError(f"{source} {state}: give the folder that monobath encode-dataset or cache-latents wrote")
+        encoder = tokenizer.encoder
+        known = not isinstance(encoder, ForeignEncoder) or encoder.network is not None
+        if known and weights_sha256(encoder) != facts.encoder_sha256:
+            raise UserError(
+                f"{source} holds latents of the encoder {facts.encoder_sha256[:12]} ({facts.model or 'unnamed'}), but "
+                f"{how.model or 'this model'} has {weights_sha256(encoder)[:12]}: choose a model that shares it"
+            )
+        self.sha256 = weights_sha256(tokenizer.decoder)
+        self.tokenizer = copy.deepcopy(tokenizer).to(dtype=how.dtype)
+        self.facts, self.how, self.threads, self.out = facts, how, how.threads, out.absolute()
+        self.shards: Sequence[Path] = [facts.shard_path(source.absolute(), n) for n in range(facts.shards)]
+
+    def manifest(self) -> DecodedFacts:
+        how = self.how
+        return DecodedFacts(
+            model=how.model, model_sha256=self.sha256, latents_sha256=digest([repr(self.facts)]),
+            dtype=str(how.dtype).removeprefix("torch."), steps=how.steps, seed=how.seed, noise=how.noise,
+            layout=how.layout, batch=how.batch, threads=how.threads, device=how.device,
+        )  # fmt: skip
+
+    def read_manifest(self) -> DecodedFacts | None:
+        file = self.out / FACTS
+        if not file.is_file():
+            return None
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            if values.pop("format") != FORMAT:
+                raise ValueError(f"not {FORMAT}")
+            return DecodedFacts(**values)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{file} is corrupt or of another version ({error}): choose another folder") from None
+
+    def write_manifest(self, reports: Sequence[Report] | None) -> None:
+        facts = self.manifest()
+        if reports is not None:
+            facts = replace(facts, counts=[report.pictures for report in reports], complete=True)
+        write_json(self.out / FACTS, {"format": FORMAT, **asdict(facts)})
+
+    def path(self, number: int) -> Path:
+        return self.out / f"pictures-{number:06d}.{self.how.layout}"
+
+    def name(self, number: int) -> str:
+        return str(self.shards[number])
+
+    def to(self, device: str) -> None:
+        self.tokenizer.to(device)
+
+    def samples(self, number: int, report: Report) -> Iterator[Stored]:
+        factor, channels = self.facts.factor, self.facts.encoder["latent_channels"]
+
+        def latents() -> Iterator[tuple[Stored, Tensor]]:
+            stored = read_samples(self.shards[number])
+            while True:
+                with report.timed("read"):
+                    sample = next(stored, None)
+                    if sample is None:
+                        return
+                    found = sample, torch.from_numpy(np.load(io.BytesIO(sample.arrays))[:channels]).float()
+                yield found
+
+        def side(item: tuple[Stored, Tensor]) -> tuple[int, int]:
+            return item[1].shape[1] * factor, item[1].shape[2] * factor
+
+        found: dict[int, Stored] = {}
+        for batch in in_buckets(latents(), side, self.how.batch):
+            with report.timed("network"):
+                pixels = self.decode([z for _, (_, z) in batch])
+            with report.timed("write"):
+                for (place, (sample, _)), image in zip(batch, pixels, strict=True):
+                    height = sample.facts.get("height", self.facts.size)
+                    width = sample.facts.get("width", self.facts.size)
+                    picture = io.BytesIO()
+                    tensor_to_pil(image[:, :height, :width]).save(picture, "PNG", compress_level=1)
+                    facts = {**sample.facts, "height": height, "width": width}
+                    found[place] = Stored(key=sample.key, arrays=b"", picture=picture.getvalue(), facts=facts)
+        report.pictures = len(found)
+        return iter([found[place] for place in range(len(found))])
+
+    def decode(self, latents: Iterable[Tensor]) -> Tensor:
+        """Latents `(c, h, w)` of one size → uint8 `(B, 3, H, W)` on the CPU."""
+        z, how = torch.stack(list(latents)), self.how
+        return self.tokenizer.decode(
+            z, steps=how.steps, seed=[how.seed] * len(z), noise=how.noise, output="uint8"
+        ).cpu()

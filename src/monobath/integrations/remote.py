@@ -1,0 +1,129 @@
+"""A model for diffusers without monobath: a folder with the weights and one module, which `auto_map` names.
+
+    vae = diffusers.AutoModel.from_pretrained(FOLDER, trust_remote_code=True)      # an AutoencoderMonobath
+
+The module is `vae.py` and what it imports from monobath, each file as it is inside a function, so that whoever trusts
+it can read it. It needs torch and diffusers only.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+from pathlib import Path
+
+from .._version import __version__
+from ..files import write_folder
+from ..tokenizer import Tokenizer
+from .autoencoder import AutoencoderMonobath
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULE = "integrations.vae"
+"""What the written module has at its end, and everything that it imports."""
+STANDINS = {"resources": "hint_for_channels = lambda channels: ''  # nothing is packaged here"}
+"""Modules that are not taken along, and what stands for them."""
+
+HEADER = '''"""AutoencoderMonobath in one file, written by monobath {version} (`monobath export --for diffusers`).
+
+Each function is one module of monobath (Apache-2.0), as it is there. Needs torch and diffusers.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from diffusers import ModelMixin  # pipelines look for it here
+
+'''
+FOOTER = "AutoencoderMonobath = _integrations_vae.AutoencoderMonobath\n"
+
+
+def write_remote(tokenizer: Tokenizer, folder: Path) -> Path:
+    """Write a folder that `AutoModel.from_pretrained(folder, trust_remote_code=True)` loads, atomically; returns it.
+
+    Raises:
+        UserError: the tokenizer has no form in diffusers, or the folder cannot be written.
+    """
+    model, source = AutoencoderMonobath.from_tokenizer(tokenizer), one_module()
+    # diffusers keeps the modules of all models in one place: another text needs another name
+    name = f"monobath_{hashlib.sha256(source.encode()).hexdigest()[:12]}"
+
+    def files(partial: Path) -> None:
+        model.save_pretrained(partial)
+        config = json.loads((partial / "config.json").read_text(encoding="utf-8"))
+        config["auto_map"] = {"AutoModel": f"{name}.{AutoencoderMonobath.__name__}"}
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (partial / f"{name}.py").write_text(source, encoding="utf-8")
+
+    write_folder(folder, files)
+    return folder
+
+
+def one_module() -> str:
+    """Source text of `MODULE` with all that it imports from monobath, in the order in which they need one another."""
+    sections: dict[str, str] = {}
+
+    def add(module: str) -> None:
+        if module in sections:
+            return
+        text = STANDINS.get(module)
+        if text is None:
+            file = _file(module)
+            text = file.read_text(encoding="utf-8")
+            for needed in _needed(text, file):
+                add(needed)
+            text = _without_relative_imports(text, file)
+        sections[module] = _section(module, text)
+
+    add(MODULE)
+    return "\n".join([HEADER.format(version=__version__), *sections.values(), FOOTER])
+
+
+def _file(module: str) -> Path:
+    path = ROOT.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def _imports(text: str, file: Path) -> list[tuple[ast.ImportFrom, list[tuple[str, str, str]]]]:
+    """Relative imports: the statement, and (module, name in it or "" for the module itself, name here) of each name."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        package = file.relative_to(ROOT).parts[:-1]
+        base = (*package[: len(package) - node.level + 1], *(node.module.split(".") if node.module else ()))
+        names = []
+        for alias in node.names:
+            inside = ".".join((*base, alias.name))
+            is_module = _file(inside).is_file()
+            names.append((inside if is_module else ".".join(base), "" if is_module else alias.name,
+                          alias.asname or alias.name))  # fmt: skip
+        found.append((node, names))
+    return found
+
+
+def _needed(text: str, file: Path) -> list[str]:
+    return [module for _, names in _imports(text, file) for module, _, _ in names]
+
+
+def _without_relative_imports(text: str, file: Path) -> str:
+    """The text with assignments for relative imports, and without `from __future__`, which must begin a file."""
+    lines = text.splitlines()
+    for node, names in sorted(_imports(text, file), key=lambda found: -found[0].lineno):
+        indent = " " * node.col_offset
+        wanted = [f"{indent}{here} = {_name(module)}{f'.{name}' if name else ''}" for module, name, here in names]
+        lines[node.lineno - 1 : node.end_lineno] = wanted
+    return "\n".join(line for line in lines if not line.startswith("from __future__"))
+
+
+def _section(module: str, text: str) -> str:
+    body = "\n".join(f"    {line}" if line.strip() else "" for line in text.strip().splitlines())
+    return (
+        f"\ndef {_name(module)}():\n{body}\n\n    return SimpleNamespace(**locals())\n\n\n"
+        f"{_name(module)} = {_name(module)}()\n"
+    )
+
+
+def _name(module: str) -> str:
+    return "_" + module.replace(".", "_")
