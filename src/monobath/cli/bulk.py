@@ -144,7 +144,7 @@ def decode_dataset(
     import torch
 
     from ..data.bulk_decoding import BulkDecoding, DecodingWork
-    from ..data.cache import read_facts
+    from ..data.cache_facts import read_facts
 
     facts = read_facts(Path(source))
     name = model or (facts.model if facts else "") or "default"

@@ -21,7 +21,7 @@ from ..models.identity import weights_sha256
 from ..sampling import Noise
 from ..tokenizer import Tokenizer
 from .bulk import Report, digest, in_buckets
-from .cache import FACTS_FILE, Layout, read_facts
+from .cache_facts import FACTS_FILE, Layout, read_facts
 from .cache_shards import Stored, read_samples
 
 FORMAT, FACTS = "monobath-decoded-1", "pictures.json"

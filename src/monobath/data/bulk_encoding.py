@@ -22,7 +22,7 @@ from ..models.identity import weights_sha256
 from ..tiles import pad_to_multiple
 from ..tokenizer import Tokenizer
 from .bulk import Report, ahead, digest, in_buckets
-from .cache import CacheFacts, Layout, read_facts, shard_path
+from .cache_facts import CacheFacts, Layout, read_facts, shard_path
 from .cache_shards import Stored, npy
 from .encoding import encode_images, encoder_facts, lossless, write_facts
 from .pictures import REASONS, Crops, Unusable

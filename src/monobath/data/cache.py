@@ -17,13 +17,10 @@ the same order, what a run on the pictures would see, and after `copies` epochs 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,127 +28,18 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..config import check_types, config_of
-from ..errors import UserError, reason
+from ..errors import UserError
 from ..images import check_pixels
 from ..models.encoder import EncoderConfig
 from ..models.frozen import ForeignEncoder, without_spread
 from ..models.identity import weights_sha256
+from .cache_facts import FACTS_FILE, CacheFacts, read_facts, short
 from .cache_shards import Shards
 from .pictures import Crops, Item
 from .sources import Source, is_remote
 
-FORMAT = "monobath-latents-1"
-Layout = Literal["tar", "parquet"]
-"""Kind of the shards."""
-FACTS_FILE = "latents.json"
 REMEDY = "monobath cache-latents writes such folders"
 NO_LABELS = "it was written without labels; write another with monobath cache-latents --labels, from labelled pictures"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheFacts:
-    """What a cache holds and what made it: the content of `latents.json`."""
-
-    encoder: dict[str, Any]
-    """The encoder's configuration."""
-    encoder_sha256: str
-    """Of the encoder's weights: see `models.identity.weights_sha256`."""
-    model: str
-    """What the user called the model."""
-    dtype: str
-    """Arithmetic of the encoder."""
-    factor: int
-    """Side of the pixel square behind one latent position."""
-    size: int
-    """Side of the square crops, in pixels; 0: whole pictures, which are not kept."""
-    scale: list[int]
-    """Range of the short side before cropping, in pixels."""
-    flip: bool
-    """Half of the crops are mirrored."""
-    seed: int
-    """Of the crops."""
-    max_pixels: int
-    """Larger pictures were replaced by their neighbours."""
-    min_side: int
-    """Pictures with a shorter side likewise."""
-    copies: int
-    """Crops of each picture."""
-    pictures: int
-    """Pictures; the cache holds `pictures × copies` samples."""
-    pictures_sha256: str
-    """Of the pictures' names, in order."""
-    pictures_a_shard: int
-    """In every shard but the last, where `counts` does not say; of `encode-dataset`, of those that lie in folders."""
-    labels: list[int] = field(default_factory=list)
-    """Labels of the pictures, each once, sorted; empty: none were kept."""
-    complete: bool = False
-    """All shards are written."""
-    layout: Layout = "tar"
-    """Of the shards."""
-    counts: list[int] | None = None
-    """Pictures in each shard, as `encode-dataset` found them."""
-    labelled: bool = False
-    """`encode-dataset` keeps labels."""
-    batch: int = 0
-    """Pictures at once in `encode-dataset`, whose last bits depend on it; so do the next two."""
-    threads: int = 0
-    """Of each of its workers."""
-    device: str = ""
-    """Kind of its workers' devices."""
-
-    @property
-    def shards(self) -> int:
-        """Number of shards."""
-        return -(-self.pictures // self.pictures_a_shard) if self.counts is None else len(self.counts)
-
-    def shard_path(self, folder: Path, number: int) -> Path:
-        """File of a shard."""
-        return shard_path(folder, number, self.layout)
-
-    def pictures_of(self, shard: int) -> range:
-        """The pictures in a shard."""
-        if self.counts is not None:
-            return range(sum(self.counts[:shard]), sum(self.counts[: shard + 1]))
-        first = shard * self.pictures_a_shard
-        return range(first, min(first + self.pictures_a_shard, self.pictures))
-
-    def differences(self, other: CacheFacts) -> str:
-        """In words, what differs from another cache, this one's value first; empty if nothing but `complete` does."""
-        return ", ".join(
-            f"{field.name} {_short(getattr(self, field.name))} instead of {_short(getattr(other, field.name))}"
-            for field in dataclasses.fields(self)
-            if field.name not in ("complete", "model") and getattr(self, field.name) != getattr(other, field.name)
-        )
-
-
-def shard_path(folder: Path, number: int, layout: str = "tar") -> Path:
-    """File of a shard."""
-    return folder / f"latents-{number:06d}.{layout}"
-
-
-def read_facts(folder: Path) -> CacheFacts | None:
-    """What `latents.json` says, or None where there is none.
-
-    Raises:
-        UserError: the file is corrupt or of another version.
-    """
-    file = folder / FACTS_FILE
-    if not file.is_file():
-        return None
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        if values.pop("format") != FORMAT:
-            raise ValueError(f"not {FORMAT}")
-        facts = check_types(CacheFacts(**values))
-        config_of(EncoderConfig, facts.encoder | {"latent_channels": facts.encoder["latent_channels"]}, {}, "encoder")
-        counts = [facts.pictures] if facts.counts is None else facts.counts
-        numbers = facts.factor, facts.copies, facts.pictures, facts.pictures_a_shard, facts.size + 1, min(counts) + 1
-        if min(numbers) < 1 or sum(counts) != facts.pictures:
-            raise ValueError("its numbers cannot be")
-        return facts
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file} is corrupt or of another version ({reason(error)}): write the cache anew") from None
 
 
 class LatentDataset(Dataset[Item]):
@@ -194,7 +82,7 @@ class LatentDataset(Dataset[Item]):
                 first, own = getattr(self.caches[0], name), getattr(facts, name)
                 if first != own:
                     raise UserError(
-                        f"{folder} has {name} {_short(own)}, but {self.folders[0]} has {_short(first)}: "
+                        f"{folder} has {name} {short(own)}, but {self.folders[0]} has {short(first)}: "
                         "caches of one run must agree"
                     )
         if window is not None and (window % self.facts.factor or not 0 < window <= self.facts.size):
@@ -312,12 +200,6 @@ def _moments_of(data: bytes) -> np.ndarray:
     if kind != np.float16 or reversed_order:
         raise ValueError(f"moments of type {kind}, not in half precision")
     return np.frombuffer(data, kind, offset=file.tell()).reshape(shape).copy()
-
-
-def _short(value: object) -> str:
-    """A hash is known by its first digits."""
-    text = str(value)
-    return text[:12] if len(text) == 64 else text
 
 
 def _folders(source: Source) -> list[Path]:

@@ -23,7 +23,7 @@ from .shards import parquet
 from .sources import Sample, parse_label
 
 if TYPE_CHECKING:
-    from .cache import CacheFacts
+    from .cache_facts import CacheFacts
 
 SMALLEST = 128
 """Bytes of a sample at least: the header of its moments."""

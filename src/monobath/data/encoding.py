@@ -29,7 +29,7 @@ from ..models.encoder import Encoder, EncoderConfig, Posterior
 from ..models.frozen import ForeignEncoder, missing_encoder
 from ..models.identity import weights_sha256
 from ..tokenizer import Tokenizer
-from .cache import FACTS_FILE, FORMAT, CacheFacts, read_facts, shard_path
+from .cache_facts import FACTS_FILE, FORMAT, CacheFacts, read_facts, shard_path
 from .cache_shards import npy
 from .loader import iterate_copies
 from .pictures import Crops, PhotoDataset

@@ -38,9 +38,9 @@ from .optimizers import (
     restore_training_weights,
     training_weights,
 )
+from .processes import make_accelerator
 from .progress import Progress
 from .recipe import Recipe, TokenizerRecipe
-from .rejoining import rejoin
 from .stopping import Stopping
 from .tasks import Place, task_of
 
@@ -83,7 +83,7 @@ class Run:
         training = recipe.training
         self.stopping = Stopping(training.minutes)
         self.recipe, self.folder = recipe, Path(recipe.run)
-        self.accelerator = _accelerator(recipe)
+        self.accelerator = make_accelerator(recipe)
         self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         share = self.world * training.accumulation
@@ -383,21 +383,3 @@ class Run:
             return own
         flag = torch.tensor(float(own), device=self.device)
         return bool(self.accelerator.reduce(flag, reduction="sum").item() > 0)
-
-
-def _accelerator(recipe: Recipe) -> Any:
-    try:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-        from accelerate.utils import DistributedDataParallelKwargs
-    except ImportError:
-        raise UserError("training needs accelerate: pip install 'monobath[train]'") from None
-    precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[recipe.training.precision]
-    if precision == "fp16" and not torch.cuda.is_available():
-        raise UserError('training.precision is "fp16", which needs a GPU: use bf16 or fp32')
-    # accelerate remembers the precision of a process' first run; a second run may want another.
-    AcceleratorState._reset_state()
-    rejoin()
-    return Accelerator(
-        mixed_precision=precision, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
-    )
