@@ -120,7 +120,9 @@ def _without_relative_imports(text: str, file: Path) -> str:
 def _section(module: str, text: str) -> str:
     body = "\n".join(f"    {line}" if line.strip() else "" for line in text.strip().splitlines())
     return (
-        f"\ndef {_name(module)}():\n{body}\n\n    return SimpleNamespace(**locals())\n\n\n"
+        # Annotations are text, which is read among the global names.
+        f"\ndef {_name(module)}():\n{body}\n\n"
+        "    globals().update(locals())\n    return SimpleNamespace(**locals())\n\n\n"
         f"{_name(module)} = {_name(module)}()\n"
     )
 
