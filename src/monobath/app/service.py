@@ -132,7 +132,7 @@ class Service:
         pictures = await self._call(decode)
         self.observe(job.samples)
         while (picture := await self._call(next, pictures, None)) is not None:
-            yield picture
+            yield picture.cpu()
 
     async def run(self, jobs: list[Job]) -> list[Tensor | Exception]:
         """A batch of one key: a result or an exception for each. What fails together is tried one by one."""
