@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -142,7 +141,7 @@ def watched(command: list[str], counter: Path, minutes: float, every: float) -> 
                 raise Loss(f"{' '.join(command)} ended with {process.returncode}: {process.stderr.read().decode()}")
             yield look(process.pid, began, lines_in(counter))
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # an interrupt is ignored where the shell started us in the background
         process.communicate()
 
 

@@ -114,9 +114,9 @@ def read_facts(folder: Path) -> CacheFacts | None:
             raise ValueError(f"not {FORMAT}")
         facts = check_types(CacheFacts(**values))
         config_of(EncoderConfig, facts.encoder | {"latent_channels": facts.encoder["latent_channels"]}, {}, "encoder")
-        counts = [facts.pictures] if facts.counts is None else facts.counts
-        numbers = facts.factor, facts.copies, facts.pictures, facts.pictures_a_shard, facts.size + 1, min(counts) + 1
-        if min(numbers) < 1 or sum(counts) != facts.pictures:
+        counts = [facts.pictures - 1] if facts.counts is None else facts.counts  # a list grows while it is written
+        numbers = facts.factor - 1, facts.copies - 1, facts.pictures_a_shard - 1, facts.size, min(counts, default=0)
+        if min(numbers) < 0 or (facts.counts is not None and sum(counts) != facts.pictures):
             raise ValueError("its numbers cannot be")
         return facts
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
