@@ -124,6 +124,18 @@ def test_training_learns(tmp_path, photos):
     assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:5])
 
 
+def test_photos_that_stay_on_the_device_train_alike(tmp_path, photos):
+    losses = {}
+    for cache in (True, "device"):
+        recipe = tiny_recipe(tmp_path / str(cache), photos, steps=4, sample_every=0)
+        recipe.data.cache = cache
+        train(recipe)
+        losses[cache] = [row["flow"] for row in rows(tmp_path / str(cache))]
+    assert losses["device"] == pytest.approx(losses[True], rel=0.02)  # pixels differ by rounding
+    with pytest.raises(UserError, match="for photos"):
+        DataConfig(latents=True, cache="device")
+
+
 @pytest.mark.parametrize(("factor", "channels"), [(16, 4), (16, 16), (32, 32)])
 def test_deeper_tokenizers_train_save_load_and_decode(tmp_path, photos, factor, channels):
     recipe = tiny_recipe(tmp_path / "run", photos, steps=2)

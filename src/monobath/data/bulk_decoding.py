@@ -6,7 +6,7 @@ import copy
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from ..models.identity import weights_sha256
 from ..sampling import Noise
 from ..tokenizer import Tokenizer
 from .bulk import Report, digest, in_buckets
-from .cache_facts import FACTS_FILE, Layout, read_facts
+from .cache_facts import FACTS_FILE, Layout, differences, read_facts
 from .cache_shards import Stored, read_samples
 
 FORMAT, FACTS = "monobath-decoded-1", "pictures.json"
@@ -73,11 +73,7 @@ class DecodedFacts:
 
     def differences(self, other: DecodedFacts) -> str:
         """In words, what differs from another, this one's value first."""
-        return ", ".join(
-            f"{f.name} {str(getattr(self, f.name))[:12]} instead of {str(getattr(other, f.name))[:12]}"
-            for f in fields(self)
-            if f.name not in ("complete", "model", "counts") and getattr(self, f.name) != getattr(other, f.name)
-        )
+        return differences(self, other, "complete", "model", "counts")
 
 
 class DecodingWork:

@@ -87,11 +87,7 @@ class CacheFacts:
 
     def differences(self, other: CacheFacts) -> str:
         """In words, what differs from another cache, this one's value first; empty if nothing but `complete` does."""
-        return ", ".join(
-            f"{field.name} {short(getattr(self, field.name))} instead of {short(getattr(other, field.name))}"
-            for field in dataclasses.fields(self)
-            if field.name not in ("complete", "model") and getattr(self, field.name) != getattr(other, field.name)
-        )
+        return differences(self, other, "complete", "model")
 
 
 def shard_path(folder: Path, number: int, layout: str = "tar") -> Path:
@@ -114,13 +110,26 @@ def read_facts(folder: Path) -> CacheFacts | None:
             raise ValueError(f"not {FORMAT}")
         facts = check_types(CacheFacts(**values))
         config_of(EncoderConfig, facts.encoder | {"latent_channels": facts.encoder["latent_channels"]}, {}, "encoder")
-        counts = [facts.pictures - 1] if facts.counts is None else facts.counts  # a list grows while it is written
-        numbers = facts.factor - 1, facts.copies - 1, facts.pictures_a_shard - 1, facts.size, min(counts, default=0)
-        if min(numbers) < 0 or (facts.counts is not None and sum(counts) != facts.pictures):
+        if min(facts.factor, facts.copies, facts.pictures_a_shard) < 1 or facts.size < 0:
             raise ValueError("its numbers cannot be")
+        if facts.counts is None:
+            right = facts.pictures > 0
+        else:  # empty before the first shard is written
+            right = min(facts.counts, default=0) >= 0 and sum(facts.counts) == facts.pictures
+        if not right:
+            raise ValueError(f"it cannot hold {facts.pictures} pictures")
         return facts
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is corrupt or of another version ({reason(error)}): write the cache anew") from None
+
+
+def differences(one: Any, other: Any, *beside: str) -> str:
+    """In words, what differs between two dataclasses, one's value first; fields named in `beside` do not count."""
+    return ", ".join(
+        f"{field.name} {short(getattr(one, field.name))} instead of {short(getattr(other, field.name))}"
+        for field in dataclasses.fields(one)
+        if field.name not in beside and getattr(one, field.name) != getattr(other, field.name)
+    )
 
 
 def short(value: object) -> str:

@@ -138,8 +138,8 @@ class _Pictures:
             self._codes[slot] = code
             logger.warning("%s (%s): %s", what, REASONS[code], message)
 
-    def _finished(self, image: Tensor, index: int, label: int | None, name: str) -> Item:
-        item: Item = {"image": image, "index": index}
+    def _finished(self, content: Item, index: int, label: int | None, name: str) -> Item:
+        item = {**content, "index": index}
         if self.labels:
             item["label"] = label
         if not self.augment:
@@ -240,11 +240,10 @@ class PhotoDataset(_Pictures, Dataset[Item | None]):
     def _item(self, picture: Image.Image | tuple[int, int], epoch: int, index: int, used: int) -> Item:
         sample = self.samples[used]
         if isinstance(picture, Image.Image):
-            return self._finished(self.crops.cut(picture, epoch, index), used, sample.label, sample.name)
-        item = self._finished(torch.empty(0), used, sample.label, sample.name)
-        item["place"] = torch.tensor([used, *self.crops.place(*picture, epoch, index)])
-        del item["image"]
-        return item
+            content = {"image": self.crops.cut(picture, epoch, index)}
+        else:
+            content = {"place": torch.tensor([used, *self.crops.place(*picture, epoch, index)])}
+        return self._finished(content, used, sample.label, sample.name)
 
     def _picture(self, index: int) -> Image.Image | tuple[int, int] | None:
         """The decoded picture, or its width and height where others hold the pixels; None if it is unusable."""
@@ -371,7 +370,7 @@ class StreamDataset(_Pictures, IterableDataset[Item]):
                 raise UserError(f"{name} has no label: each sample needs a .cls member that holds an integer")
             label = parse_label(sample["cls"], name)
         crop = self.crops.cut(picture, mix_seed(self._start, epoch), index)
-        return self._finished(crop, index, label, f"{key}.{extension}")
+        return self._finished({"image": crop}, index, label, f"{key}.{extension}")
 
     def _skip_name(self, name: str, error: Unusable) -> None:
         self._skip(zlib.crc32(name.encode()) % self._SLOTS, error)

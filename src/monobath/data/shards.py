@@ -20,6 +20,7 @@ from ..errors import UserError
 from .sources import (
     IMAGE_EXTENSIONS,
     Sample,
+    check_labels,
     expand_braces,
     expand_paths,
     folder_files,
@@ -159,12 +160,7 @@ def _labelled(pictures: list[Sample]) -> list[Sample]:
     found = [replace(p, label=None if "://" in p.path else sibling_label(Path(p.path))) for p in pictures]
     if all(sample.label is None for sample in found):
         found = label_by_folder(found)
-    for sample in found:
-        if sample.label is None:
-            raise UserError(
-                f"{sample.path} has no label: put an integer into a .cls file beside each picture, or sort the "
-                "pictures of one folder into one sub-folder per class"
-            )
+    check_labels(found)
     return found
 
 

@@ -129,13 +129,18 @@ def find_samples(source: Source, *, labels: bool = False) -> list[Sample]:
     if labels:
         if len(entries) == 1 and all(sample.label is None for sample in samples):
             samples = label_by_folder(samples)
-        for sample in samples:
-            if sample.label is None:
-                raise UserError(
-                    f"{sample.location} has no label: put an integer into a .cls file beside each picture, "
-                    "or sort the pictures of one folder into one sub-folder per class"
-                )
+        check_labels(samples)
     return samples
+
+
+def check_labels(samples: Iterable[Sample]) -> None:
+    """Raise `UserError` for the first one that has none."""
+    for sample in samples:
+        if sample.label is None:
+            raise UserError(
+                f"{sample.location} has no label: put an integer into a .cls file beside each picture, "
+                "or sort the pictures of one folder into one sub-folder per class"
+            )
 
 
 def split_key(name: str) -> tuple[str, str]:

@@ -51,6 +51,8 @@ class DataConfig:
     """Pictures with a shorter side are skipped, in pixels."""
 
     def __post_init__(self) -> None:
+        if self.latents and self.cache == "device":
+            raise UserError('data.cache is "device", which is for photos: with data.latents, set it to true or false')
         if self.size < 1:
             raise UserError(f"data.size is {self.size}: it must be at least 1 pixel")
         self.scale = self.scale or [self.size, 2 * self.size]
