@@ -59,18 +59,18 @@ def encode_dataset(
         size: Side of the crops, in pixels: the recipe's data.size; default: whole pictures.
         scale: LOW HIGH: the short side is resized to a random length in between before cropping, in pixels: the
             recipe's data.scale; default: SIZE and twice SIZE.
-        copies: Crops of each picture: those of so many epochs, after which they come again.
-        seed: Of the crops: the recipe's training.seed for the crops of that run.
+        copies: Crops of each picture: one per epoch, repeating after this many.
+        seed: Seed of the crops; the recipe's training.seed gives the crops of that run.
         no_flip: Mirror none of the crops; default: half of them.
         labels: Keep each picture's label too, as for cache-latents; in Parquet, the column label or cls.
-        format: Of the output shards.
+        format: Format of the output shards.
         batch: Pictures at once; fewer where they are larger than 512².
-        threads: Of each worker, on which the last bits depend. With a GPU they read pictures.
+        threads: Threads of each worker; the last bits of the results depend on it. With a GPU, they read pictures.
         workers: Processes in all; default: one for each GPU, or as many as the CPUs have threads for.
-        address: Of a running Ray cluster (auto: this machine's); default: an embedded one, for this command alone.
+        address: Address of a running Ray cluster (auto: this machine's); default: one of its own.
         shard_pictures: Pictures in an output shard, of those that lie in folders.
         max_pixels: Larger pictures are skipped, in pixels.
-        min_side: Pictures with a shorter side likewise, in pixels.
+        min_side: Pictures with a shorter side are skipped, in pixels.
         device: cpu, cuda; auto: GPUs if there are any.
         dtype: Arithmetic of the encoder.
     """
@@ -130,11 +130,11 @@ def decode_dataset(
         steps: Sampler steps; default: what the model was made for.
         seed: Noise seed, the same for every picture.
         noise: What decoding starts from; default: what the model was made for.
-        format: Of the output shards.
+        format: Format of the output shards.
         batch: Pictures at once; fewer where they are larger than 512².
-        threads: Of each worker, on which the last bits depend.
+        threads: Threads of each worker; the last bits of the results depend on it.
         workers: Processes in all; default: one for each GPU, or as many as the CPUs have threads for.
-        address: Of a running Ray cluster (auto: this machine's); default: an embedded one, for this command alone.
+        address: Address of a running Ray cluster (auto: this machine's); default: one of its own.
         device: cpu, cuda; auto: GPUs if there are any.
         dtype: Arithmetic.
     """

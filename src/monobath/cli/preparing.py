@@ -138,7 +138,7 @@ def cache_latents(
         size: Side of the crops, in pixels: the recipe's data.size.
         scale: LOW HIGH: the short side is resized to a random length in between before cropping, in pixels: the
             recipe's data.scale; default: SIZE and twice SIZE.
-        copies: Crops of each picture: those of so many epochs, after which they come again.
+        copies: Crops of each picture: one per epoch, repeating after this many.
         seed: Of the crops: the recipe's training.seed for the crops of that run.
         no_flip: Mirror none of the crops; default: half of them.
         labels: Keep each picture's label too, for a generator of classes: the integer in its .cls sibling, in shards
@@ -147,7 +147,7 @@ def cache_latents(
         batch: Crops at once.
         workers: Processes that read and crop pictures; 0: none besides this one.
         max_pixels: Larger pictures are replaced by others, in pixels.
-        min_side: Pictures with a shorter side likewise, in pixels.
+        min_side: Pictures with a shorter side are skipped, in pixels.
         device: cpu, cuda, cuda:1 …; auto: a GPU if there is one.
         dtype: Arithmetic of the encoder.
     """
