@@ -1,7 +1,8 @@
 """Bulk work on Ray Data: many processes, many machines (pip install 'monobath[ray]').
 
-    data = ray.data.read_images("photos").map_batches(EncodeImages("default"), ...)      # classes for your own data
-    reports = run(encoding_work(…), Cluster(workers=8))                                  # what `encode-dataset` does
+    photos = ray.data.read_images("photos")
+    latents = photos.map_batches(EncodeImages, fn_constructor_kwargs={"model": "default"}, concurrency=4)
+    reports = run(EncodingWork(…), Cluster(workers=8))       # what `encode-dataset` does
 
 `EncodeImages`, `DecodeLatents` and `Measure` are callable classes for `Dataset.map_batches` with actor pools: pass the
 class, and its arguments as `fn_constructor_kwargs`. Rows of one batch may have any sizes: they are gathered by padded
@@ -199,7 +200,7 @@ class Cluster:
     gpus: bool = False
     """Each actor has one."""
     address: str | None = None
-    """Of a running Ray cluster, "auto" for the one of this machine; default: an embedded one, for this command."""
+    """Address of a running Ray cluster, "auto" for the one of this machine; default: one of its own."""
 
 
 @contextmanager
