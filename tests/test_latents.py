@@ -29,6 +29,7 @@ from monobath.data import (
     statistics,
 )
 from monobath.data.cache import check_encoder
+from monobath.data.cache_shards import Stored, npy, write_samples
 from monobath.data.encoding import Caching, cache_latents
 from monobath.data.statistics import LatentMoments, latent_statistics, store_statistics
 from monobath.images import to_float
@@ -229,7 +230,7 @@ def test_a_cache_is_plain_webdataset_shards(cache, photos):
 
 
 def test_an_interrupted_cache_goes_on_to_the_same_bytes(tokenizer, photos, cache, tmp_path, monkeypatch):
-    write, calls = encoding.write_shard, itertools.count()
+    write, calls = encoding.write_samples, itertools.count()
 
     def die(path, samples):
         if next(calls) == 1:
@@ -237,7 +238,7 @@ def test_an_interrupted_cache_goes_on_to_the_same_bytes(tokenizer, photos, cache
             raise KeyboardInterrupt
         write(path, samples)
 
-    monkeypatch.setattr(encoding, "write_shard", die)
+    monkeypatch.setattr(encoding, "write_samples", die)
     with pytest.raises(KeyboardInterrupt):
         cached(tokenizer, photos, tmp_path / "b", shard_mb=0.1)
     assert sorted(contents(tmp_path / "b")) == ["latents-000000.tar", "latents.json"]
@@ -520,7 +521,8 @@ def test_a_run_from_before_new_fields_of_the_model_goes_on(photos, tmp_path):
 
 
 def test_shard_files_are_written_alike(tmp_path):
-    crop, moments = torch.zeros(3, 8, 8, dtype=torch.uint8), torch.full((8, 1, 1), 1.5)
+    crop, moments = torch.zeros(3, 8, 8, dtype=torch.uint8), np.full((8, 1, 1), 1.5)
     for name in ("a.tar", "b.tar"):
-        encoding.write_shard(tmp_path / name, [(3, crop, moments, {"picture": "é"})])
+        sample = Stored(key="3", arrays=npy(moments), picture=encoding.lossless(crop), facts={"picture": "é"})
+        write_samples(tmp_path / name, [sample])
     assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()

@@ -26,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from mutations import mutated
 from trial import Loss, Trial, exit_code, parser_of, rng_of
@@ -33,7 +34,8 @@ from works import make_photos, tiny_tokenizer, training
 
 from monobath import Tokenizer, UserError
 from monobath.data.cache import LatentDataset
-from monobath.data.encoding import Caching, cache_latents, write_shard
+from monobath.data.cache_shards import Stored, npy, write_samples
+from monobath.data.encoding import Caching, cache_latents, lossless
 from monobath.data.latent_file import LatentFile
 from monobath.data.pictures import Crops, PhotoDataset
 from monobath.generation import Generator
@@ -72,8 +74,10 @@ def targets(folder: Path) -> list[Target]:
     tokenizer.save_pretrained(folder / "model")
     LatentFile(latent=torch.zeros(4, 2, 3), size=(16, 24), factor=8, model="m").write(folder / "latent/a.safetensors")
     cache_latents(tokenizer, str(photos), folder / "cache", Crops(size=16, scale=(16, 20)), Caching(copies=2))
-    write_shard(folder / "shard/a.tar", ((i, torch.full((3, 20, 24), 9 * i, dtype=torch.uint8), torch.zeros(2), {})
-                                         for i in range(3)))  # fmt: skip
+    crops = (torch.full((3, 20, 24), 9 * i, dtype=torch.uint8) for i in range(3))
+    moments = npy(np.zeros(2, np.float16))
+    write_samples(folder / "shard/a.tar", (Stored(key=f"{i:09d}", arrays=moments, picture=lossless(crop))
+                                           for i, crop in enumerate(crops)))  # fmt: skip
     training(photos).run(folder)
     shutil.copy(folder / "run/config.yaml", folder / "recipe/a.yaml")
     newest = "checkpoints/step-00000005"

@@ -24,17 +24,22 @@ def check_least(least: float, values: Mapping[str, float | None]) -> None:
 
 
 @contextlib.contextmanager
-def explained_as(text: str) -> Iterator[None]:
-    """Within, any error but a `UserError` becomes one: `text`, then the reason in brackets, on one line.
+def explained_as(
+    text: str, remedy: str = "", errors: type[Exception] | tuple[type[Exception], ...] = Exception
+) -> Iterator[None]:
+    """Within, any error but a `UserError` becomes one: `text`, the reason in brackets and the remedy, on one line.
 
     For reading files: a damaged or hostile one makes libraries raise nearly anything.
+
+    Args:
+        errors: those that are explained; default: all.
     """
     try:
         yield
     except UserError:
         raise
-    except Exception as error:
-        raise UserError(f"{text} ({reason(error)})") from None
+    except errors as error:
+        raise UserError(f"{text} ({reason(error)})" + (f": {remedy}" if remedy else "")) from None
 
 
 def reason(error: BaseException) -> str:

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import io
 import json
-import tarfile
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, explained_as
 from .shards import parquet
-from .sources import Sample, parse_label
+from .sources import Sample, parse_label, shard_members
 
 if TYPE_CHECKING:
     from .cache_facts import CacheFacts
@@ -109,7 +108,7 @@ def read_samples(path: Path) -> Iterator[Stored]:
     Raises:
         UserError: it is not there, or cannot be read.
     """
-    try:
+    with explained_as(f"{path} cannot be read", "delete it and run the command that wrote it again"):
         if path.suffix == ".parquet":
             for batch in parquet().ParquetFile(path).iter_batches(batch_size=ROWS):
                 for row in batch.to_pylist():
@@ -119,34 +118,10 @@ def read_samples(path: Path) -> Iterator[Stored]:
                         facts={name: value for name, value in row.items() if value is not None},
                     )  # fmt: skip
             return
-        with tarfile.open(path, "r:") as shard:
-            parts: dict[str, bytes] = {}
-            key = ""
-            for member in shard:
-                own, kind = _split(member.name)
-                if own != key and parts:
-                    yield _stored(key, parts)
-                    parts = {}
-                content = shard.extractfile(member)
-                assert content is not None
-                key, parts[kind] = own, content.read()
-            if parts:
-                yield _stored(key, parts)
-    except (tarfile.TarError, OSError, EOFError, ValueError, KeyError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} cannot be read ({error}): delete it and run the command that wrote it again") from None
-
-
-def _stored(key: str, parts: dict[str, bytes]) -> Stored:
-    return Stored(key=key, arrays=parts["moments.npy"], picture=parts.get("webp"), facts=json.loads(parts["json"]))
-
-
-def _split(name: str) -> tuple[str, str]:
-    """`dir/a.moments.npy` → (`dir/a`, `moments.npy`)."""
-    folder, slash, base = name.rpartition("/")
-    key, _, kind = base.partition(".")
-    return folder + slash + key, kind
+        for key, members in shard_members(path).items():
+            picture = members["webp"].read() if "webp" in members else None
+            facts = json.loads(members["json"].read())
+            yield Stored(key=key, arrays=members["moments.npy"].read(), picture=picture, facts=facts)
 
 
 class Shards:
@@ -176,17 +151,10 @@ class Shards:
         self.starts = np.concatenate([[0], np.cumsum(counts)])
         self._places = np.full((int(self.starts[-1]), 5), -1, dtype=np.int64)
         """In tars: offset and size of each picture, offset and size of its moments, and its label; else the last."""
-        self._groups: OrderedDict[tuple[int, int], list[dict[str, Any]]] = OrderedDict()
         for number in range(facts.shards):
             path = self.path(number)
-            try:
+            with explained_as(f"{path} cannot be read", f"delete it and run the same {self.command} command again"):
                 (self._index_parquet if facts.layout == "parquet" else self._index_tar)(number, path)
-            except (tarfile.TarError, OSError, EOFError, ValueError, IndexError) as error:
-                if isinstance(error, UserError):
-                    raise
-                raise UserError(
-                    f"{path} cannot be read ({error}): delete it and run the same {self.command} command again"
-                ) from None
 
     @property
     def labels(self) -> np.ndarray:
@@ -213,7 +181,8 @@ class Shards:
         number = self.shard_of(sample)
         path = self.path(number)
         if self.facts.layout == "parquet":
-            row = self._row(number, path, int(sample - self.starts[number]))
+            group, place = divmod(int(sample - self.starts[number]), ROWS)
+            row = _group(path, group, path.stat().st_mtime_ns)[place]
             return row["moments"], row["image"]["bytes"] if picture else None
         offset, size, offset_moments, size_moments, _ = self._places[sample].tolist()
         arrays = Sample(self.name_of(sample), str(path), offset_moments, size_moments).read()
@@ -223,23 +192,15 @@ class Shards:
 
     def _index_tar(self, number: int, path: Path) -> None:
         first, last = self.starts[number : number + 2].tolist()
-        found, place, seen = self._places, first - 1, ""
-        with tarfile.open(path, "r:") as shard:
-            for member in shard:
-                key, kind = _split(member.name)
-                if self.facts.counts is None:  # keys are numbers
-                    place = int(key)
-                elif key != seen:
-                    place, seen = place + 1, key
-                if kind == "cls":
-                    content = shard.extractfile(member)
-                    assert content is not None
-                    found[place, 4] = parse_label(content.read(), f"{path}:{member.name}")
-                elif kind in ("webp", "moments.npy"):
-                    column = 0 if kind == "webp" else 2
-                    found[place, column : column + 2] = member.offset_data, member.size
+        for place, (key, members) in enumerate(shard_members(path).items(), first):
+            row = self._places[place if self.facts.counts is not None else int(key)]  # keys are numbers
+            for column, kind in ((0, "webp"), (2, "moments.npy")):
+                if kind in members:
+                    row[column : column + 2] = members[kind].offset, members[kind].size
+            if "cls" in members:
+                row[4] = parse_label(members["cls"].read(), f"{path}:{key}.cls")
         needed = [*range(0 if self.facts.size else 2, 4), *([4] if self.facts.labels else [])]
-        self._check(path, int((found[first:last][:, needed] < 0).any(1).sum()), last - first)
+        self._check(path, int((self._places[first:last][:, needed] < 0).any(1).sum()), last - first)
 
     def _index_parquet(self, number: int, path: Path) -> None:
         first, last = self.starts[number : number + 2].tolist()
@@ -255,16 +216,12 @@ class Shards:
                 "again"
             )
 
-    def _row(self, number: int, path: Path, place: int) -> dict[str, Any]:
-        group, row = divmod(place, ROWS)
-        rows = self._groups.pop((number, group), None)
-        if rows is None:
-            with parquet().ParquetFile(path) as file:
-                rows = file.read_row_group(group, columns=["moments", "image"]).to_pylist()
-        self._groups[number, group] = rows
-        while len(self._groups) > 64:
-            self._groups.popitem(last=False)
-        return rows[row]
+
+@lru_cache(maxsize=64)
+def _group(path: Path, number: int, written: int) -> list[dict[str, Any]]:
+    """A row group of a Parquet shard; the time when it was written tells it from one that had its name before."""
+    with parquet().ParquetFile(path) as file:
+        return file.read_row_group(number, columns=["moments", "image"]).to_pylist()
 
 
 def npy(array: np.ndarray) -> bytes:

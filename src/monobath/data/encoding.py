@@ -11,9 +11,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import io
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from ..models.frozen import ForeignEncoder, missing_encoder
 from ..models.identity import weights_sha256
 from ..tokenizer import Tokenizer
 from .cache_facts import FACTS_FILE, FORMAT, CacheFacts, read_facts, shard_path
-from .cache_shards import npy
+from .cache_shards import Stored, npy, write_samples
 from .loader import iterate_copies
 from .pictures import Crops, PhotoDataset
 from .sources import Source, is_remote
@@ -149,7 +149,7 @@ def _write_shards(
     total = facts.pictures * facts.copies
     done = before = total - len(wanted) * facts.copies
 
-    def samples(shard: int) -> Iterator[tuple[int, Tensor, Tensor, dict[str, Any]]]:
+    def samples(shard: int) -> Iterator[Stored]:
         # A batch never reaches into the next shard: what a shard holds does not depend on where the run began.
         nonlocal done
         own = facts.pictures_of(shard)
@@ -166,13 +166,14 @@ def _write_shards(
             for (index, number, item), own_moments in zip(batch, moments, strict=True):
                 own_facts = {"picture": dataset.samples[item["index"]].name, "copy": number}
                 own_facts |= {"label": item["label"]} if "label" in item else {}
-                yield index * facts.copies + number, item["image"], own_moments, own_facts
+                yield Stored(key=f"{index * facts.copies + number:09d}", arrays=npy(own_moments.half().numpy()),
+                             picture=lossless(item["image"]), facts=own_facts)  # fmt: skip
             done += len(batch)
             if options.progress:
                 options.progress(done, total)
 
     for shard in missing:
-        write_shard(shard_path(out, shard), samples(shard))
+        write_file(shard_path(out, shard), partial(write_samples, samples=samples(shard)))
 
 
 def encoder_facts(config: EncoderConfig) -> dict[str, Any]:
@@ -213,36 +214,3 @@ def write_facts(folder: Path, facts: CacheFacts) -> None:
     plain = asdict(facts)
     own = {f.name for f in fields(facts) if f.name in BULK and plain[f.name] == f.default}
     write_json(folder / FACTS_FILE, {"format": FORMAT} | {k: v for k, v in plain.items() if k not in own})
-
-
-def write_shard(path: Path, samples: Iterable[tuple[int, Tensor, Tensor, dict[str, Any]]]) -> None:
-    """Write a shard, atomically and the same to the byte for the same samples.
-
-    Args:
-        path: of the `.tar` file.
-        samples: (number, crop uint8 `(3, size, size)`, moments `(2c, h, w)` to be stored in half precision, facts);
-            the fact "label", if there is one, is also written as webdataset has it, in N.cls.
-
-    Raises:
-        UserError: the file cannot be written, or the webdataset package is missing.
-    """
-    try:
-        from webdataset import TarWriter
-    except ImportError:
-        raise UserError("writing shards needs webdataset: pip install 'monobath[train]'") from None
-
-    def write(partial: Path) -> None:
-        with open(partial, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
-            for number, crop, moments, facts in samples:
-                label = {"cls": str(facts["label"]).encode()} if "label" in facts else {}
-                tar.write(
-                    {
-                        "__key__": f"{number:09d}",
-                        "webp": lossless(crop),
-                        "moments.npy": npy(moments.half().numpy()),
-                        "json": json.dumps(facts, ensure_ascii=False).encode(),
-                        **label,
-                    }
-                )
-
-    write_file(path, write)

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..errors import UserError, imported
+from ..errors import UserError, explained_as, imported
 
 logger = logging.getLogger(__name__)
 
@@ -275,7 +275,7 @@ def shard_members(path: Path, *, unique: bool = False) -> dict[str, dict[str, Sa
     with tarfile.open(path, "r:") as shard:
         for member in shard:
             name = member.name.removeprefix("./")
-            if member.isreg() and not name.rpartition("/")[2].startswith((".", "__")):
+            if member.isreg():
                 key, extension = split_key(name)
                 members = keys.setdefault(key, {})
                 if unique and extension in members:
@@ -285,16 +285,13 @@ def shard_members(path: Path, *, unique: bool = False) -> dict[str, dict[str, Sa
 
 
 def shard_samples(path: Path, labels: bool, *, unique: bool = False) -> Iterator[Sample]:
-    """One sample per key that has a picture; `unique` as in `shard_members`."""
-    try:
+    """One sample per key that has a picture, hidden ones left out; `unique` as in `shard_members`."""
+    with explained_as(f"{path} cannot be read as a plain tar shard", "it may be cut short, fetch it again"):
         keys = shard_members(path, unique=unique)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(
-            f"{path} cannot be read as a plain tar shard ({error}): it may be cut short, fetch it again"
-        ) from None
     for key, members in keys.items():
         extension = picture_extension(members)
-        if extension is not None:
+        stem = key.rpartition("/")[2]
+        if extension is not None and stem and not stem.startswith("__"):
             labelled = labels and "cls" in members
             label = parse_label(members["cls"].read(), f"{path}:{key}.cls") if labelled else None
             yield replace(members[extension], label=label)
