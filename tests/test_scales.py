@@ -37,7 +37,6 @@ from monobath.scales import (
     block_noise,
     down,
     image_pyramid,
-    integrate,
     noise_pyramid,
     up,
 )
@@ -89,14 +88,14 @@ def test_closed_forms_solve_the_derivation(stages):
     """α, β, σ from what is asked: no covariance in a block, variance σ², and the picture's share 1 − σ."""
     schedule = ScaleSchedule(stages)
     for s in range(stages - 1):
-        e = schedule.end(s)
+        e = schedule[s].end
 
         def asked(unknown, e=e):
             alpha, beta, sigma = unknown
             return alpha**2 * e**2 - beta**2 / 3, alpha**2 * e**2 + beta**2 - sigma**2, alpha * (1 - e) - (1 - sigma)
 
         alpha, beta, sigma = fsolve(asked, (0.6, 0.6, 0.6), xtol=1e-12)
-        assert schedule.start(s + 1) == pytest.approx(sigma, abs=1e-9)
+        assert schedule[s + 1].start == pytest.approx(sigma, abs=1e-9)
         state, white = randn(1, 3, 4, 6).double(), randn(1, 3, 8, 12, seed=1).double()
         expected = alpha * up(state) + beta * block_noise(white)
         assert torch.allclose(schedule.hand_over(state, s, white), expected, atol=1e-9)
@@ -115,7 +114,7 @@ def test_noise_is_white_after_every_hand_over(stages):
     """σ²·I within 1 %, inside a block and across blocks, on a million blocks of a grey picture."""
     schedule = ScaleSchedule(stages)
     for s in range(stages - 1):
-        sigma = schedule.start(s + 1)
+        sigma = schedule[s + 1].start
         state = schedule[s].state(torch.full((1, 1, 1000, 1000), 0.5), randn(1, 1, 1000, 1000, seed=s), torch.zeros(1))
         after = schedule.hand_over(state, s, randn(1, 1, 2000, 2000, seed=9))
         assert after.mean() == pytest.approx(0.5 * (1 - sigma), abs=0.005)
@@ -172,15 +171,16 @@ def test_the_truth_leads_to_a_stages_end(stage, steps, kind):
     grid = [t.float().expand(2) for t in time_grid(steps)]
     seen = []
 
-    def predict(state, level, index):
-        assert index == stage.index
+    def predict(state, level):
         tau = grid[len(seen)]
         assert torch.allclose(level, stage.level(tau))
         assert torch.allclose(state, stage.state(x, noise, tau), atol=1e-5)
         seen.append(level)
         return truth
 
-    state = integrate(predict, stage.state(x, noise, torch.ones(2)), stage, grid, kind)
+    state = stage.state(x, noise, torch.ones(2))
+    for tau, after in itertools.pairwise(grid):
+        state = stage.step(predict(state, stage.level(tau)), state, tau, after, kind)
     assert torch.allclose(state, stage.state(x, noise, torch.zeros(2)), atol=1e-5)
     assert len(seen) == steps
 
@@ -795,7 +795,7 @@ def test_the_published_distillation(level, first, kind):
     losses, draws = renoised(made, x, level)
     assert [stage for _, _, stage in calls] == list(range(first, 3))
     assert [t.unique().item() for _, t, _ in calls] == pytest.approx(
-        [level, *(schedule.start(s) for s in range(first + 1, 3))], abs=1e-6
+        [level, *(schedule[s].start for s in range(first + 1, 3))], abs=1e-6
     )
     fields, small = noise_pyramid(draws.noise, 3), image_pyramid(losses.clean, 3)[first]
     assert torch.allclose(calls[0][0], (1 - level) * small + level * fields[first], atol=1e-6)

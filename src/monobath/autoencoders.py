@@ -9,23 +9,21 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .config import TokenizerConfig
-from .errors import UserError, imported
+from .errors import UserError, explained_as, imported
 from .models import taesd
 from .models.encoder import FAMILIES, EncoderConfig
 from .models.frozen import Encoding, ForeignEncoder, GaussianMoments, UnitRange
+from .words import did_you_mean
 
 Foreign = str | ForeignEncoder | Callable[[Tensor], Encoding]
 """What `as_encoder` takes; an autoencoder of diffusers is a callable too."""
@@ -101,15 +99,13 @@ def split_spec(spec: str) -> tuple[str, str]:
     before, colon, behind = spec.partition(":")
     if not separator and colon and before in FAMILIES:
         raise UserError(f"encoder {spec!r} is not KIND=WHERE: write {before}={behind}")
-    near = difflib.get_close_matches(kind, FAMILIES, n=1) if separator else []
-    hint = f"did you mean {near[0]}={where}?" if near else f"choose a KIND of {', '.join(FAMILIES)}"
+    hint = did_you_mean(kind if separator else "", FAMILIES, f"choose a KIND of {', '.join(FAMILIES)}")
     raise UserError(f"encoder {spec!r} is not KIND=WHERE of a known kind: {hint}")
 
 
 def _where(kind: str) -> str:
-    if kind == "custom":
-        return "MODULE:NAME of a callable"
-    return "the folder with taef2_encoder.safetensors" if kind == "taef2" else "a folder or a Hub id"
+    others = {"custom": "MODULE:NAME of a callable", "taef2": "the folder with taef2_encoder.safetensors"}
+    return others.get(kind, "a folder or a Hub id")
 
 
 def _from_spec(kind: str, where: str) -> ForeignEncoder:
@@ -192,13 +188,10 @@ def _of_callable(call: Callable[[Tensor], Encoding], source: str = "") -> Foreig
 def _imported(where: str) -> Callable[[Tensor], Encoding]:
     """The callable MODULE:NAME. Only what the user names is imported, never what a model's configuration names."""
     module, _, name = where.partition(":")
-    try:
+    remedy = "give MODULE:NAME of a callable, with the module's folder in PYTHONPATH"
+    errors = (ImportError, AttributeError, ValueError)
+    with explained_as(f"encoder custom={where} could not be imported", remedy, errors):
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"encoder custom={where} could not be imported ({error}): give MODULE:NAME of a callable, with the "
-            "module's folder in PYTHONPATH"
-        ) from None
     if not callable(found) or isinstance(found, type):
         raise UserError(f"encoder custom={where} is {found!r}: name a callable that takes images, such as a function")
     return found
@@ -207,22 +200,19 @@ def _imported(where: str) -> Callable[[Tensor], Encoding]:
 # ---- files ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Architecture:
+class Architecture(NamedTuple):
     """A class of diffusers and its standard shape, for random weights."""
 
     name: str
     """The class."""
-    shape: dict[str, Any] = field(default_factory=dict)
+    shape: dict[str, Any]
     """Arguments that differ from the class's own defaults."""
-    what: str = ""
-    """Whose shape it is."""
 
 
 _SANA_BLOCKS = ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3
 
 ARCHITECTURES = {
-    "kl": Architecture(
+    "kl": Architecture(  # Stable Diffusion's
         "AutoencoderKL",
         {
             "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -231,10 +221,9 @@ ARCHITECTURES = {
             "layers_per_block": 2,
             "latent_channels": 4,
         },
-        "Stable Diffusion's",
     ),
-    "tiny": Architecture("AutoencoderTiny", {}, "TAESD's"),
-    "dc": Architecture(
+    "tiny": Architecture("AutoencoderTiny", {}),
+    "dc": Architecture(  # Sana's, factor 32
         "AutoencoderDC",
         {
             "encoder_block_types": _SANA_BLOCKS,
@@ -242,10 +231,9 @@ ARCHITECTURES = {
             "upsample_block_type": "interpolate",
             "downsample_block_type": "conv",
         },
-        "Sana's, factor 32",
     ),
-    "consistency": Architecture("ConsistencyDecoderVAE", {}, "the published one's"),
-    "flux2": Architecture("AutoencoderKLFlux2", {}, "FLUX.2's"),
+    "consistency": Architecture("ConsistencyDecoderVAE", {}),
+    "flux2": Architecture("AutoencoderKLFlux2", {}),
 }
 
 
@@ -279,12 +267,8 @@ def coding_parts(vae: Any) -> tuple[nn.Module, nn.Module]:
 
 def _class(name: str) -> Any:
     diffusers = imported("diffusers", f"{name} needs diffusers: pip install 'monobath[diffusers]'")
-    try:
+    with explained_as(f"diffusers {diffusers.__version__} has no {name}", "pip install --upgrade diffusers"):
         return getattr(diffusers, name)
-    except (AttributeError, ImportError, RuntimeError) as error:
-        raise UserError(
-            f"diffusers {diffusers.__version__} has no {name} ({error}): pip install --upgrade diffusers"
-        ) from None
 
 
 def load_autoencoder(kind: str, where: str) -> Any:
@@ -300,7 +284,11 @@ def load_autoencoder(kind: str, where: str) -> Any:
     """
     cls = _class(ARCHITECTURES[kind].name)
     path, options = _place(where)
-    try:
+    remedy = (
+        "give a folder that save_pretrained wrote or a Hub id (offline, one that is in the cache); "
+        f'"{kind}=random" measures the speed alone'
+    )
+    with explained_as(f"{kind}={where} could not be loaded as an {cls.__name__}", remedy):
         config = cls.load_config(path, **options)
         found = config.get("_class_name", cls.__name__)
         if found != cls.__name__:
@@ -308,14 +296,6 @@ def load_autoencoder(kind: str, where: str) -> Any:
             remedy = f"write {near[0]}={where}" if near else f"only {', '.join(ARCHITECTURES)} are read"
             raise UserError(f"{kind}={where} holds an {found}, not an {cls.__name__}: {remedy}")
         vae, loaded = cls.from_pretrained(path, **options, output_loading_info=True, low_cpu_mem_usage=False)
-    except UserError:
-        raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(
-            f"{kind}={where} could not be loaded as an {cls.__name__} ({reason}): give a folder that save_pretrained "
-            f'wrote or a Hub id (offline, one that is in the cache); "{kind}=random" measures the speed alone'
-        ) from None
     wrong = [f"{key.removesuffix('_keys')}: {', '.join(map(str, names[:4]))}" for key, names in loaded.items() if names]
     if wrong:  # diffusers would go on with random values
         raise UserError(f"{kind}={where} does not fit the {cls.__name__} of its configuration: {'; '.join(wrong)}")
@@ -344,9 +324,7 @@ def read_taesd(family: str, folder: str, part: str) -> nn.Sequential:
     file = Path(folder).expanduser() / f"{family}_{part}.safetensors"
     if not file.is_file():
         raise UserError(f"{file} does not exist: give the folder that holds {file.name}")
-    try:
+    with explained_as(f"{file} is not a readable safetensors file", "fetch it again"):
         state = load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{file} is not a readable safetensors file ({error}): fetch it again") from None
     build = taesd.encoder_from_state if part == "encoder" else taesd.decoder_from_state
     return build(state, str(file))

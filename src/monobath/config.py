@@ -6,7 +6,6 @@ import dataclasses
 import types
 import typing
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -152,7 +151,7 @@ class TokenizerConfig:
             stages: `sampler.stages`, whatever the values say; 0: what they say.
         """
         values = dict(values)
-        with _describing("tokenizer"):
+        with explained_as("not a tokenizer configuration of this version"):
             if stages:
                 values["sampler"] = values["sampler"] | {"stages": stages}
             channels = values.pop("kl_decoder", None)  # as it was written before decoders had kinds
@@ -173,7 +172,7 @@ def config_of(kind: type[T], values: Mapping[str, Any], parts: Mapping[str, Call
     Raises:
         UserError: an unknown key, which the message names, or values that cannot be.
     """
-    with _describing(what):
+    with explained_as(f"not a {what} configuration of this version"):
         return check_types(kind(**{k: parts[k](**v) if k in parts else v for k, v in values.items()}))
 
 
@@ -210,8 +209,3 @@ def _is_a(value: Any, kind: Any) -> bool:
 
 def _name(kind: Any) -> str:
     return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
-
-
-def _describing(what: str) -> AbstractContextManager[None]:
-    """Within, whatever stored values make a configuration raise becomes a `UserError`."""
-    return explained_as(f"not a {what} configuration of this version")

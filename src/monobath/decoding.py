@@ -16,14 +16,14 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, cast, get_args
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from . import resources
 from .decoders import Features, PixelDecoder
-from .errors import UserError
+from .errors import UserError, check_choice, check_choices
 from .sampling import Noise, draw_noise, seeds_for, time_grid
 from .scales import ScaleSchedule, Stage, noise_pyramid
 from .tiles import Layout, assembled, pad_to_multiple, plan
@@ -54,8 +54,7 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.power <= 0:
             raise UserError(f"sampler: steps={self.steps} must be at least 1 and power={self.power} above 0")
-        if self.noise not in ("gaussian", "zero"):
-            raise UserError(f'sampler.noise is {self.noise!r}: choose "gaussian" or "zero"')
+        check_choices("sampler", self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,12 +113,10 @@ class Decoding:
             raise UserError(f"size={tuple(size)} does not fit latents of {tuple(z.shape)}: at most {full}")
         if self.overlap is not None and self.tile is None:
             raise UserError(f"overlap={self.overlap} without tile: give the side of the tiles too")
-        if self.output not in ("tensor", "pil", "uint8"):
-            raise UserError(f'output={self.output!r}: choose "tensor", "pil" or "uint8"')
+        check_choice("output", self.output, Output)
         made = {name: getattr(sampler, name) for name in ("steps", "power", "noise", "guidance", "stages")}
         made |= {name: value for name in made if (value := getattr(self, name)) is not None}
-        if made["noise"] not in get_args(Noise):
-            raise UserError(f'noise={made["noise"]!r}: choose "gaussian" or "zero"')
+        check_choice("noise", made["noise"], Noise)
         if decoder.fixed is not None:
             if (made["steps"], made["noise"]) != (1, decoder.fixed):
                 remedy = "leave steps and noise out" if decoder.trains else "use the original one"
@@ -137,12 +134,8 @@ class Decoding:
             raise UserError(
                 f"guidance={made['guidance']}: this tokenizer decodes at full resolution at once, without guidance"
             )
-        try:
-            time_grid(made["steps"], made["power"])
-            seeds = seeds_for(self.seed, len(z))
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        return dataclasses.replace(self, size=size, seed=seeds, **made)
+        time_grid(made["steps"], made["power"])
+        return dataclasses.replace(self, size=size, seed=seeds_for(self.seed, len(z)), **made)
 
 
 def predictor(decoder: PixelDecoder, z: Tensor, guidance: float = 1.0, *, apart: bool = False) -> Predict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 class UserError(ValueError):
@@ -21,6 +21,20 @@ def check_least(least: float, values: Mapping[str, float | None]) -> None:
     for name, value in values.items():
         if value is not None and value < least:
             raise UserError(f"{name} is {value}: it must be at least {least}")
+
+
+def check_choice(name: str, value: object, kinds: Any) -> None:
+    """Raise `UserError` unless the named value is one of a `Literal`'s."""
+    if value not in get_args(kinds):
+        choices = " or ".join(f'"{kind}"' for kind in get_args(kinds))
+        raise UserError(f"{name} is {value!r}: choose {choices}")
+
+
+def check_choices(section: str, config: object) -> None:
+    """The same of all fields of a dataclass that are `Literal`s."""
+    for name, kind in get_type_hints(type(config)).items():
+        if get_origin(kind) is Literal:
+            check_choice(f"{section}.{name}", getattr(config, name), kind)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .errors import UserError, check_choice
 from .flow import Prediction, euler_step
 
 Noise = Literal["gaussian", "zero"]
@@ -23,11 +24,11 @@ MOST_STEPS = 100_000
 def time_grid(steps: int, power: float = 2.0) -> Tensor:
     """The `steps + 1` times of the sampler, from 1 to 0, float64. power > 1 puts more steps near the image."""
     if steps < 1:
-        raise ValueError(f"steps={steps}: sampling needs at least one step")
+        raise UserError(f"steps={steps}: sampling needs at least one step")
     if steps > MOST_STEPS:
-        raise ValueError(f"steps={steps}: sampling takes at most {MOST_STEPS:,} steps")
+        raise UserError(f"steps={steps}: sampling takes at most {MOST_STEPS:,} steps")
     if not 0 < power < math.inf:
-        raise ValueError(f"power={power}: the exponent of the time grid must be positive")
+        raise UserError(f"power={power}: the exponent of the time grid must be positive")
     return torch.linspace(1, 0, steps + 1, dtype=torch.float64) ** float(power)
 
 
@@ -35,14 +36,14 @@ def seeds_for(seed: int | Sequence[int], batch: int) -> list[int]:
     """One seed a sample: an int s means s, s + 1, …; a sequence is taken as it is.
 
     Raises:
-        ValueError: a sequence of another length than the batch.
+        UserError: a sequence of another length than the batch.
     """
     if not hasattr(seed, "__len__") or getattr(seed, "ndim", 1) == 0:
         first = operator.index(seed)  # type: ignore[arg-type]  # any integer type, numpy's and 0-d tensors too
         return [first + i for i in range(batch)]
     seeds = [operator.index(s) for s in seed]  # type: ignore[union-attr]
     if len(seeds) != batch:
-        raise ValueError(f"seed has {len(seeds)} entries for a batch of {batch}: give one a sample, or one int")
+        raise UserError(f"seed has {len(seeds)} entries for a batch of {batch}: give one a sample, or one int")
     return seeds
 
 
@@ -53,8 +54,7 @@ def draw_noise(shape: Sequence[int], seeds: Sequence[int], kind: Noise = "gaussi
     """
     if kind == "zero":
         return torch.zeros(len(seeds), *shape)
-    if kind != "gaussian":
-        raise ValueError(f'noise={kind!r}: choose "gaussian" or "zero"')
+    check_choice("noise", kind, Noise)
     return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
 

@@ -17,9 +17,8 @@ training, and a sample's noise is the same for any S.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -141,38 +140,22 @@ class Stage:
         return (1 - tau) * (1 - self.end), tau * (1 - self.start) if self.start < 1 else None
 
 
-@dataclass(frozen=True)
-class ScaleSchedule:
+class ScaleSchedule(tuple[Stage, ...]):
     """The stages, `schedule[0]` … `schedule[S − 1]`, and what happens between them.
+
+    The time axis is cut into equal windows, e_s = 1 − (s+1)/S; σ_0 = 1 and σ_{s+1} = 2·e_s / (1 + e_s), the noise level
+    after the hand-over.
 
     Raises:
         ValueError: fewer than one stage.
     """
 
-    stages: int
-
-    def __post_init__(self) -> None:
-        if self.stages < 1:
-            raise ValueError(f"stages={self.stages}: there is at least one")
-
-    def __len__(self) -> int:
-        return self.stages
-
-    def __iter__(self) -> Iterator[Stage]:
-        return (self[s] for s in range(self.stages))
-
-    def __getitem__(self, s: int) -> Stage:
-        if not 0 <= s < self.stages:
-            raise IndexError(f"stage {s} of {self.stages}")
-        return Stage(s, self.start(s), self.end(s))
-
-    def end(self, s: int) -> float:
-        """e_s = 1 − (s+1)/S: the time axis in equal windows."""
-        return 1 - (s + 1) / self.stages
-
-    def start(self, s: int) -> float:
-        """σ_0 = 1; σ_{s+1} = 2·e_s / (1 + e_s): the noise level after the hand-over."""
-        return 1.0 if s == 0 else 2 * self.end(s - 1) / (1 + self.end(s - 1))
+    def __new__(cls, stages: int) -> ScaleSchedule:
+        if stages < 1:
+            raise ValueError(f"stages={stages}: there is at least one")
+        ends = [1 - (s + 1) / stages for s in range(stages)]
+        starts = [1.0, *(2 * e / (1 + e) for e in ends[:-1])]
+        return super().__new__(cls, map(Stage, range(stages), starts, ends))
 
     def hand_over(self, state: Tensor, s: int, white: Tensor) -> Tensor:
         """End of stage s, `(B, 3, h, w)` → start of stage s + 1, `(B, 3, 2h, 2w)`.
@@ -183,12 +166,12 @@ class ScaleSchedule:
         Args:
             white: white noise of the next stage's size, of which the block noise is made.
         """
-        e = self.end(s)
+        e = self[s].end
         return up(state) / (1 + e) + math.sqrt(3) * e / (1 + e) * block_noise(white)
 
     def size(self, s: int, size: tuple[int, int]) -> tuple[int, int]:
         """(h, w) of stage s for a picture of `size` = (H, W), rounded up."""
-        divisor = 2 ** (self.stages - 1 - s)
+        divisor = 2 ** (len(self) - 1 - s)
         return -(-size[0] // divisor), -(-size[1] // divisor)
 
     def unit(self, factor: int, token_side: int) -> int:
@@ -198,18 +181,4 @@ class ScaleSchedule:
             factor: pixels a latent position, a power of two.
             token_side: pixels a token, a power of two.
         """
-        return 2 ** (self.stages - 1) * max(1, token_side // factor)
-
-
-def integrate(predict: Predict, state: Tensor, stage: Stage, times: Sequence[Tensor], kind: Prediction) -> Tensor:
-    """Euler steps within a stage.
-
-    Args:
-        times: local times `(B,)` each, from the state's down to the last.
-
-    Returns:
-        The state at the last time.
-    """
-    for tau, tau_next in itertools.pairwise(times):
-        state = stage.step(predict(state, stage.level(tau), stage.index), state, tau, tau_next, kind)
-    return state
+        return 2 ** (len(self) - 1) * max(1, token_side // factor)

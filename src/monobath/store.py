@@ -6,19 +6,19 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import resources
 from ._version import __version__
-from .errors import UserError, reason
+from .errors import UserError, explained_as
 from .files import write_folder
 
 DIGEST = "model_sha256"
@@ -40,7 +40,10 @@ def locate(name: str | os.PathLike[str], **hub: Any) -> tuple[Path, int]:
     packaged = resources.weights_path(str(name))
     if packaged is not None or Path(name).exists():
         return packaged or Path(name), resources.weights_stages(str(name))
-    try:
+    missing = (
+        f"it is not packaged ({', '.join(resources.weights_names())}), not an existing path, and could not be fetched"
+    )
+    with explained_as(f"no tokenizer {str(name)!r}: {missing} from the Hub"):
         folder = snapshot_download(
             str(name),
             allow_patterns=["config.json", "model.safetensors"],
@@ -48,12 +51,6 @@ def locate(name: str | os.PathLike[str], **hub: Any) -> tuple[Path, int]:
             library_version=__version__,
             **hub,
         )
-    except (HFValidationError, HfHubHTTPError, OSError, ValueError) as error:
-        known, reason = ", ".join(resources.weights_names()), str(error).strip().splitlines()[0]
-        raise UserError(
-            f"no tokenizer {str(name)!r}: it is not packaged ({known}), not an existing path, and could not be fetched "
-            f"from the Hub ({reason})"
-        ) from None
     return Path(folder), 0
 
 
@@ -120,7 +117,7 @@ def read(path: Path, format: str, what: str) -> tuple[dict[str, Any], dict[str, 
             `config.json` was written with.
     """
     config, said = read_config(path, format, what), stored(path, format, what).get(DIGEST)
-    try:
+    with _reading(path):
         if said is not None and said != _sha256(_weights_of(path)):
             raise UserError(
                 f"{path}: model.safetensors is not the file that config.json was written with: fetch or save both "
@@ -128,8 +125,6 @@ def read(path: Path, format: str, what: str) -> tuple[dict[str, Any], dict[str, 
             )
         with safe_open(_weights_of(path), framework="pt") as opened:
             return config, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise _corrupt(path, error) from None
 
 
 def read_config(path: Path, format: str, what: str) -> dict[str, Any]:
@@ -140,14 +135,12 @@ def read_config(path: Path, format: str, what: str) -> dict[str, Any]:
 
 def stored(path: Path, format: str, what: str) -> dict[str, Any]:
     """All that `config.json` says, such as what `write` was given as `extra`, under "training"; likewise."""
-    try:
+    with _reading(path):
         with safe_open(_weights_of(path), framework="pt") as opened:
             inside = (opened.metadata() or {}).get("config")
         beside = path / "config.json"
         text = beside.read_text(encoding="utf-8") if path.is_dir() and beside.is_file() else inside
         config = json.loads(text) if text else None
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise _corrupt(path, error) from None
     if not isinstance(config, dict) or config.get("format") != format:
         found = config.get("format") if isinstance(config, dict) else None
         raise UserError(f"{path} is not a monobath {what} (format {found!r}, expected {format!r})")
@@ -166,5 +159,5 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _corrupt(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} is corrupt or not a monobath checkpoint ({reason(error)}): fetch or save it again")
+def _reading(path: Path) -> AbstractContextManager[None]:
+    return explained_as(f"{path} is corrupt or not a monobath checkpoint", "fetch or save it again")

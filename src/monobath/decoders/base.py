@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UserError, check_least
+from ..errors import UserError, check_choices, check_least
 from ..flow import Prediction
-from ..models.blocks import Checkpointed, Conv2d, Padding, check_padding, cosine_basis, resample_to, zero_init
+from ..models.blocks import Checkpointed, Conv2d, Padding, cosine_basis, resample_to, zero_init
 from ..models.taesd import CHANNELS as TRUNK_CHANNELS
 from ..models.taesd import FACTOR as TRUNK_FACTOR
 from ..models.taesd import TRUNKS, Trunk
@@ -58,6 +58,7 @@ class DecoderShape:
         if self.factor < 1 or self.factor & (self.factor - 1):
             raise UserError(f"decoder.factor is {self.factor}: it must be a power of two")
         check_least(1, {"decoder.latent_channels": self.latent_channels})
+        check_choices("decoder", self)
         if self.trunk and (self.trunk not in TRUNKS or self.factor != TRUNK_FACTOR):
             raise UserError(
                 f"decoder.trunk is {self.trunk} at factor {self.factor}: choose of {', '.join(map(str, TRUNKS))} "
@@ -122,7 +123,6 @@ class WrappedShape(DecoderShape):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_padding("decoder.padding", self.padding)
         if self.linear_skip and self.prediction != "x":
             raise UserError('decoder.linear_skip needs decoder.prediction "x"')
         if self.residual < 0 or (self.residual and self.prediction != "x"):

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ..errors import UserError, imported
-from ..models.blocks import Conv2d, Padding, check_padding, norm_groups
+from ..models.blocks import Conv2d, Padding, norm_groups
 from .base import DecoderShape, Features, PixelDecoder
 
 
@@ -28,7 +28,6 @@ class KLConfig(DecoderShape):
     """What convolutions read beyond the edge of the picture; the published one: zeros."""
 
     def __post_init__(self) -> None:
-        check_padding("decoder.padding", self.padding)
         if not self.channels or 2 ** (len(self.channels) - 1) != self.factor:
             levels = self.factor.bit_length()
             raise UserError(f"decoder.channels is {self.channels}: factor {self.factor} needs {levels} levels")

@@ -71,10 +71,6 @@ class UViTConfig(UNetShape):
         super().__post_init__()
         if self.channels[-1] % max(1, self.heads):
             raise UserError(f"decoder.heads={self.heads} does not divide the deepest width {self.channels[-1]}")
-        if self.norm not in ("group", "local"):
-            raise UserError(f'decoder.norm is {self.norm!r}: choose "group" or "local"')
-        if self.upsampling not in ("nearest", "shuffle"):
-            raise UserError(f'decoder.upsampling is {self.upsampling!r}: choose "nearest" or "shuffle"')
 
     def _fill_from_size(self) -> None:
         name, _, patch = self.size.partition("/")

@@ -195,11 +195,8 @@ class Generator(nn.Module):
             velocity: Callable[[Tensor, Tensor], Tensor] = lambda x_t, t: network(x_t, t, None)  # noqa: E731
         else:
             velocity = guided(network, numbers, self.dit.null, scale=guidance, interval=interval)
-        try:
-            noise = draw_noise((dit.latent_channels, *size), seeds_for(seed, len(labels))).to(self.device)
-            z = euler(velocity, noise, kind="v", steps=steps, power=sampler.power, callback=callback)
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        noise = draw_noise((dit.latent_channels, *size), seeds_for(seed, len(labels))).to(self.device)
+        z = euler(velocity, noise, kind="v", steps=steps, power=sampler.power, callback=callback)
         return self.denormalise(z)
 
     # ---- files ----------------------------------------------------------------------------------

@@ -10,19 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import UserError
-
 M = TypeVar("M", bound=nn.Module)
 
 Padding = Literal["zeros", "replicate"]
 """What a convolution reads beyond the edge of its map. zeros: the published networks. replicate: the nearest value, so
 that a flat area looks the same at the edge as inside, and a network trained on small crops holds on large pictures."""
-
-
-def check_padding(name: str, padding: str) -> None:
-    """Raises UserError unless `padding` is one of `Padding`; `name` is the setting's."""
-    if padding not in ("zeros", "replicate"):
-        raise UserError(f'{name} is {padding!r}: choose "zeros" or "replicate"')
 
 
 class Checkpointed(nn.Module):

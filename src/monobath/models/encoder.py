@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UserError, check_least
+from ..errors import UserError, check_choices, check_least
 from ..words import did_you_mean
-from .blocks import Checkpointed, Conv2d, Padding, check_padding, cosine_basis, norm_groups, replicated
+from .blocks import Checkpointed, Conv2d, Padding, cosine_basis, norm_groups, replicated
 
 FAMILIES = {
     "kl": "diffusers' AutoencoderKL",
@@ -71,7 +71,7 @@ class EncoderConfig:
                 raise UserError(f"encoder.{name} is {value}: it must be a power of two")
         if self.patch > self.factor:
             raise UserError(f"encoder.patch={self.patch} is above encoder.factor={self.factor}: lower the patch")
-        check_padding("encoder.padding", self.padding)
+        check_choices("encoder", self)
         check_least(1, {"encoder.latent_channels": self.latent_channels})
         if self.family:
             return

@@ -11,6 +11,7 @@ that takes many steps in each, after MSD (arXiv 2603.19570), whose published for
 
 from __future__ import annotations
 
+import itertools
 from functools import partial, reduce
 from typing import Any
 
@@ -21,7 +22,7 @@ from ... import flow
 from ...decoding import predictor
 from ...errors import UserError
 from ...sampling import euler, time_grid
-from ...scales import ScaleSchedule, image_pyramid, integrate, noise_pyramid
+from ...scales import ScaleSchedule, image_pyramid, noise_pyramid
 from ...tokenizer import Tokenizer
 from ..config import DistillConfig, LossConfig, ScalesConfig
 from .base import AutoencoderObjective, Batch, Draws, Losses, tap
@@ -78,13 +79,8 @@ class DistillationObjective(AutoencoderObjective):
     def sample(self, noise: Tensor, z: Tensor) -> Tensor:
         """The teacher's N-step sample from (noise, z): float32 `(B, 3, H, W)`, not clipped."""
         decoder = self.teacher.decoder
-        return euler(
-            lambda x_t, t: decoder(x_t, t, z).float(),
-            noise,
-            kind=decoder.prediction,
-            steps=self.steps,
-            power=self.power,
-        )
+        predict = lambda x_t, t: decoder(x_t, t, z).float()  # noqa: E731
+        return euler(predict, noise, kind=decoder.prediction, steps=self.steps, power=self.power)
 
 
 class StagedDistillation(DistillationObjective):
@@ -183,11 +179,12 @@ class StagedDistillation(DistillationObjective):
         """
         decoder, config = self.teacher.decoder, self.teacher.config
         given = predictor(decoder, z, config.sampler.guidance)
-        grid = time_grid(self.steps, self.power).to(device=tau.device, dtype=torch.float32)
-        return integrate(
-            lambda x, level, number: given(x, level, number).float(),
-            state.float(),
+        grid, path, state = (
+            time_grid(self.steps, self.power).float().to(tau.device),
             self.schedule[stage],
-            [tau * fraction for fraction in grid],
-            decoder.prediction,
+            state.float(),
         )
+        for now, after in itertools.pairwise(tau * fraction for fraction in grid):
+            prediction = given(state, path.level(now), stage).float()
+            state = path.step(prediction, state, now, after, decoder.prediction)
+        return state
