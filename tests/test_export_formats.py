@@ -68,7 +68,7 @@ def test_trained_unfolded_its_pictures_are_the_model_s(folder, tmp_path):
             parameter.add_(randn(*parameter.shape, seed=3), alpha=0.05 * float(parameter.std()))
     state, psnr = taef2_state(model)
     assert psnr > 90
-    own, z = taesd.decoder_from_state(state, "it"), randn(2, CHANNELS, 5, 7)
+    own, z = taesd.from_state("decoder", state, "it"), randn(2, CHANNELS, 5, 7)
     torch.testing.assert_close((2 * own(z) - 1).clamp(-1, 1), model.decode(z), atol=1e-4, rtol=0)
 
 

@@ -91,7 +91,7 @@ def reference(folders: dict[str, Path], kind: str, x: torch.Tensor) -> tuple[tor
     """Mean and log-variance, by the source's own code."""
     if kind == "taef2":
         file = folders[kind] / "taef2_encoder.safetensors"
-        return taesd.encoder_from_state(load_file(file), "")((x + 1) / 2), None
+        return taesd.from_state("encoder", load_file(file), "")((x + 1) / 2), None
     classes = {"kl": "AutoencoderKL", "flux2": "AutoencoderKLFlux2", "tiny": "AutoencoderTiny", "dc": "AutoencoderDC"}
     coded = getattr(diffusers, classes[kind]).from_pretrained(folders[kind]).eval().encode(x, return_dict=False)[0]
     return (coded, None) if isinstance(coded, torch.Tensor) else (coded.mean, coded.logvar)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -315,7 +315,7 @@ def _place(where: str) -> tuple[str, dict[str, Any]]:
     return "/".join(parts[:2]), {"subfolder": parts[2]} if len(parts) == 3 else {}
 
 
-def read_taesd(family: str, folder: str, part: str) -> nn.Sequential:
+def read_taesd(family: str, folder: str, part: Literal["encoder", "decoder"]) -> nn.Sequential:
     """The encoder or decoder of a TAESD autoencoder: `{family}_{part}.safetensors` in a folder.
 
     Raises:
@@ -326,5 +326,4 @@ def read_taesd(family: str, folder: str, part: str) -> nn.Sequential:
         raise UserError(f"{file} does not exist: give the folder that holds {file.name}")
     with explained_as(f"{file} is not a readable safetensors file", "fetch it again"):
         state = load_file(file)
-    build = taesd.encoder_from_state if part == "encoder" else taesd.decoder_from_state
-    return build(state, str(file))
+    return taesd.from_state(part, state, str(file))

@@ -39,7 +39,7 @@ def check_choices(section: str, config: object) -> None:
 
 @contextlib.contextmanager
 def explained_as(
-    text: str, remedy: str = "", errors: type[Exception] | tuple[type[Exception], ...] = Exception
+    text: str, remedy: str = "", errors: type[BaseException] | tuple[type[BaseException], ...] = Exception
 ) -> Iterator[None]:
     """Within, any error but a `UserError` becomes one: `text`, the reason in brackets and the remedy, on one line.
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..models.attention import windowed_attention
+from ..models.attention import Backend, windowed_attention
 from ..models.blocks import Checkpointed, Conv2d, norm_groups, resample_to, zero_init
 from .unet import UNet, UNetShape
 
@@ -60,13 +60,13 @@ class UViTConfig(UNetShape):
     upsampling: Literal["nearest", "shuffle"] = "nearest"
     """Between levels on the way up. nearest: enlarged, then a convolution (the paper's). shuffle: a convolution of the
     coarse map, whose channels become pixels: half the operations, and each of the four pixels has its own weights."""
-    attention: str = "auto"
+    attention: Backend = "auto"
     """Windowed attention backend: auto, dense or blocked. All give the same result."""
 
     def __post_init__(self) -> None:
         if self.down_blocks < 1 or self.reach < 0:
             raise UserError("decoder: down_blocks must be at least 1, reach at least 0")
-        if self.attention == "flex":  # FlexAttention, which earlier versions had
+        if str(self.attention) == "flex":  # FlexAttention, which earlier versions had
             self.attention = "auto"
         super().__post_init__()
         if self.channels[-1] % max(1, self.heads):
@@ -105,7 +105,7 @@ class UViTConfig(UNetShape):
 class TransformerBlock(nn.Module):
     """AdaLN → windowed self-attention → +; LayerNorm → GEGLU MLP → +. Tokens `(B, N, D)`."""
 
-    def __init__(self, dim: int, heads: int, reach: int, context: int, attention: str) -> None:
+    def __init__(self, dim: int, heads: int, reach: int, context: int, attention: Backend) -> None:
         super().__init__()
         self.heads, self.attention = heads, attention
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False)

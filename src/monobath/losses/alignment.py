@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..decoders import PixelDecoder
 from ..decoders.unet import UNet
 from ..decoders.uvit import Middle
-from ..errors import UserError, imported
+from ..errors import UserError, explained_as, imported
 from .perceptual import EffLiteDistance, Frozen
 
 
@@ -96,14 +96,9 @@ class DinoFeatures(Features):
         transformers = imported(
             "transformers", f"DINOv2 features need transformers: pip install 'monobath[repa]', {otherwise}"
         )
-        try:
+        remedy = f"set loss.repa_model to a local folder that holds it, {otherwise}, which works offline"
+        with explained_as(f"DINOv2 {name!r} could not be loaded", remedy, (OSError, ValueError)):
             self.model: Any = transformers.AutoModel.from_pretrained(name, use_safetensors=True).float()
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise UserError(
-                f"DINOv2 {name!r} could not be loaded ({reason}): set loss.repa_model to a local folder that holds it, "
-                f"{otherwise}, which works offline"
-            ) from None
         config = self.model.config
         if not isinstance(getattr(config, "patch_size", None), int):
             raise UserError(
@@ -121,17 +116,13 @@ class DinoFeatures(Features):
         return tokens[:, -h * w :].transpose(1, 2).unflatten(2, (h, w))
 
 
-def alignment_features(name: str, model: str = "facebook/dinov2-base") -> Features:
+def alignment_features(name: Literal["efflite", "dinov2"], model: str = "facebook/dinov2-base") -> Features:
     """The frozen network of that name: `efflite` (Lite0, offline) or `dinov2` (SSDD's), loaded from `model`.
 
     Raises:
-        UserError: the name is unknown, or what it needs is not there.
+        UserError: what it needs is not there.
     """
-    if name == "efflite":
-        return EffLiteFeatures()
-    if name == "dinov2":
-        return DinoFeatures(model)
-    raise UserError(f"loss.repa_features {name!r} is unknown: choose efflite or dinov2")
+    return EffLiteFeatures() if name == "efflite" else DinoFeatures(model)
 
 
 def tapped_block(decoder: PixelDecoder, number: int = 0) -> nn.Module:

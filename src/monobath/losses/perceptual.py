@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..errors import UserError, imported
+from ..errors import explained_as, imported
 
 Network = Literal["lite0", "lite2"]
 SIDES: dict[Network, int] = {"lite0": 224, "lite2": 260}
@@ -126,13 +126,9 @@ class LpipsDistance(Frozen):
         super().__init__()
         otherwise = "use the perceptual backbone efflite, which works offline"
         lpips = imported("lpips", f"LPIPS needs the lpips package: pip install 'monobath[lpips]', or {otherwise}")
-        try:
+        remedy = f"put them into the torch hub cache while online, or {otherwise}"
+        with explained_as(f"the {backbone} weights of LPIPS could not be loaded", remedy, OSError):  # urllib's, too
             self.model = lpips.LPIPS(net=backbone, verbose=False)
-        except OSError as error:  # urllib's errors are OSErrors
-            raise UserError(
-                f"the {backbone} weights of LPIPS could not be loaded ({error}): put them into the torch hub cache "
-                f"while online, or {otherwise}"
-            ) from None
         self.freeze()
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
@@ -141,17 +137,13 @@ class LpipsDistance(Frozen):
             return self.model(a.float(), b.float()).flatten()
 
 
-def perceptual_distance(name: str) -> nn.Module:
+def perceptual_distance(name: Literal["efflite", "lpips-vgg"]) -> nn.Module:
     """The distance of that name: `efflite` (Lite0, offline) or `lpips-vgg` (SSDD's).
 
     Raises:
-        UserError: the name is unknown, or what it needs is not installed.
+        UserError: what it needs is not installed.
     """
-    if name == "efflite":
-        return EffLiteDistance("lite0")
-    if name == "lpips-vgg":
-        return LpipsDistance("vgg")
-    raise UserError(f"perceptual backbone {name!r} is unknown: choose efflite or lpips-vgg")
+    return EffLiteDistance("lite0") if name == "efflite" else LpipsDistance("vgg")
 
 
 def efficientnet_input(images: Tensor) -> Tensor:

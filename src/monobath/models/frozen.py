@@ -55,8 +55,9 @@ class ForeignEncoder(nn.Module):
         self.register_buffer("anchor", torch.empty(0), persistent=False)  # remembers device and type
         if isinstance(network, nn.Module):
             network.requires_grad_(False).eval()
-        elif network is not None:
-            network = _Uncopied(network)
+        elif network is not None:  # copies of a model share a function, since what it calls may not be copied
+            call = network
+            network = lambda x: call(x)  # noqa: E731
         self._network = (network,)  # in a tuple: no submodule
 
     @property
@@ -118,19 +119,6 @@ class UnitRange(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.encoder((x + 1) / 2)
-
-
-class _Uncopied:
-    """A callable that is no module: copies of a model share it, since it may hold what cannot be copied."""
-
-    def __init__(self, call: Callable[[Tensor], Encoding]) -> None:
-        self.call = call
-
-    def __call__(self, x: Tensor) -> Encoding:
-        return self.call(x)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Uncopied:
-        return self
 
 
 def make_encoder(config: EncoderConfig) -> Encoder | ForeignEncoder:

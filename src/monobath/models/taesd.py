@@ -8,13 +8,13 @@ loads strictly. Images are in [0, 1], unlike everywhere else in monobath; latent
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import explained_as
 from .loading import load_strictly
 
 FACTOR = 8
@@ -163,30 +163,16 @@ def taesd_decoder(latent_channels: int, channels: int = 64) -> nn.Sequential:
     return nn.Sequential(*layers, Block(channels), conv(channels, 3))
 
 
-def encoder_from_state(state: Mapping[str, Tensor], what: str) -> nn.Sequential:
-    """Build the encoder behind a state dict, in float32 and evaluation mode; sizes are read from the shapes.
+def from_state(part: Literal["encoder", "decoder"], state: Mapping[str, Tensor], what: str) -> nn.Sequential:
+    """Build the encoder or decoder behind a state dict, in float32 and evaluation mode; its shapes tell the sizes.
 
     Raises:
         UserError: another architecture; the message starts with `what` and says what does not fit.
     """
-    first, last = _shape(state, "0.weight", what), _shape(state, "14.weight", what)
-    return _load(taesd_encoder(latent_channels=last[0], channels=first[0]), state, what)
-
-
-def decoder_from_state(state: Mapping[str, Tensor], what: str) -> nn.Sequential:
-    """Build the decoder behind a state dict, likewise."""
-    first = _shape(state, "1.weight", what)
-    return _load(taesd_decoder(latent_channels=first[1], channels=first[0]), state, what)
-
-
-def _shape(state: Mapping[str, Tensor], name: str, what: str) -> tuple[int, ...]:
-    tensor = state.get(name)
-    if tensor is None or tensor.ndim != 4:
-        found = "is missing" if tensor is None else f"is {tuple(tensor.shape)}"
-        raise UserError(f"{what} does not fit the model: {name}, a 3×3 convolution of this architecture, {found}")
-    return tuple(tensor.shape)
-
-
-def _load(model: nn.Sequential, state: Mapping[str, Tensor], what: str) -> nn.Sequential:
+    make, first, last = (taesd_encoder, "0", "14") if part == "encoder" else (taesd_decoder, "1", "1")
+    told = f"{what} does not fit the model: {first}.weight or {last}.weight is no 3×3 convolution of this architecture"
+    with explained_as(told):
+        channels, latent_channels = len(state[f"{first}.weight"]), state[f"{last}.weight"].shape[part == "decoder"]
+    model = make(latent_channels, channels)
     load_strictly(model, state, what)
     return model.eval()

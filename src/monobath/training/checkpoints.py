@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -15,7 +16,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..errors import UserError, reason
+from ..errors import UserError, explained_as, reason
 from ..files import write_folder, write_text
 from ..models.loading import load_strictly
 from .ema import EMA
@@ -37,14 +38,11 @@ def claim(run: Path, recipe: dict[str, Any], has_model: Callable[[Mapping[str, A
     """
     file, recipe = run / "config.yaml", json.loads(json.dumps(recipe))
     if file.is_file():
-        try:
+        with explained_as(f"{file} is corrupt", "choose another --run"):
             before = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise UserError(f"{file} is corrupt ({' '.join(str(error).split())}): choose another --run") from None
-        try:
+        ours = False
+        with contextlib.suppress(UserError, TypeError, KeyError, AttributeError):
             ours = has_model(before)
-        except (UserError, TypeError, KeyError, AttributeError):
-            ours = False
         if latest(run) and not ours:
             raise UserError(f"{run} holds a run of another model: choose another --run, or delete that folder")
         changed = [name for name in recipe if name != "trains" and _differ(before, recipe, name)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..errors import UserError
+from ..errors import UserError, check_choices
 from ..images import MAX_PIXELS
 
 
@@ -124,6 +124,7 @@ class LossConfig:
         weights = ("flow", "time_power", "perceptual", "pooled", "grid", "kl", "repa", "adversarial", "adversarial_lr")
         at_least(0, "loss", self, *weights, "repa_hidden")
         fractions("loss", self, "adversarial_start")
+        check_choices("loss", self)
 
 
 @dataclass(kw_only=True)

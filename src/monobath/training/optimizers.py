@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import imported
 from .config import OptimizerConfig
 
 
@@ -41,13 +41,8 @@ def make_optimizer(
     betas = (config.betas[0], config.betas[1])
     if config.kind == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
-    try:
-        from schedulefree import RAdamScheduleFree
-    except ImportError:
-        raise UserError(
-            "optimizer.kind radam_schedulefree needs schedulefree: pip install 'monobath[train]', or use adamw"
-        ) from None
-    optimizer = RAdamScheduleFree(groups, lr=config.lr, betas=betas)
+    lacking = "optimizer.kind radam_schedulefree needs schedulefree: pip install 'monobath[train]', or use adamw"
+    optimizer = imported("schedulefree", lacking).RAdamScheduleFree(groups, lr=config.lr, betas=betas)
     optimizer.train()
     return optimizer
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..errors import UserError
+from ..errors import UserError, imported
 from .recipe import Recipe
 
 
@@ -18,21 +18,15 @@ def make_accelerator(recipe: Recipe) -> Any:
     Raises:
         UserError: accelerate is not installed, or float16 without a GPU.
     """
-    try:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-        from accelerate.utils import DistributedDataParallelKwargs
-    except ImportError:
-        raise UserError("training needs accelerate: pip install 'monobath[train]'") from None
+    accelerate = imported("accelerate", "training needs accelerate: pip install 'monobath[train]'")
     precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[recipe.training.precision]
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError('training.precision is "fp16", which needs a GPU: use bf16 or fp32')
     # accelerate remembers the precision of a process' first run; a second run may want another.
-    AcceleratorState._reset_state()
+    accelerate.state.AcceleratorState._reset_state()
     _rejoin()
-    return Accelerator(
-        mixed_precision=precision, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
-    )
+    kept_apart = accelerate.DistributedDataParallelKwargs(broadcast_buffers=False)
+    return accelerate.Accelerator(mixed_precision=precision, kwargs_handlers=[kept_apart])
 
 
 def _rejoin() -> None:

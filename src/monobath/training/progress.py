@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import json
 import logging
 import math
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from ..files import write_text
 log = logging.getLogger(__name__)
 
 
-class Progress:
+class Progress(contextlib.ExitStack):
     """Progress of a run, from `start` to `steps`.
 
     In a terminal: a bar with images/s and the time left. Elsewhere: a log line at most every 30 seconds. Lines of
@@ -29,6 +30,7 @@ class Progress:
     """
 
     def __init__(self, steps: int, start: int, run: Path, *, enabled: bool) -> None:
+        super().__init__()
         self.steps, self.step, self.run, self.enabled = steps, start, run, enabled
         self.images, self.began = 0, time.perf_counter()
         self.latest: dict[str, float] = {}
@@ -39,11 +41,11 @@ class Progress:
         if not self.enabled:
             return self
         _trim(self.run / "metrics.jsonl", self.step or -1)  # a run that starts anew writes its step 0 anew
-        self.file = open(self.run / "metrics.jsonl", "a", encoding="utf-8")
+        self.file = self.enter_context(open(self.run / "metrics.jsonl", "a", encoding="utf-8"))
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(self.run), purge_step=self.step)
+            self.board = self.enter_context(SummaryWriter(str(self.run), purge_step=self.step))
         except ImportError:
             log.warning("TensorBoard is not installed: only metrics.jsonl is written")
         console = Console(stderr=True)
@@ -53,17 +55,8 @@ class Progress:
             console=console, disable=not console.is_terminal, speed_estimate_period=300,
         )  # fmt: skip
         self.task = self.bar.add_task("training", total=self.steps, completed=self.step)
-        self.bar.start()
+        self.enter_context(self.bar)
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.enabled:
-            self.bar.stop()
-            self.file.close()
-            if self.board is not None:
-                self.board.close()
 
     @property
     def rate(self) -> float:
@@ -81,8 +74,8 @@ class Progress:
         now = time.perf_counter()
         if self.bar.disable and (now - self.told > 30 or self.step == self.steps):
             self.told = now
-            left = (self.steps - self.step) * images / max(1e-9, self.rate)
-            log.info("step %d/%d %s, %.1f images/s, %s left", self.step, self.steps, text, self.rate, _clock(left))
+            left = datetime.timedelta(seconds=round((self.steps - self.step) * images / max(1e-9, self.rate)))
+            log.info("step %d/%d %s, %.1f images/s, %s left", self.step, self.steps, text, self.rate, left)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Write one line of figures."""
@@ -109,15 +102,7 @@ def _trim(file: Path, step: int) -> None:
         return
     kept = []
     for line in file.read_text(encoding="utf-8").splitlines():
-        try:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # the line a killed process left half-written
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue  # the line a killed process left half-written
     write_text(file, "".join(line + "\n" for line in kept))
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

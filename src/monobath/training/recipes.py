@@ -9,12 +9,12 @@ converts values; a key that this kind does not have is an error that names the n
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import yaml
@@ -24,7 +24,7 @@ from .. import resources
 from ..autoencoders import as_encoder
 from ..config import SHARED, TokenizerConfig
 from ..decoders import KINDS, decoder_config
-from ..errors import UserError
+from ..errors import UserError, explained_as
 from ..tokenizer import Tokenizer
 from .config import DistillConfig, LossConfig, ScalesConfig
 from .recipe import DecoderRecipe, DistillationRecipe, Recipe, TokenizerRecipe
@@ -41,11 +41,11 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: no such recipe, not YAML, an unknown key, or a value of another type or outside its range.
     """
-    path, text = _read(name)
-    try:
+    path = resources.recipe_path(name)
+    with explained_as(f"{path} cannot be read", "a recipe is a YAML file in UTF-8", (OSError, UnicodeDecodeError)):
+        text = path.read_text(encoding="utf-8")
+    with explained_as(f"{path} is not valid YAML"):  # nor is a date that cannot be, or brackets without end
         content = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that cannot be, brackets without end
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         found = "empty" if content is None else f"a {type(content).__name__}"
         raise UserError(f"{path} is {found}: a recipe is a mapping such as 'training: {{steps: 1000}}'")
@@ -83,10 +83,8 @@ def _without_kl_decoder(content: dict[Any, Any], overrides: Sequence[str]) -> li
     for override in overrides:
         key, _, value = override.removeprefix("--").partition("=")
         if key == "model.kl_decoder" and isinstance(model, dict):
-            try:
+            with explained_as(f"{key} is {value!r}: expected a list of int, such as [1, 2]"):
                 model["kl_decoder"] = yaml.safe_load(value)
-            except yaml.YAMLError:
-                raise UserError(f"{key} is {value!r}: expected a list of int, such as [1, 2]") from None
         else:
             kept_overrides.append(override)
     if isinstance(model, dict) and (channels := model.pop("kl_decoder", None)):
@@ -131,30 +129,16 @@ def _own(content: dict[Any, Any], kind: type[Recipe]) -> dict[Any, Any]:
 
 def _idle(name: Any, value: Any) -> bool:
     """Whether a section has its defaults only."""
-    if name in ("init", "init_encoder"):
-        return not value
+    sections: dict[Any, Any] = {
+        "model": TokenizerConfig, "loss": LossConfig, "distill": DistillConfig, "scales": ScalesConfig
+    }  # fmt: skip
     if name == "generator":
         from .generation import GenerationConfig
 
-        section: Any = GenerationConfig
-    elif name in _SECTIONS:
-        section = _SECTIONS[name]
-    else:
-        return False
-    return isinstance(value, dict) and _build(section, dict(_flat(value))) == section()
-
-
-_SECTIONS: dict[Any, Any] = {
-    "model": TokenizerConfig, "loss": LossConfig, "distill": DistillConfig, "scales": ScalesConfig
-}  # fmt: skip
-
-
-def _read(name: str) -> tuple[Path, str]:
-    path = resources.recipe_path(name)
-    try:
-        return path, path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): a recipe is a YAML file in UTF-8") from None
+        sections[name] = GenerationConfig
+    if name not in sections:
+        return name in ("init", "init_encoder") and not value
+    return isinstance(value, dict) and _build(sections[name], dict(_flat(value))) == sections[name]()
 
 
 def _inherited(values: dict[str, Any]) -> dict[str, Any]:
@@ -169,13 +153,8 @@ def _inherited(values: dict[str, Any]) -> dict[str, Any]:
     model = Tokenizer.config_of(source)
     if "decoder" not in missing:  # another decoder: how the old one is sampled says nothing about it
         missing = ["encoder"]
-    found: dict[str, Any] = {}
-    for part in missing:
-        value = getattr(model, part)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            found |= {f"model.{part}.{name}": inner for name, inner in dataclasses.asdict(value).items()}
-        else:
-            found[f"model.{part}"] = value
+    parts_of = dataclasses.asdict(model)
+    found = {f"model.{part}.{name}": value for part in missing for name, value in parts_of[part].items()}
     if "decoder" not in missing:
         found |= {f"model.decoder.{name}": getattr(model.encoder, name) for name in ("factor", "latent_channels")}
     if model.encoder.family == "custom" and "encoder" in missing:
@@ -224,23 +203,18 @@ class _Schema:
         """A value from a file, as the type of `key`."""
         if value is None and type(None) in typing.get_args(self.types[key]):
             return None
-        try:
-            converted = self.parser.parse_object({key: value}, defaults=False)[key]
-        except ArgumentError:
-            converted = None
-        return self._checked(key, converted, value, where)
+        return self._checked(key, lambda: self.parser.parse_object({key: value}, defaults=False), value, where)
 
     def parse(self, key: str, text: str) -> Any:
         """A value from the command line, as the type of `key`."""
         if self.types[key] == list[str] and not text.startswith("["):
             return [text]
-        try:
-            converted = self.parser.parse_args([f"--{key}={text}"], defaults=False)[key]
-        except ArgumentError:
-            converted = None
-        return self._checked(key, converted, text, "")
+        return self._checked(key, lambda: self.parser.parse_args([f"--{key}={text}"], defaults=False), text, "")
 
-    def _checked(self, key: str, converted: Any, given: Any, where: str) -> Any:
+    def _checked(self, key: str, convert: Callable[[], Any], given: Any, where: str) -> Any:
+        converted = None
+        with contextlib.suppress(ArgumentError):
+            converted = convert()[key]
         # jsonargparse lets an empty value and NaN through.
         if converted is None or (isinstance(converted, float) and not math.isfinite(converted)):
             raise UserError(f"{key} is {given!r}{where}: expected {_describe(self.types[key])}")

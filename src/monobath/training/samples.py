@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..errors import UserError
-from ..files import write_file, write_text
+from ..errors import UserError, explained_as
+from ..files import write_file, write_json
 
 
 class SampleCache:
@@ -30,10 +30,8 @@ class SampleCache:
         file = folder / "samples.json"
         facts = json.loads(json.dumps(facts))
         if file.is_file():
-            try:
+            with explained_as(f"{file} is corrupt", "choose another distill.cache"):
                 before = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise UserError(f"{file} is corrupt ({error}): choose another distill.cache") from None
             differing = sorted(key for key in facts.keys() | before.keys() if facts.get(key) != before.get(key))
             if differing:
                 raise UserError(
@@ -41,7 +39,7 @@ class SampleCache:
                     "folder, or delete that one"
                 )
         else:
-            write_text(file, json.dumps(facts, indent=2) + "\n")
+            write_json(file, facts)
 
     def path(self, position: int, rank: int) -> Path:
         """File of a process' batch."""

@@ -9,7 +9,6 @@ any number of processes reads them.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shutil
@@ -25,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from ..errors import UserError
+from ..errors import UserError, explained_as
 from ..models.frozen import ForeignEncoder
 from ..models.loading import load_strictly
 from .checkpoints import SHARDED, prune
@@ -34,6 +33,10 @@ from .objectives.base import Losses
 
 UNIT = 2**18
 """Blocks with at least so many parameters are gathered by themselves; what is smaller, with what holds it."""
+
+ANY = (Exception, dcp.CheckpointException)
+"""What reading and writing may raise."""
+torch.export.register_dataclass(Losses)  # FSDP2 looks for the loss in what the objective returns
 
 
 def shard(module: nn.Module, device: torch.device) -> None:
@@ -46,7 +49,6 @@ def shard(module: nn.Module, device: torch.device) -> None:
     if not dist.is_initialized():  # one process alone
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    _register()
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     blocks = [block for holder in module.modules() if isinstance(holder, nn.ModuleList) for block in holder]
     for block in reversed(blocks):  # from the inside out
@@ -54,12 +56,6 @@ def shard(module: nn.Module, device: torch.device) -> None:
         if called and sum(p.numel() for p in block.parameters()) >= UNIT:
             fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh)
-
-
-@functools.cache
-def _register() -> None:
-    """FSDP2 looks for the loss in what the objective returns."""
-    torch.export.register_dataclass(Losses)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -133,10 +129,8 @@ class Sharding:
         if self.accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        try:
+        with explained_as(f"could not write {path}", "free some space or choose another folder", ANY):
             dcp.save(self._state(optimizer, losses), checkpoint_id=partial)
-        except (OSError, dcp.CheckpointException) as error:
-            raise UserError(f"could not write {path} ({error}): free some space or choose another folder") from error
         if self.accelerator.is_main_process:
             facts = {"step": step, "ema_updates": self.ema.updates, "recipe": self.recipe.to_dict(), "anew": anew}
             (partial / "state.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
@@ -153,16 +147,11 @@ class Sharding:
         if not (path / SHARDED).is_file():
             raise UserError(f"checkpoint {path} is not sharded: leave training.shard out, or choose another --run")
         state = self._state(optimizer, losses)
-        try:
+        remedy = "choose another --run, or delete it to go on from the one before"
+        with explained_as(f"checkpoint {path} does not fit this recipe or is damaged", remedy, ANY):
             facts = json.loads((path / "state.json").read_text(encoding="utf-8"))
             dcp.load(state, checkpoint_id=path)
             self.ema.updates = facts["ema_updates"]
-        except (OSError, ValueError, KeyError, RuntimeError, dcp.CheckpointException) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(
-                f"checkpoint {path} does not fit this recipe or is damaged ({reason}): choose another --run, or delete "
-                "it to go on from the one before"
-            ) from None
         for module, name in ((self.model, "model"), (self.ema.model, "ema")):
             module.load_state_dict(state[name])
         with torch.no_grad():
