@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..errors import UserError
+from ..errors import UserError, explained_as
 from ..images import check_pixels
 from ..models.encoder import EncoderConfig
 from ..models.frozen import ForeignEncoder, without_spread
@@ -166,7 +166,8 @@ class LatentDataset(Dataset[Item]):
         facts, shards = self.caches[number], self._shards[number]
         path, name, shape = shards.path(shards.shard_of(sample)), shards.name_of(sample), (3, facts.size, facts.size)
         item: Item = {"label": int(shards.labels[sample])} if facts.labels else {}
-        try:
+        again = f"delete the shard and write it again, with the same {shards.command} command"
+        with explained_as(f"{path}: sample {name} cannot be read", again):
             array, crop = shards.read(sample, picture=self.pictures)
             moments = _moments_of(array)
             if crop is not None:
@@ -174,9 +175,6 @@ class LatentDataset(Dataset[Item]):
                     check_pixels(*picture.size, facts.size**2)
                     pixels = np.array(picture.convert("RGB")).transpose(2, 0, 1)
                 item["image"], shape = torch.from_numpy(np.ascontiguousarray(pixels)), pixels.shape
-        except Exception as error:  # a broken picture makes Pillow raise nearly anything
-            raise UserError(f"{path}: sample {name} cannot be read ({error}): delete the shard and write it again, "
-                            f"with the same {shards.command} command") from None  # fmt: skip
         side = facts.size // facts.factor
         expected = (2 * facts.encoder["latent_channels"], side, side)
         if shape != (3, facts.size, facts.size) or moments.shape != expected:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..config import check_types, config_of
-from ..errors import UserError, reason
+from ..errors import explained_as
 from ..models.encoder import EncoderConfig
 
 FORMAT = "monobath-latents-1"
@@ -104,7 +104,7 @@ def read_facts(folder: Path) -> CacheFacts | None:
     file = folder / FACTS_FILE
     if not file.is_file():
         return None
-    try:
+    with explained_as(f"{file} is corrupt or of another version", "write the cache anew"):
         values = json.loads(file.read_text(encoding="utf-8"))
         if values.pop("format") != FORMAT:
             raise ValueError(f"not {FORMAT}")
@@ -119,8 +119,6 @@ def read_facts(folder: Path) -> CacheFacts | None:
         if not right:
             raise ValueError(f"it cannot hold {facts.pictures} pictures")
         return facts
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file} is corrupt or of another version ({reason(error)}): write the cache anew") from None
 
 
 def differences(one: Any, other: Any, *beside: str) -> str:

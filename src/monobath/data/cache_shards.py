@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import UserError, explained_as
+from ..errors import UserError, explained_as, imported
 from .shards import parquet
 from .sources import Sample, parse_label, shard_members
 
@@ -59,11 +59,8 @@ def write_samples(path: Path, samples: Iterable[Stored], *, suffix: str = "webp"
 
 
 def _write_tar(path: Path, samples: Iterable[Stored], suffix: str) -> None:
-    try:
-        from webdataset import TarWriter
-    except ImportError:
-        raise UserError("writing shards needs webdataset: pip install 'monobath[train]'") from None
-    with open(path, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
+    wds = imported("webdataset", "writing shards needs webdataset: pip install 'monobath[train]'")
+    with open(path, "wb") as file, wds.TarWriter(file, encoder=False, mtime=0) as tar:
         for sample in samples:
             label = sample.facts.get("label")
             tar.write(

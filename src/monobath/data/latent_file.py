@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from .. import store
-from ..errors import UserError
+from ..errors import UserError, explained_as
 from ..files import write_file
 
 FORMAT = "monobath-latent-1"
@@ -41,24 +41,18 @@ class LatentFile:
         Raises:
             UserError: not such a file, or a corrupt one.
         """
-        try:
+        remedy = "write it again with monobath encode"
+        with (
+            explained_as(f"{path} is not a readable latent file", remedy),
+            explained_as(f"{path} lacks the metadata", remedy, KeyError),
+        ):
             with safe_open(path, framework="pt") as opened:
                 facts = opened.metadata() or {}
                 if facts.get("format") != FORMAT or "latent" not in opened.keys():  # noqa: SIM118
-                    raise UserError(
-                        f"{path} is not a latent file (format {facts.get('format')!r}, expected {FORMAT!r})"
-                    )
+                    raise UserError(f"{path} is no latent file (format {facts.get('format')!r}, expected {FORMAT!r})")
                 latent = opened.get_tensor("latent")
             height, width = map(int, facts["size"].split("x"))
             factor, model = int(facts["factor"]), facts["model"]
-        except UserError:
-            raise
-        except KeyError as error:
-            raise UserError(f"{path} lacks the metadata {error}: write it again with monobath encode") from None
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(
-                f"{path} is not a readable latent file ({error}): write it again with monobath encode"
-            ) from None
         if latent.ndim != 3 or not latent.is_floating_point():
             raise UserError(f"{path} holds {latent.dtype} {tuple(latent.shape)}: expected a float latent (c, h, w)")
         return cls(latent=latent, size=(height, width), factor=factor, model=model)

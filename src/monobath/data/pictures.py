@@ -28,14 +28,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ..errors import UserError, imported
 from ..images import MAX_PIXELS, ImageTooLarge, open_image
-from .sources import (
-    Source,
-    find_samples,
-    is_remote,
-    parse_label,
-    picture_extension,
-    remote_urls,
-)
+from .sources import Source, find_samples, is_remote, parse_label, picture_extension, remote_urls
 from .transforms import Place, center_crop, cut, draw_place, mix_seed, sample_generator, shrink
 
 logger = logging.getLogger(__name__)
@@ -98,10 +91,8 @@ class Crops:
         """The picture in a file's bytes; raises `Unusable` for one that is to be skipped."""
         try:
             image = open_image(io.BytesIO(data), max_pixels=self.max_pixels, name=name)
-        except ImageTooLarge as error:
-            raise Unusable(2, str(error)) from None
         except UserError as error:
-            raise Unusable(1, str(error)) from None
+            raise Unusable(2 if isinstance(error, ImageTooLarge) else 1, str(error)) from None
         if min(image.size) < self.min_side:
             raise Unusable(3, f"{name} is {image.width}x{image.height}, below min_side={self.min_side}")
         return image
@@ -264,14 +255,13 @@ class PhotoDataset(_Pictures, Dataset[Item | None]):
     def _load(self, index: int) -> Image.Image | None:
         sample = self.samples[index]
         try:
-            try:
-                data = sample.read()
-            except OSError as error:
-                raise Unusable(1, f"{sample.location} cannot be read ({error})") from None
-            return self.crops.decode(data, sample.location)
+            return self.crops.decode(sample.read(), sample.location)
+        except OSError as error:
+            unusable = Unusable(1, f"{sample.location} cannot be read ({error})")
         except Unusable as error:
-            self._skip(index, error, "picture skipped")
-            return None
+            unusable = error
+        self._skip(index, unusable, "picture skipped")
+        return None
 
     def all_unusable(self) -> UserError:
         crops, (first, reason) = self.crops, next(iter(self.skipped.items()))

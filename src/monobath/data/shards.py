@@ -16,22 +16,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import UserError
+from ..errors import UserError, explained_as, imported
 from .sources import (
     IMAGE_EXTENSIONS,
     Sample,
     check_labels,
     expand_braces,
-    expand_paths,
-    folder_files,
     label_by_folder,
+    listed_files,
     parse_label,
     shard_samples,
     sibling_label,
     split_key,
 )
 
-PARQUET_NEEDS = "Parquet needs pyarrow: pip install 'monobath[ray]'"
 PICTURE_COLUMNS = ("image", "picture", *IMAGE_EXTENSIONS, "img", "bytes", "data")
 """Where pictures are looked for in Parquet, in this order: bytes, or a struct that has `bytes`."""
 KEY_COLUMNS, LABEL_COLUMNS = ("key", "__key__", "id"), ("label", "cls")
@@ -115,22 +113,15 @@ def find_shards(
 
 def _listed(entry: str) -> Iterator[Sample]:
     """Every picture, tar and Parquet file that an entry names, sorted within each folder."""
-    kinds = (*IMAGE_EXTENSIONS, "tar", "parquet")
-    if "://" in entry:
-        for url in expand_braces(entry):
-            yield from _listed_url(url, kinds)
+    if "://" not in entry:
+        yield from listed_files(entry, "tar", "parquet")
         return
-    for path in expand_paths(entry):
-        if path.is_dir():
-            for name in folder_files(path, kinds):
-                yield Sample(name, str(path / name))
-        elif path.suffix.lower().lstrip(".") in kinds:
-            yield Sample(path.name, str(path))
-        else:
-            raise UserError(f"{path} is neither a folder, a picture, nor a .tar or .parquet file")
+    for url in expand_braces(entry):
+        yield from _listed_url(url)
 
 
-def _listed_url(url: str, kinds: Sequence[str]) -> Iterator[Sample]:
+def _listed_url(url: str) -> Iterator[Sample]:
+    kinds = (*IMAGE_EXTENSIONS, "tar", "parquet")
     if not glob.has_magic(url) and _suffix(url) in kinds:
         yield Sample(url.rpartition("/")[2], url)
         return
@@ -279,11 +270,7 @@ def parquet() -> Any:
     Raises:
         UserError: pyarrow is not installed.
     """
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(PARQUET_NEEDS) from None
-    return pyarrow.parquet
+    return imported("pyarrow.parquet", "Parquet needs pyarrow: pip install 'monobath[ray]'")
 
 
 def _bytes(path: str) -> bytes:
@@ -313,15 +300,9 @@ def _local(path: str) -> Iterator[Path]:
 @contextmanager
 def _explained(path: str) -> Iterator[None]:
     """Within: what readers of files raise is a mistake that names the source."""
-    try:
+    with (
+        explained_as(f"{path} cannot be read", "fetch it again, or check the address", (OSError, ValueError)),
+        explained_as(f"{path} cannot be opened", "install the package that it names", ImportError),
+        explained_as(f"{path} is not there", "check the source, and run the same command again", FileNotFoundError),
+    ):
         yield
-    except UserError:
-        raise
-    except FileNotFoundError as error:
-        gone = error.filename or path
-        raise UserError(f"{gone} is not there: check the source, and run the same command again") from None
-    except ImportError as error:
-        raise UserError(f"{path} cannot be opened ({error}): install the package that it names") from None
-    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path} cannot be read ({reason}): fetch it again, or check the address") from None

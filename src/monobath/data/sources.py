@@ -119,7 +119,7 @@ def find_samples(source: Source, *, labels: bool = False) -> list[Sample]:
     for entry in entries:
         if str(entry).startswith(REMOTE_PREFIXES):
             raise UserError(f"{entry} is a shard URL among local paths: give either URLs or local paths")
-        found = [sample for path in expand_paths(str(entry)) for sample in _samples_at(path, labels)]
+        found = [sample for file in listed_files(str(entry), "tar") for sample in _samples_of(file, labels)]
         if not found:
             raise UserError(
                 f"no pictures found in {entry}: expected files ending in .jpg, .png, .webp … "
@@ -179,12 +179,8 @@ def expand_braces(pattern: str) -> list[str]:
     if "{" not in pattern:
         return [pattern]
     lacking = f"{pattern} has braces, which need the braceexpand package: pip install 'monobath[train]'"
-    try:
+    with explained_as(f"{pattern} has unbalanced braces", "write name-{000000..000009}.tar"):
         return list(imported("braceexpand", lacking).braceexpand(pattern))
-    except UserError:
-        raise
-    except ValueError:
-        raise UserError(f"{pattern} has unbalanced braces: write name-{{000000..000009}}.tar") from None
 
 
 def expand_paths(pattern: str) -> list[Path]:
@@ -204,15 +200,27 @@ def expand_paths(pattern: str) -> list[Path]:
     return paths
 
 
-def _samples_at(path: Path, labels: bool) -> Iterator[Sample]:
-    if path.is_dir():
-        yield from _folder_samples(path, labels)
-    elif path.suffix.lower() == ".tar":
-        yield from shard_samples(path, labels)
-    elif path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS:
-        yield Sample(path.name, str(path), label=sibling_label(path) if labels else None)
-    else:
-        raise UserError(f"{path} is neither a folder, a picture nor a .tar shard: shards must be plain .tar")
+def listed_files(pattern: str, *shards: str) -> Iterator[Sample]:
+    """Every picture, and every file with one of these extensions, that a path or pattern names, sorted in each folder.
+
+    Raises:
+        UserError: there is no such path, or it is a file of another kind.
+    """
+    kinds = (*IMAGE_EXTENSIONS, *shards)
+    for path in expand_paths(pattern):
+        if path.is_dir():
+            yield from (Sample(name, str(path / name)) for name in folder_files(path, kinds))
+        elif path.suffix.lower().lstrip(".") in kinds:
+            yield Sample(path.name, str(path))
+        else:
+            raise UserError(f"{path} is neither a folder, a picture nor a .{' or .'.join(shards)} shard")
+
+
+def _samples_of(file: Sample, labels: bool) -> Iterable[Sample]:
+    path = Path(file.path)
+    if path.suffix.lower() == ".tar":
+        return shard_samples(path, labels)
+    return [replace(file, label=sibling_label(path) if labels else None)]
 
 
 def folder_files(root: Path, extensions: Sequence[str]) -> list[str]:
@@ -235,15 +243,6 @@ def folder_files(root: Path, extensions: Sequence[str]) -> list[str]:
             if not name.startswith(".") and extension in extensions:
                 found.append(Path(folder, name).relative_to(root).as_posix())
     return sorted(found)
-
-
-def _folder_samples(root: Path, labels: bool) -> Iterator[Sample]:
-    for relative in folder_files(root, (*IMAGE_EXTENSIONS, "tar")):
-        path = root / relative
-        if path.suffix.lower() == ".tar":
-            yield from shard_samples(path, labels)
-        else:
-            yield Sample(relative, str(path), label=sibling_label(path) if labels else None)
 
 
 def sibling_label(path: Path) -> int | None:

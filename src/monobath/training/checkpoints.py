@@ -20,6 +20,7 @@ from ..errors import UserError, explained_as, reason
 from ..files import write_folder, write_text
 from ..models.loading import load_strictly
 from .ema import EMA
+from .recipe import Recipe
 
 log = logging.getLogger(__name__)
 
@@ -74,23 +75,13 @@ def _newest_first(run: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
 
 
-def save(
-    run: Path,
-    step: int,
-    *,
-    model: nn.Module,
-    ema: EMA,
-    trainer: dict[str, Any],
-    recipe: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Write `checkpoints/step-N/` and remove all but the newest `keep`.
+def save(run: Path, step: int, recipe: Recipe, *, model: nn.Module, ema: EMA, trainer: dict[str, Any]) -> None:
+    """Write `checkpoints/step-N/` and remove all but the newest `training.keep`.
 
     Holds `model.safetensors`, `ema.safetensors`, `trainer.pt` (tensors and plain values: optimizer, gradient
     scaler, what losses train) and `state.json`. A killed process leaves the previous checkpoint whole.
     """
-    state = {"step": step, "ema_updates": ema.updates, "recipe": recipe}
-    path = run / "checkpoints" / f"step-{step:08d}"
+    state = {"step": step, "ema_updates": ema.updates, "recipe": recipe.to_dict()}
 
     def write(folder: Path) -> None:
         save_file(_plain(model), folder / "model.safetensors")
@@ -98,9 +89,8 @@ def save(
         torch.save(trainer, folder / "trainer.pt")
         (folder / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
 
-    write_folder(path, write)
-    prune(run, keep)
-    return path
+    write_folder(run / "checkpoints" / f"step-{step:08d}", write)
+    prune(run, recipe.training.keep)
 
 
 def prune(run: Path, keep: int) -> None:

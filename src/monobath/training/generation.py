@@ -20,6 +20,7 @@ from ..data.cache import NO_LABELS, check_encoder, open_cache
 from ..data.statistics import LatentMoments
 from ..errors import UserError
 from ..generation import GenerationSampler, Generator, GeneratorConfig
+from ..generation.rendering import in_turn
 from ..models.dit import DiTConfig
 from ..models.encoder import Posterior
 from ..tokenizer import Tokenizer
@@ -128,7 +129,6 @@ class GenerationTask(Task):
         self.model = Generator(config).train()
         self.model.dit.checkpointing = self.recipe.training.checkpointing
         self.objective = GenerationObjective(self.model)
-        self.numbers = {label: number for number, label in enumerate(labels)}
 
     def batch(self, loaded: dict[str, Tensor], seed: int, position: int) -> Batch:
         place = self.place
@@ -137,16 +137,16 @@ class GenerationTask(Task):
         draws = Draws.make(
             seed, shape, shape, self.recipe.times, rank=place.rank, world=place.world, device=place.device
         )
-        numbers = self._numbers(loaded["label"].tolist(), seed) if self.numbers else None
+        numbers = self._numbers(loaded["label"].tolist(), seed) if self.model.config.labels else None
         return Batch(draws=draws, moments=moments, classes=numbers)
 
-    def _numbers(self, labels: list[int], seed: int) -> Tensor:
+    def _numbers(self, labels: list[int], seed: int) -> Tensor | None:
         """Each sample's class as the network counts it, or the null class."""
         generator = torch.Generator().manual_seed(seed ^ _DROPPING)
         first = self.place.rank * len(labels)
         dropped = torch.rand(self.place.world * len(labels), generator=generator) < self.recipe.generator.drop
-        numbers = torch.tensor([self.numbers[label] for label in labels])
-        return torch.where(dropped[first : first + len(labels)], len(self.numbers), numbers).to(self.place.device)
+        known = [None if gone else label for label, gone in zip(labels, dropped[first:].tolist(), strict=False)]
+        return self.model.class_numbers(known)
 
     def compile(self) -> None:
         self.model.dit.compile()
@@ -161,10 +161,9 @@ class GenerationTask(Task):
         if self.tokenizer is None:
             return None
         count = self.recipe.training.samples
-        known: list[int | None] = [*model.config.labels[:count]] or [None]
-        labels = [known[i % len(known)] for i in range(count)]
+        labels = in_turn(model, model.config.labels[:count], count)
         pictures = self.tokenizer.to(self.place.device).decode(model.sample(labels), output="uint8").cpu()
-        return make_grid(pictures, nrow=min(count, max(8, len(known))), padding=2), {}
+        return make_grid(pictures, nrow=min(count, max(8, len(set(labels)))), padding=2), {}
 
     def _statistics(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each channel, as `generator.statistics` says."""

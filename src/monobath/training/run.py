@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..data import make_loader
-from ..errors import UserError, reason
+from ..errors import UserError, explained_as
 from ..files import write_file
 from ..images import tensor_to_pil
 from . import checkpoints
@@ -292,23 +292,16 @@ class Run:
             # A checkpoint holds the weights to evaluate; where those to train are others, it holds them too.
             weights = [p.cpu() for p in training_weights(optimizer)] if self.schedule_free else None
             with evaluation_weights(optimizer):
-                checkpoints.save(
-                    self.folder,
-                    self.done,
-                    model=self.model,
-                    ema=self.ema,
-                    trainer={
-                        "kind": self.recipe.optimizer.kind,
-                        "optimizer": optimizer.state_dict(),
-                        "anew": self.anew,
-                        "training_weights": weights,
-                        "losses": {name: p.detach().cpu() for name, p in self._loss_parameters().items()},
-                        "scaler": scaler.state_dict() if scaler is not None else None,
-                        "adversary": self.adversary.state() if self.adversary is not None else None,
-                    },
-                    recipe=self.recipe.to_dict(),
-                    keep=self.recipe.training.keep,
-                )
+                trainer = {
+                    "kind": self.recipe.optimizer.kind,
+                    "optimizer": optimizer.state_dict(),
+                    "anew": self.anew,
+                    "training_weights": weights,
+                    "losses": {name: p.detach().cpu() for name, p in self._loss_parameters().items()},
+                    "scaler": scaler.state_dict() if scaler is not None else None,
+                    "adversary": self.adversary.state() if self.adversary is not None else None,
+                }
+                checkpoints.save(self.folder, self.done, self.recipe, model=self.model, ema=self.ema, trainer=trainer)
         self.accelerator.wait_for_everyone()
 
     def finish(self) -> Path:
@@ -339,7 +332,8 @@ class Run:
         if found is None:
             return
         path, state, trainer = found
-        try:
+        # Values of any kind may be in there.
+        with explained_as(f"checkpoint {path} does not fit this recipe", "choose another --run"):
             if trainer.get("kind", "adamw") != self.recipe.optimizer.kind:
                 raise ValueError(f"its optimizer is {trainer.get('kind', 'adamw')}")
             self.optimizer = make_optimizer(self.objective, self.recipe.optimizer, like=trainer["optimizer"])
@@ -362,10 +356,6 @@ class Run:
             if self.schedule_free and trainer["optimizer"] is not None:
                 restore_training_weights(self.optimizer, trainer["training_weights"])
             self._scaler_state = trainer["scaler"]
-        except Exception as error:  # values of any kind may be in there
-            raise UserError(
-                f"checkpoint {path} does not fit this recipe ({reason(error)}): choose another --run"
-            ) from None
         self.done = state["step"]
         if self.main:
             log.info("resuming %s at step %d", self.folder, self.done)

@@ -6,12 +6,11 @@ they need when they need it.
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +47,7 @@ class Place:
         return self.rank == 0
 
 
-class Task(abc.ABC):
+class Task(Protocol):
     """Data, networks and objective of a run.
 
     Making one opens the data: a wrong path says so at once, and leaves nothing behind. `build` makes the networks, with
@@ -64,11 +63,9 @@ class Task(abc.ABC):
     model: Any
     objective: Any
 
-    @abc.abstractmethod
     def build(self) -> None:
         """Make `model` and `objective`, on the CPU."""
 
-    @abc.abstractmethod
     def batch(self, loaded: dict[str, Tensor], seed: int, position: int) -> Batch:
         """What the objective is called with. All random numbers come from `seed`, which all processes share.
 
@@ -78,22 +75,20 @@ class Task(abc.ABC):
             position: number of this forward pass in the run.
         """
 
-    @abc.abstractmethod
     def compile(self) -> None:
         """`torch.compile` the networks."""
 
-    @abc.abstractmethod
     def has_model(self, before: Mapping[str, Any]) -> bool:
         """Whether a stored recipe has this one's model; a field that came after it has its default."""
 
-    def resumed(self) -> None:  # noqa: B027  (nothing to check is a fine default)
+    def resumed(self) -> None:
         """Called once the weights are those to go on from.
 
         Raises:
             UserError: they do not go with the data.
         """
 
-    def learned(self, batch: Batch, losses: Losses, position: int) -> None:  # noqa: B027
+    def learned(self, batch: Batch, losses: Losses, position: int) -> None:
         """Called after the backward pass of `batch(…, position)`."""
 
     def show(self, model: Any) -> tuple[Tensor, dict[str, float]] | None:
