@@ -154,16 +154,22 @@ class TokenizerConfig:
         with explained_as("not a tokenizer configuration of this version"):
             if stages:
                 values["sampler"] = values["sampler"] | {"stages": stages}
-            channels = values.pop("kl_decoder", None)  # as it was written before decoders had kinds
-            if channels:
-                kept = {name: values["decoder"][name] for name in SHARED if name in values.get("decoder", {})}
-                values["decoder"] = {"kind": "kl", "channels": channels, **kept}
+            values = with_kinds(values)
         parts: dict[str, Callable[..., Any]] = {
             "encoder": EncoderConfig,
             "decoder": lambda **fields: decoder_config(fields),
             "sampler": SamplerConfig,
         }
         return config_of(cls, values, parts, "tokenizer")
+
+
+def with_kinds(values: dict[str, Any]) -> dict[str, Any]:
+    """Plain values of a tokenizer, whose `kl_decoder`, as it was written before decoders had kinds, is its decoder."""
+    channels, others = values.get("kl_decoder"), {k: v for k, v in values.items() if k != "kl_decoder"}
+    if not channels:
+        return others
+    kept = {name: value for name, value in (values.get("decoder") or {}).items() if name in SHARED}
+    return others | {"decoder": {"kind": "kl", "channels": channels, **kept}}
 
 
 def config_of(kind: type[T], values: Mapping[str, Any], parts: Mapping[str, Callable[..., Any]], what: str) -> T:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from .errors import UserError
+from .errors import UserError, explained_as
 
 logger = logging.getLogger(__name__)
 
@@ -65,25 +65,23 @@ def open_image(
             raise UserError(f"{name} {kind}: give the path of a picture file")
     else:
         name = name or str(getattr(source, "name", "image"))
-    try:
-        with Image.open(source) as image:
-            check_pixels(image.width, image.height, max_pixels, name)
-            image.load()
-            return to_rgb(image)
-    except UserError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        # Pillow refuses about 179 Mpx before we see the size (a warning at half of it can be made an error).
-        limit = Image.MAX_IMAGE_PIXELS
-        if limit is not None and max_pixels > limit:
-            remedy = f"Pillow's own limit comes before max_pixels={max_pixels:,}: raise PIL.Image.MAX_IMAGE_PIXELS"
-        else:
-            remedy = f"make it smaller, or raise max_pixels={max_pixels:,} if the memory suffices"
-        raise ImageTooLarge(f"{name} is far too large ({error}); {remedy}") from None
-    except UnidentifiedImageError:
-        raise UserError(f"{name} is not a picture that can be read: give a JPEG, PNG, WebP … file") from None
-    except Exception as error:  # broken files make PIL's many plugins raise nearly anything
-        raise UserError(f"{name} cannot be read as a picture ({error}): give a JPEG, PNG, WebP … file") from None
+    # Broken files make PIL's many plugins raise nearly anything.
+    with explained_as(f"{name} cannot be read as a picture", "give a JPEG, PNG, WebP … file"):
+        try:
+            with Image.open(source) as image:
+                check_pixels(image.width, image.height, max_pixels, name)
+                image.load()
+                return to_rgb(image)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            # Pillow refuses about 179 Mpx before we see the size (a warning at half of it can be made an error).
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit is not None and max_pixels > limit:
+                remedy = f"Pillow's own limit comes before max_pixels={max_pixels:,}: raise PIL.Image.MAX_IMAGE_PIXELS"
+            else:
+                remedy = f"make it smaller, or raise max_pixels={max_pixels:,} if the memory suffices"
+            raise ImageTooLarge(f"{name} is far too large ({error}); {remedy}") from None
+        except UnidentifiedImageError:
+            raise UserError(f"{name} is not a picture that can be read: give a JPEG, PNG, WebP … file") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -17,18 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import UserError, explained_as, imported
-from .sources import (
-    IMAGE_EXTENSIONS,
-    Sample,
-    check_labels,
-    expand_braces,
-    label_by_folder,
-    listed_files,
-    parse_label,
-    shard_samples,
-    sibling_label,
-    split_key,
-)
+from . import sources
+from .sources import IMAGE_EXTENSIONS, Sample
 
 PICTURE_COLUMNS = ("image", "picture", *IMAGE_EXTENSIONS, "img", "bytes", "data")
 """Where pictures are looked for in Parquet, in this order: bytes, or a struct that has `bytes`."""
@@ -114,9 +104,9 @@ def find_shards(
 def _listed(entry: str) -> Iterator[Sample]:
     """Every picture, tar and Parquet file that an entry names, sorted within each folder."""
     if "://" not in entry:
-        yield from listed_files(entry, "tar", "parquet")
+        yield from sources.listed_files(entry, "tar", "parquet")
         return
-    for url in expand_braces(entry):
+    for url in sources.expand_braces(entry):
         yield from _listed_url(url)
 
 
@@ -148,10 +138,10 @@ def _kind(file: Sample) -> Literal["tar", "parquet"] | None:
 
 
 def _labelled(pictures: list[Sample]) -> list[Sample]:
-    found = [replace(p, label=None if "://" in p.path else sibling_label(Path(p.path))) for p in pictures]
+    found = [replace(p, label=None if "://" in p.path else sources.sibling_label(Path(p.path))) for p in pictures]
     if all(sample.label is None for sample in found):
-        found = label_by_folder(found)
-    check_labels(found)
+        found = sources.label_by_folder(found)
+    sources.check_labels(found)
     return found
 
 
@@ -163,7 +153,7 @@ def _chunks(loose: list[Sample], size: int) -> list[InputShard]:
 def _check_keys(shards: Sequence[InputShard]) -> None:
     seen: dict[str, str] = {}
     for sample in (sample for shard in shards for sample in shard.samples):
-        key = split_key(sample.name)[0]
+        key = sources.split_key(sample.name)[0]
         if key in seen:
             raise _twice(key, f"{seen[key]} and {sample.path}")
         seen[key] = sample.path
@@ -185,7 +175,7 @@ def _numbered(shards: list[InputShard], count: bool) -> list[InputShard]:
 
 def _length(shard: InputShard) -> int:
     if shard.kind == "tar":
-        return sum(1 for _ in shard_samples(Path(shard.path), False))
+        return sum(1 for _ in sources.shard_samples(Path(shard.path), False))
     with _explained(shard.path):
         return parquet().read_metadata(shard.path).num_rows
 
@@ -215,20 +205,19 @@ def _from_files(shard: InputShard) -> Iterator[RawPicture]:
             raise  # it was there when the source was listed: the source is going
         except OSError:
             data = None
-        yield RawPicture(split_key(sample.name)[0], sample.path, number, data, sample.label)
+        yield RawPicture(sources.split_key(sample.name)[0], sample.path, number, data, sample.label)
 
 
 def _from_tar(shard: InputShard, path: Path, labels: bool) -> Iterator[RawPicture]:
     with open(path, "rb") as file:
-        for number, sample in enumerate(shard_samples(path, labels, unique=True), shard.first):
+        for number, sample in enumerate(sources.shard_samples(path, labels, unique=True), shard.first):
             name = f"{shard.path}:{sample.name}"
             if labels and sample.label is None:
                 raise UserError(f"{name} has no label: each picture needs a .cls member that holds an integer")
             file.seek(sample.offset)
             data = file.read(sample.size)
-            yield RawPicture(
-                split_key(sample.name)[0], name, number, data if len(data) == sample.size else None, sample.label
-            )
+            whole = data if len(data) == sample.size else None
+            yield RawPicture(sources.split_key(sample.name)[0], name, number, whole, sample.label)
 
 
 def _from_parquet(shard: InputShard, path: Path, labels: bool) -> Iterator[RawPicture]:
@@ -252,7 +241,7 @@ def _from_parquet(shard: InputShard, path: Path, labels: bool) -> Iterator[RawPi
         seen.add(key)
         value = row[pictures]
         data = value.get("bytes") if isinstance(value, dict) else value
-        label = parse_label(str(row[label_column]).encode(), f"{shard.path}:{key}") if labels else None
+        label = sources.parse_label(str(row[label_column]).encode(), f"{shard.path}:{key}") if labels else None
         yield RawPicture(key, f"{shard.path}:{key}", shard.first + place, data, label)
 
 

@@ -191,10 +191,7 @@ class Generator(nn.Module):
         def network(x_t: Tensor, t: Tensor, numbers: Tensor | None) -> Tensor:
             return self.dit(x_t.to(dtype), t, numbers).float()
 
-        if numbers is None:
-            velocity: Callable[[Tensor, Tensor], Tensor] = lambda x_t, t: network(x_t, t, None)  # noqa: E731
-        else:
-            velocity = guided(network, numbers, self.dit.null, scale=guidance, interval=interval)
+        velocity = guided(network, numbers, self.dit.null, scale=guidance, interval=interval)
         noise = draw_noise((dit.latent_channels, *size), seeds_for(seed, len(labels))).to(self.device)
         z = euler(velocity, noise, kind="v", steps=steps, power=sampler.power, callback=callback)
         return self.denormalise(z)

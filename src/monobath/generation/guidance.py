@@ -8,14 +8,15 @@ costs variety, at low ones nothing but time. Here the level is flow matching's t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 def guided(
-    network: Callable[[Tensor, Tensor, Tensor], Tensor],
-    labels: Tensor,
+    network: Callable[[Tensor, Tensor, Any], Tensor],
+    labels: Tensor | None,
     null: int,
     *,
     scale: float,
@@ -25,7 +26,7 @@ def guided(
 
     Args:
         network: `(x_t (B, c, h, w), t (B,), labels (B,)) → v`.
-        labels: `(B,)`, each sample's class.
+        labels: `(B,)`, each sample's class; None: the network knows none, and the scale is 1.
         null: the label that stands for none.
         scale: s; at 1 the network runs once a step, else twice, as one batch.
         interval: (low, high): guided is low < t ≤ high, so that low = high is never; elsewhere s is 1.

@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..errors import UserError, check_choices
+from ..errors import UserError, check_choices, check_least
 from ..images import MAX_PIXELS
 
 
 def at_least(minimum: int, section: str, config: Any, *names: str) -> None:
     """Raise `UserError` where one of these values is smaller."""
-    for name in names:
-        if getattr(config, name) < minimum:
-            raise UserError(f"{section}.{name} is {getattr(config, name)}: it must be at least {minimum}")
+    check_least(minimum, {f"{section}.{name}": getattr(config, name) for name in names})
 
 
 def fractions(section: str, config: Any, *names: str, below_one: bool = False) -> None:

@@ -20,15 +20,7 @@ from ..config import TokenizerConfig
 from ..errors import UserError
 from ..sampling import time_grid
 from ..scales import ScaleSchedule
-from .config import (
-    DataConfig,
-    DistillConfig,
-    LossConfig,
-    OptimizerConfig,
-    ScalesConfig,
-    TimesConfig,
-    TrainingConfig,
-)
+from . import config
 
 
 @dataclass(kw_only=True)
@@ -48,10 +40,10 @@ class Recipe:
     """Name of the run; also of its folder, unless `run` says another."""
     run: str = ""
     """Run folder; default: runs/NAME. The same command on the same folder resumes."""
-    data: DataConfig = field(default_factory=DataConfig)
-    times: TimesConfig = field(default_factory=TimesConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
+    data: config.DataConfig = field(default_factory=config.DataConfig)
+    times: config.TimesConfig = field(default_factory=config.TimesConfig)
+    optimizer: config.OptimizerConfig = field(default_factory=config.OptimizerConfig)
+    training: config.TrainingConfig = field(default_factory=config.TrainingConfig)
 
     def __post_init__(self) -> None:
         self.run = self.run or f"runs/{self.name}"
@@ -98,8 +90,8 @@ class TokenizerRecipe(Recipe):
     """What a decoder that starts anew starts from. published: as SSDD's do, see `published_weights`; for decoders with
     group norms, the paper's."""
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    scales: ScalesConfig | None = None
+    loss: config.LossConfig = field(default_factory=config.LossConfig)
+    scales: config.ScalesConfig | None = None
     """Where `model.decoder.stages` is above 1."""
 
     def __post_init__(self) -> None:
@@ -124,9 +116,9 @@ class TokenizerRecipe(Recipe):
             at = "" if decoder.stages == 1 else f", at each of {decoder.stages} stages"
             raise UserError(f"data.size={self.data.size} must be divisible by {unit} (latent or token side{at})")
         if decoder.stages > 1:
-            self.scales = self.scales or ScalesConfig()
+            self.scales = self.scales or config.ScalesConfig()
             self._check_stages(self.scales)
-        elif self.scales in (None, ScalesConfig()):
+        elif self.scales in (None, config.ScalesConfig()):
             self.scales = None
         elif self._has_shape():
             raise UserError(
@@ -147,7 +139,7 @@ class TokenizerRecipe(Recipe):
         """Why a sample's time does not matter, where it does not."""
         return "a KL-VAE decoder, which has no times" if self.model.decoder.kind == "kl" else ""
 
-    def _check_stages(self, scales: ScalesConfig) -> None:
+    def _check_stages(self, scales: config.ScalesConfig) -> None:
         """What goes together with several stages."""
         decoder = self.model.decoder
         if scales.times == "uniform" and (self.times.mean, self.times.std) != (0, 1):
@@ -186,7 +178,7 @@ class DecoderRecipe(TokenizerRecipe):
     trains = "decoder"
     fixed: ClassVar[dict[str, tuple[Any, str]]] = {
         "training.train_encoder": (False, "the latents stay what they are, so set it to false"),
-        "loss.kl": (LossConfig.kl, ""),
+        "loss.kl": (config.LossConfig.kl, ""),
         "scales.renoise": (False, _FOR_STUDENTS),
     }
 
@@ -199,14 +191,14 @@ class DistillationRecipe(DecoderRecipe):
     trains = "distillation"
     fixed: ClassVar[dict[str, tuple[Any, str]]] = {
         "training.train_encoder": (False, "the latents are the teacher's, so set it to false"),
-        "loss.kl": (LossConfig.kl, ""),
+        "loss.kl": (config.LossConfig.kl, ""),
         **{
-            f"scales.{name}": (getattr(ScalesConfig, name), "of scales.* only renoise counts in a distillation")
+            f"scales.{name}": (getattr(config.ScalesConfig, name), "of scales.* only renoise counts in a distillation")
             for name in ("times", "weighting", "bias", "drop", "union")
         },
     }
 
-    distill: DistillConfig = field(default_factory=DistillConfig)
+    distill: config.DistillConfig = field(default_factory=config.DistillConfig)
 
     def __post_init__(self) -> None:
         self.init = self.init or ("" if self.init_encoder else self.distill.teacher)
@@ -227,7 +219,7 @@ class DistillationRecipe(DecoderRecipe):
     def _without_times(self) -> str:
         return super()._without_times() or ("a student of one step a stage" if self.model.decoder.stages > 1 else "")
 
-    def _check_stages(self, scales: ScalesConfig) -> None:
+    def _check_stages(self, scales: config.ScalesConfig) -> None:
         super()._check_stages(scales)
         if self.distill.perceptual_to == "teacher":
             raise UserError(

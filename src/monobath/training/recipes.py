@@ -22,7 +22,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from .. import resources
 from ..autoencoders import as_encoder
-from ..config import SHARED, TokenizerConfig
+from ..config import TokenizerConfig, with_kinds
 from ..decoders import KINDS, decoder_config
 from ..errors import UserError, explained_as
 from ..tokenizer import Tokenizer
@@ -87,9 +87,8 @@ def _without_kl_decoder(content: dict[Any, Any], overrides: Sequence[str]) -> li
                 model["kl_decoder"] = yaml.safe_load(value)
         else:
             kept_overrides.append(override)
-    if isinstance(model, dict) and (channels := model.pop("kl_decoder", None)):
-        kept = {name: value for name, value in (model.get("decoder") or {}).items() if name in SHARED}
-        model["decoder"] = {"kind": "kl", "channels": channels} | kept
+    if isinstance(model, dict):
+        content["model"] = with_kinds(model)
     return kept_overrides
 
 

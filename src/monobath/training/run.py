@@ -26,18 +26,9 @@ from ..data import make_loader
 from ..errors import UserError, explained_as
 from ..files import write_file
 from ..images import tensor_to_pil
-from . import checkpoints
+from . import checkpoints, optimizers
 from .ema import EMA
 from .objectives.base import draw_seed
-from .optimizers import (
-    check_moments,
-    evaluation_weights,
-    is_schedule_free,
-    learning_rate,
-    make_optimizer,
-    restore_training_weights,
-    training_weights,
-)
 from .processes import make_accelerator
 from .progress import Progress
 from .recipe import Recipe, TokenizerRecipe
@@ -111,8 +102,8 @@ class Run:
 
             self.task.resumed()  # a frozen encoder is the same in every checkpoint
             self.sharding = Sharding(recipe, self.objective, self.model, self.ema, self.accelerator)
-        self.optimizer: Any = make_optimizer(self.objective, recipe.optimizer)
-        self.schedule_free = is_schedule_free(self.optimizer)
+        self.optimizer: Any = optimizers.make_optimizer(self.objective, recipe.optimizer)
+        self.schedule_free = optimizers.is_schedule_free(self.optimizer)
         self.adversary = None
         if isinstance(recipe, TokenizerRecipe) and recipe.loss.adversarial:
             from .objectives.adversarial import Adversary
@@ -189,7 +180,7 @@ class Run:
     def step(self) -> None:
         """One optimizer step."""
         training, accumulation = self.recipe.training, self.recipe.training.accumulation
-        self.rate = learning_rate(self.recipe.optimizer, self.done, training.steps, self.anew)
+        self.rate = optimizers.learning_rate(self.recipe.optimizer, self.done, training.steps, self.anew)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
         self.optimizer.zero_grad(set_to_none=True)
@@ -237,7 +228,7 @@ class Run:
         bad = (~finite).float()
         in_a_row = (self.bad[0] + 1) * bad
         self.bad = torch.stack([in_a_row, torch.maximum(self.bad[1], in_a_row), self.bad[2] + bad])
-        with evaluation_weights(self.optimizer.optimizer):
+        with optimizers.evaluation_weights(self.optimizer.optimizer):
             if self.done < (training.ema_start_steps or training.ema_start * training.steps):
                 self.ema.copy(self.model)
             else:
@@ -290,8 +281,8 @@ class Run:
         elif self.main:
             scaler, optimizer = self.accelerator.scaler, self.optimizer.optimizer
             # A checkpoint holds the weights to evaluate; where those to train are others, it holds them too.
-            weights = [p.cpu() for p in training_weights(optimizer)] if self.schedule_free else None
-            with evaluation_weights(optimizer):
+            weights = [p.cpu() for p in optimizers.training_weights(optimizer)] if self.schedule_free else None
+            with optimizers.evaluation_weights(optimizer):
                 trainer = {
                     "kind": self.recipe.optimizer.kind,
                     "optimizer": optimizer.state_dict(),
@@ -336,7 +327,7 @@ class Run:
         with explained_as(f"checkpoint {path} does not fit this recipe", "choose another --run"):
             if trainer.get("kind", "adamw") != self.recipe.optimizer.kind:
                 raise ValueError(f"its optimizer is {trainer.get('kind', 'adamw')}")
-            self.optimizer = make_optimizer(self.objective, self.recipe.optimizer, like=trainer["optimizer"])
+            self.optimizer = optimizers.make_optimizer(self.objective, self.recipe.optimizer, like=trainer["optimizer"])
             own, saved = self._loss_parameters(), trainer.get("losses", {})
             if {n: p.shape for n, p in own.items()} != {n: p.shape for n, p in saved.items()}:
                 raise ValueError("its losses train other parameters")
@@ -352,9 +343,9 @@ class Run:
             else:
                 fresh = [dict(group) for group in self.optimizer.param_groups]
                 self.optimizer.load_state_dict(trainer["optimizer"])
-                check_moments(self.optimizer, fresh)
+                optimizers.check_moments(self.optimizer, fresh)
             if self.schedule_free and trainer["optimizer"] is not None:
-                restore_training_weights(self.optimizer, trainer["training_weights"])
+                optimizers.restore_training_weights(self.optimizer, trainer["training_weights"])
             self._scaler_state = trainer["scaler"]
         self.done = state["step"]
         if self.main:
