@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,6 @@ from .errors import UserError, explained_as, imported
 from .models import taesd
 from .models.encoder import FAMILIES, EncoderConfig
 from .models.frozen import Encoding, ForeignEncoder, GaussianMoments, UnitRange
-from .words import did_you_mean
 
 Foreign = str | ForeignEncoder | Callable[[Tensor], Encoding]
 """What `as_encoder` takes; an autoencoder of diffusers is a callable too."""
@@ -99,7 +99,8 @@ def split_spec(spec: str) -> tuple[str, str]:
     before, colon, behind = spec.partition(":")
     if not separator and colon and before in FAMILIES:
         raise UserError(f"encoder {spec!r} is not KIND=WHERE: write {before}={behind}")
-    hint = did_you_mean(kind if separator else "", FAMILIES, f"choose a KIND of {', '.join(FAMILIES)}")
+    near = difflib.get_close_matches(kind, FAMILIES, n=1) if separator else []
+    hint = f"did you mean {near[0]}={where}?" if near else f"choose a KIND of {', '.join(FAMILIES)}"
     raise UserError(f"encoder {spec!r} is not KIND=WHERE of a known kind: {hint}")
 
 
