@@ -195,9 +195,6 @@ class _Copies(Dataset[list[Item] | UserError]):
     def __init__(self, dataset: PhotoDataset, copies: int) -> None:
         self.dataset, self.copies = dataset, copies
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
     def __getitem__(self, index: int) -> list[Item] | UserError:
         try:
             return self.dataset.copies(index, range(self.copies))

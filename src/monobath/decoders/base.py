@@ -168,6 +168,10 @@ class PixelDecoder(Checkpointed):
         fixed: the noise of a decoder that takes one step from it and nothing else (a KL-VAE's, a folded one); None: it
             takes any number of steps from any noise.
         trains: whether it can be trained and saved.
+        prediction: v or x, what `predict` returns.
+        stages: of multi-scale decoding; 1: it has one scale.
+        unit: sides of x_t must be divisible by this, in pixels.
+        feature_side: side of the pixel square behind one position of the features.
     """
 
     fixed: Noise | None = None
@@ -180,6 +184,10 @@ class PixelDecoder(Checkpointed):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
+        self.prediction: Prediction = config.prediction
+        self.stages: int = config.stages
+        self.unit: int = config.token_side
+        self.feature_side: int = config.read_factor
         self.trunk = self.linear_skip = None
 
     def add_trunk(self) -> None:
@@ -202,26 +210,6 @@ class PixelDecoder(Checkpointed):
             self.register_buffer("latent_scale", torch.ones(config.read_channels, 1, 1))
 
     # ---- the contract -------------------------------------------------------------------------------
-
-    @property
-    def prediction(self) -> Prediction:
-        """v or x: what `predict` returns."""
-        return self.config.prediction
-
-    @property
-    def stages(self) -> int:
-        """Stages of multi-scale decoding; 1: it has one scale."""
-        return self.config.stages
-
-    @property
-    def unit(self) -> int:
-        """Sides of x_t must be divisible by this, in pixels."""
-        return self.config.token_side
-
-    @property
-    def feature_side(self) -> int:
-        """Side of the pixel square behind one position of the features."""
-        return self.config.read_factor
 
     def receptive_field(self, output: Interval, factor: int | None = None) -> tuple[Interval, Interval] | None:
         """Rows (or columns) of x_t and of the features that rows `output` of a prediction depend on, both in pixels.
@@ -293,7 +281,9 @@ class PixelDecoder(Checkpointed):
 
     def set_checkpointing(self, enabled: bool) -> None:
         """Activation checkpointing: less memory in training, one more forward pass. Same results."""
-        self.checkpointing = enabled
+        for module in self.modules():
+            if isinstance(module, Checkpointed):
+                module.checkpointing = enabled
 
     # ---- pieces -------------------------------------------------------------------------------------
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
-
 from ..errors import UserError
 from .context import Context
 from .unet import UNet, UNetShape
@@ -66,6 +64,3 @@ class ConvDecoder(UNet):
         if config.context:
             self.context = Context(config.read_channels, config.context, config.padding)
         return width  # 0: it is read, and modulates no block
-
-    def context_of(self, z: Tensor) -> Tensor | None:
-        return self.context(z) if self.config.context else None

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..flow import Prediction
 from ..models.attention import windowed_attention
 from ..models.blocks import Conv2d
 from ..sampling import Noise
@@ -68,6 +67,7 @@ class FoldedDecoder(UNet):
         time = self.time_of(weight.new_ones(1), weight.dtype)  # of the last stage
         # At t = 1 the noisy image says nothing.
         self.config = dataclasses.replace(decoder.config, residual=0.0, stages=1, null_latent=False)
+        self.prediction, self.stages = "x", 1
         self.trains, self.fixed, self.norm, self.shuffled = False, noise, decoder.norm, decoder.shuffled
         del self.time
         for name in ("stage_embedding", "null_latent"):
@@ -85,17 +85,10 @@ class FoldedDecoder(UNet):
             self.conv_in.load_state_dict({"weight": kept, "bias": bias})
         self.requires_grad_(False).eval()
 
-    @property
-    def prediction(self) -> Prediction:
-        return "x"
-
     def predict(self, x_t: Tensor, t: Tensor, features: Features, stage: int | None = None) -> Tensor:
         x = super().predict(x_t, t, features, stage)
         # x̂ = x_t + t·v at t = 1; with zero noise, v is the picture itself.
         return x + x_t if self.config.prediction == "v" and self.fixed == "gaussian" else x
-
-    def context_of(self, z: Tensor) -> Tensor | None:
-        return None if isinstance(self.context, nn.Identity) else self.context(z)
 
     def start(self, x_t: Tensor, features: Features) -> Tensor:
         x = _to_level(features.z, features.factor, self.config.patch)

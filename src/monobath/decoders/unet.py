@@ -150,10 +150,14 @@ class UNet(PixelDecoder):
 
     norm = True
     shuffled = False
-    middle: nn.Module
+    context: nn.Module | None
+    """What gives the blocks their context, or what the network reads beside the latent."""
+    middle: nn.Module | None
+    """What stands between the way down and the way up."""
 
     def __init__(self, config: UNetShape) -> None:
         super().__init__(config)
+        self.context = self.middle = None
         self.add_trunk()
         widths = config.channels
         time, last = 4 * widths[0], len(widths) - 1
@@ -201,13 +205,14 @@ class UNet(PixelDecoder):
             self.null_latent = nn.Parameter(torch.zeros(config.latent_channels))
 
     def add_context(self) -> int:
-        """Make what gives the blocks their context, and say how wide that is; 0: the latent modulates no block."""
-        self.context: nn.Module = nn.Identity()
+        """Make `context`, if there is one, and say how wide what it gives the blocks is; 0: it modulates none."""
         return 0
 
     def add_middle(self) -> None:
-        """Make what stands between the way down and the way up."""
-        self.middle = nn.Identity()
+        """Make `middle`, if there is one."""
+
+    def context_of(self, z: Tensor) -> Tensor | None:
+        return None if self.context is None else self.context(z)
 
     @property
     def hidden_block(self) -> nn.Module:
@@ -225,7 +230,7 @@ class UNet(PixelDecoder):
                 skips[-1].append(x)
             if level.resample is not None:
                 x = level.resample(x)
-        if not isinstance(self.middle, nn.Identity):
+        if self.middle is not None:
             x = self.middle(x, features.context)
         for level in cast(Iterable[Level], self.up):
             kept = skips.pop()
@@ -279,7 +284,7 @@ class UNet(PixelDecoder):
             elif i < deepest:
                 a, b = (a - 1) // 2, (b + 1) // 2  # and after it
         a, b = a - self.middle_reach, b + self.middle_reach
-        if not isinstance(self.middle, nn.Identity):
+        if self.middle is not None:
             read(a, b, self.unit, 2)
         # Skips need no more than the way through the deeper levels.
         for i in range(deepest, -1, -1):

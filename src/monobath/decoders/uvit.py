@@ -184,13 +184,5 @@ class UViT(UNet):
         return int(width) if self.config.modulation else 0
 
     def add_middle(self) -> None:
-        self.middle = Middle(self.config) if self.config.middle_blocks else nn.Identity()
+        self.middle = Middle(self.config) if self.config.middle_blocks else None
         self.middle_reach = self.config.middle_blocks * self.config.reach
-
-    def context_of(self, z: Tensor) -> Tensor:
-        return self.context(z)
-
-    def set_checkpointing(self, enabled: bool) -> None:
-        super().set_checkpointing(enabled)
-        if isinstance(self.middle, Middle):
-            self.middle.checkpointing = enabled

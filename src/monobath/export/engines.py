@@ -32,7 +32,6 @@ from ..decoders.base import Interval
 from ..decoders.folded import OneStepCall, folded
 from ..errors import UserError, imported
 from ..files import write_file
-from ..flow import Prediction
 from ..sampling import Noise, draw_noise
 from ..tokenizer import Tokenizer
 
@@ -66,19 +65,15 @@ class EngineDecoder(PixelDecoder):
 
     def __init__(self, source: PixelDecoder, noise: Noise, run: Run) -> None:
         super().__init__(source.config)
+        self.prediction, self.stages, self.feature_side = "x", 1, source.config.factor
         self.fixed, self.run = noise, run
         # A trunk or a context inside the program takes its statistics over a tile: such tiles are never exact.
         self.source = None if source.config.trunk or source.config.context else (source,)
 
-    trains, stages = False, 1
-    prediction: Prediction = "x"
+    trains = False
 
     def receptive_field(self, output: Interval, factor: int | None = None) -> tuple[Interval, Interval] | None:
         return None if self.source is None else self.source[0].receptive_field(output, factor)
-
-    @property
-    def feature_side(self) -> int:
-        return int(self.config.factor)
 
     def features(self, z: Tensor) -> Features:
         return Features(z, self.feature_side)

@@ -198,11 +198,9 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep", "max_bad")
         at_least(1, "training", self, *counts)
-        at_least(0, "training", self, "ema_start_steps")
-        if self.minutes < 0:
-            raise UserError(f"training.minutes is {self.minutes}: it must be above 0, or 0 for no limit")
-        if not 0 <= self.ema < 1 or not 0 <= self.ema_start <= 1:
-            raise UserError(f"training: ema={self.ema} must be in [0, 1) and ema_start={self.ema_start} in [0, 1]")
+        at_least(0, "training", self, "ema_start_steps", "minutes")
+        fractions("training", self, "ema", below_one=True)
+        fractions("training", self, "ema_start")
 
 
 @dataclass(kw_only=True)
@@ -229,8 +227,7 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         at_least(1, "distill", self, "steps", "student_steps")
-        if self.power < 0:
-            raise UserError(f"distill.power is {self.power}: it must be above 0, or 0 for the teacher's own")
+        at_least(0, "distill", self, "power")
 
 
 @dataclass(kw_only=True)
