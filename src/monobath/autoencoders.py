@@ -54,10 +54,8 @@ def as_encoder(source: Foreign) -> ForeignEncoder:
         if kind in ARCHITECTURES and type(source).__name__ == ARCHITECTURES[kind].name:
             return _of_autoencoder(kind, source, "")
     if not callable(source):
-        raise UserError(
-            f"encoder is {type(source).__name__}: give KIND=WHERE with a kind of {', '.join(FAMILIES)}, a diffusers "
-            "autoencoder, or a callable"
-        )
+        known = ", ".join(FAMILIES)
+        raise UserError(f"encoder is {type(source).__name__}: give KIND=WHERE, KIND of {known}, or a callable")
     return _of_callable(source)
 
 

@@ -207,10 +207,8 @@ class Tokenizer(nn.Module, ModelHubMixin, library_name="monobath", tags=["image-
             why = "is optimized already" if not self.decoder.trains else "has a KL-VAE decoder"
             raise UserError(f"this tokenizer {why}: use it as it is")
         if self.config.sampler.stages > 1:
-            raise UserError(
-                f"this tokenizer decodes in {self.config.sampler.stages} stages, which cannot be folded into one step: "
-                "use it as it is"
-            )
+            stages = f"{self.config.sampler.stages} stages, which cannot be folded into one step"
+            raise UserError(f"this tokenizer decodes in {stages}: use it as it is")
         decoder = folded(self.decoder, noise or self.config.sampler.noise)
         decoder.to(memory_format=torch.channels_last)
         if compile:

@@ -81,15 +81,11 @@ class LatentDataset(Dataset[Item]):
             for name in ("encoder_sha256", "size", "scale", "flip"):
                 first, own = getattr(self.caches[0], name), getattr(facts, name)
                 if first != own:
-                    raise UserError(
-                        f"{folder} has {name} {short(own)}, but {self.folders[0]} has {short(first)}: "
-                        "caches of one run must agree"
-                    )
+                    differ = f"{folder} has {name} {short(own)}, but {self.folders[0]} has {short(first)}"
+                    raise UserError(f"{differ}: caches of one run must agree")
         if window is not None and (window % self.facts.factor or not 0 < window <= self.facts.size):
-            raise UserError(
-                f"a window of {window} pixels in {self.folders[0]}: give a multiple of {self.facts.factor} up to the "
-                f"{self.facts.size} of its crops"
-            )
+            sides = f"a multiple of {self.facts.factor} up to {self.facts.size}"
+            raise UserError(f"a window of {window} pixels in {self.folders[0]}: give {sides}")
         self._starts = np.cumsum([0, *(facts.pictures for facts in self.caches)])
         self._shards = [Shards(folder, facts) for folder, facts in zip(self.folders, self.caches, strict=True)]
         self._chosen = np.arange(self._starts[-1])  # positions of the pictures that are in use
@@ -244,10 +240,9 @@ def open_cache(source: Source, crops: Crops, *, memory: bool = False, windows: b
     for name in ("scale", "flip") if larger else asked:
         ours, theirs = asked[name], getattr(dataset.facts, name)
         if ours != theirs:
-            raise UserError(
-                f"data.{name} is {ours}, but {dataset.folders[0]} holds crops of {name} {theirs}: "
-                f'add --data.{name} "{json.dumps(theirs)}", or cache others'
-            )
+            held = f"{dataset.folders[0]} holds crops of {name} {theirs}"
+            remedy = f'add --data.{name} "{json.dumps(theirs)}", or cache others'
+            raise UserError(f"data.{name} is {ours}, but {held}: {remedy}")
     return dataset
 
 
@@ -268,10 +263,8 @@ def check_encoder(dataset: LatentDataset, encoder: nn.Module) -> None:
     if isinstance(encoder, ForeignEncoder) and encoder.network is None:
         cached = EncoderConfig(**facts.encoder)
         if (cached.name, cached.family) != (encoder.config.name, encoder.config.family):
-            raise UserError(
-                f"{dataset.folders[0]} holds latents of {cached.title}, but this run's are of {encoder.config.title}: "
-                "choose another cache"
-            )
+            theirs = f"{dataset.folders[0]} holds latents of {cached.title}"
+            raise UserError(f"{theirs}, but this run's are of {encoder.config.title}: choose another cache")
         return
     own = weights_sha256(encoder)
     if own != facts.encoder_sha256:

@@ -140,10 +140,8 @@ class Shards:
         self.command = "monobath cache-latents" if facts.counts is None else "monobath encode-dataset"
         held = sum(path.stat().st_size for path in folder.glob(f"latents-*.{facts.layout}")) // SMALLEST
         if facts.shards > 1 + held or (facts.pictures * facts.copies > held and facts.shard_path(folder, 0).is_file()):
-            raise UserError(
-                f"{folder} lacks shards, or they are cut short: they cannot hold {facts.pictures:,} pictures; run the "
-                f"same {self.command} command again"
-            )
+            lacking = f"lacks shards for {facts.pictures:,} pictures, or they are cut short"
+            raise UserError(f"{folder} {lacking}: run the same {self.command} command again")
         counts = np.array([len(facts.pictures_of(n)) for n in range(facts.shards)], dtype=np.int64) * facts.copies
         self.starts = np.concatenate([[0], np.cumsum(counts)])
         self._places = np.full((int(self.starts[-1]), 5), -1, dtype=np.int64)
@@ -208,10 +206,7 @@ class Shards:
 
     def _check(self, path: Path, lacking: int, count: int) -> None:
         if lacking:
-            raise UserError(
-                f"{path} lacks {lacking} of its {count} samples: delete it and run the same {self.command} command "
-                "again"
-            )
+            raise UserError(f"{path} lacks {lacking} of {count} samples: delete it, and run the same {self.command}")
 
 
 @lru_cache(maxsize=64)

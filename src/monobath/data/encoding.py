@@ -195,9 +195,7 @@ def encode_images(encoder: Encoder | ForeignEncoder, images: Tensor, dtype: torc
     moments = torch.cat([posterior.mean, posterior.logvar], dim=1).cpu()
     largest = moments.abs().max().item()
     if not largest <= HALF_MAX:  # written so that NaN fails too
-        raise UserError(
-            f"latents reach {largest:.3g}, which half precision cannot hold: this encoder's cannot be cached"
-        )
+        raise UserError(f"latents reach {largest:.3g}, which half precision cannot hold: they cannot be cached")
     return moments
 
 

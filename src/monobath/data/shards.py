@@ -226,9 +226,7 @@ def _from_parquet(shard: InputShard, path: Path, labels: bool) -> Iterator[RawPi
     pictures = next((name for name in PICTURE_COLUMNS if name in names and _holds_bytes(schema.field(name).type)), None)
     key_column, label_column = (next((n for n in some if n in names), None) for some in (KEY_COLUMNS, LABEL_COLUMNS))
     if pictures is None:
-        raise UserError(
-            f"{shard.path} has no pictures: its columns are {', '.join(names)}; call that of the bytes image"
-        )
+        raise UserError(f"{shard.path} has no pictures: its columns are {', '.join(names)}; call one of bytes image")
     if labels and label_column is None:
         raise UserError(f"{shard.path} has no labels: its columns are {', '.join(names)}; add label")
     columns = [name for name in (pictures, key_column, label_column if labels else None) if name]

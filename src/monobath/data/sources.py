@@ -121,10 +121,7 @@ def find_samples(source: Source, *, labels: bool = False) -> list[Sample]:
             raise UserError(f"{entry} is a shard URL among local paths: give either URLs or local paths")
         found = [sample for file in listed_files(str(entry), "tar") for sample in _samples_of(file, labels)]
         if not found:
-            raise UserError(
-                f"no pictures found in {entry}: expected files ending in .jpg, .png, .webp … "
-                "or .tar shards that hold such files"
-            )
+            raise UserError(f"no pictures found in {entry}: expected files ending in .jpg, .png, .webp … or .tar")
         samples += found
     if labels:
         if len(entries) == 1 and all(sample.label is None for sample in samples):

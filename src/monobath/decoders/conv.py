@@ -60,7 +60,7 @@ class ConvDecoder(UNet):
     shuffled = True
 
     def add_context(self) -> int:
-        width, config = super().add_context(), self.config
+        config = self.config
         if config.context:
             self.context = Context(config.read_channels, config.context, config.padding)
-        return width  # 0: it is read, and modulates no block
+        return 0  # it is read, and modulates no block

@@ -7,7 +7,7 @@ SSDD (arXiv 2510.04961), section 3.1. Pixels are unshuffled by `patch` before th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -51,10 +51,8 @@ class UNetShape(WrappedShape):
         for name, least in (("down", 0), ("up", 1)):
             blocks = getattr(self, name)
             if len(blocks) != len(self.channels) or min(blocks) < least:
-                raise UserError(
-                    f"decoder.{name} is {blocks}: give a number for each of the {len(self.channels)} levels, "
-                    f"at least {least}"
-                )
+                wanted = f"{len(self.channels)} numbers, one for each level, at least {least}"
+                raise UserError(f"decoder.{name} is {blocks}: give {wanted}")
         super().__post_init__()
 
     def _fill_from_size(self) -> None:
@@ -166,19 +164,16 @@ class UNet(PixelDecoder):
         self.modulated = width > 0
         self.time = nn.Sequential(nn.Linear(widths[0], time), nn.SiLU(), nn.Linear(time, time))
 
-        def level(pairs: list[tuple[int, int]], resample: Callable[[], nn.Conv2d] | None) -> Level:
-            blocks = [
-                ResBlock(pair, width, time, config.dropout, norm=self.norm, padding=config.padding) for pair in pairs
-            ]
-            return Level(blocks, None if resample is None else resample())
+        def block(pair: tuple[int, int]) -> ResBlock:
+            return ResBlock(pair, width, time, config.dropout, norm=self.norm, padding=config.padding)
 
         self.down, skips = nn.ModuleList(), [[widths[0]]]
         previous = widths[0]
         for i, (own, blocks) in enumerate(zip(widths, config.down, strict=True)):
             pairs = [(previous if j == 0 else own, own) for j in range(blocks)]
             previous = own if blocks else previous
-            halved = lambda out=previous: Conv2d(out, out, config.padding, stride=2)  # noqa: E731
-            self.down.append(level(pairs, halved if i < last else None))
+            made = [block(pair) for pair in pairs]
+            self.down.append(Level(made, Conv2d(previous, previous, config.padding, stride=2) if i < last else None))
             skips[-1] += [own] * blocks
             skips.append([previous])
         self.add_middle()
@@ -190,8 +185,8 @@ class UNet(PixelDecoder):
                 pairs.append((previous + (skips[i].pop() if skips[i] else 0), own))
                 previous = own
             finer = 4 * widths[i - 1] if self.shuffled else own
-            doubled = lambda i=own, o=finer: Conv2d(i, o, config.padding)  # noqa: E731
-            self.up.append(level(pairs, doubled if i > 0 else None))
+            made = [block(pair) for pair in pairs]
+            self.up.append(Level(made, Conv2d(own, finer, config.padding) if i > 0 else None))
             if self.shuffled:
                 previous = widths[i - 1]
         self.norm_out: nn.Module = nn.GroupNorm(norm_groups(widths[0]), widths[0]) if self.norm else nn.Identity()

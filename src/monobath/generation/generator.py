@@ -227,10 +227,8 @@ class Generator(nn.Module):
             UserError: no such folder, a corrupt file, or one that is no generator.
         """
         if not Path(name).exists():
-            raise UserError(
-                f"no generator {str(name)!r}: give the folder that monobath train dit-64 wrote, such as "
-                "runs/dit-64/model"
-            )
+            remedy = "give the folder that monobath train dit-64 wrote, such as runs/dit-64/model"
+            raise UserError(f"no generator {str(name)!r}: {remedy}")
         config, state = store.read(Path(name), FORMAT, "generator")
         how = GeneratorConfig.from_dict(config)
         generator = built(lambda: cls(how), state, str(name))

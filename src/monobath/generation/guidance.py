@@ -36,6 +36,7 @@ def guided(
         low, high = torch.tensor(interval, dtype=t.dtype).tolist()  # 0.4 as a time is not 0.4 as a Python number
         if scale == 1 or not low < t[0].item() <= high:
             return network(x_t, t, labels)
+        assert labels is not None
         both = network(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([labels, torch.full_like(labels, null)]))
         v_class, v_null = both.chunk(2)
         return v_null + scale * (v_class - v_null)

@@ -101,9 +101,8 @@ class DinoFeatures(Features):
             self.model: Any = transformers.AutoModel.from_pretrained(name, use_safetensors=True).float()
         config = self.model.config
         if not isinstance(getattr(config, "patch_size", None), int):
-            raise UserError(
-                f"loss.repa_model {name!r} is a {config.model_type} model without image patches: give a DINOv2 one"
-            )
+            kind = f"a {config.model_type} model without image patches"
+            raise UserError(f"loss.repa_model {name!r} is {kind}: give a DINOv2 one")
         self.width, self.side = config.hidden_size, config.patch_size
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)

@@ -85,10 +85,8 @@ class ForeignEncoder(nn.Module):
         expected = (len(x), config.latent_channels, x.shape[2] // config.factor, x.shape[3] // config.factor)
         for name, part in (("latents", mean), ("a log-variance", logvar)):
             if part is not None and tuple(part.shape) != expected:
-                raise UserError(
-                    f"the {config.family} encoder gave {name} {tuple(part.shape)} for images {tuple(x.shape)}: "
-                    f"expected {expected}"
-                )
+                given = f"{name} {tuple(part.shape)} for images {tuple(x.shape)}"
+                raise UserError(f"the {config.family} encoder gave {given}: expected {expected}")
         return without_spread(mean) if logvar is None else torch.cat([mean, logvar], dim=1)
 
     def _apply(self, fn: Any, recurse: bool = True) -> ForeignEncoder:

@@ -96,16 +96,12 @@ class GenerationTask(Task):
         self.dataset = cache.for_generation(ours.classes)
         channels, factor = cache.facts.encoder["latent_channels"], cache.facts.factor
         if ours.dit.latent_channels != channels:
-            raise UserError(
-                f"generator.dit.latent_channels is {ours.dit.latent_channels}, but the latents of {folder} have "
-                f"{channels} channels: set it to that"
-            )
+            given = f"generator.dit.latent_channels is {ours.dit.latent_channels}"
+            raise UserError(f"{given}, but the latents of {folder} have {channels} channels: set it to that")
         self.side = cache.facts.size // factor
         if self.side % ours.dit.patch:
-            raise UserError(
-                f"generator.dit.patch is {ours.dit.patch}, which does not divide latents of {self.side}×{self.side} "
-                f"({folder}): choose another patch"
-            )
+            given = f"generator.dit.patch is {ours.dit.patch}"
+            raise UserError(f"{given}, which does not divide latents of {self.side}×{self.side}: choose another")
         self.tokenizer_name = ours.tokenizer or cache.facts.model
         self.tokenizer = None
         drawing = place.main and recipe.training.sample_every

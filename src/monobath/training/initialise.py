@@ -105,10 +105,7 @@ def _check_latents(recipe: TokenizerRecipe) -> None:
     """Whether there are latents, and they stay what they are."""
     encoder, training = recipe.model.encoder, recipe.training
     if encoder.family and training.train_encoder:
-        raise UserError(
-            f"model.encoder.family is {encoder.family}, but training.train_encoder is true: a foreign encoder stays as "
-            "it is; set it to false"
-        )
+        raise UserError("training.train_encoder is true: a foreign encoder stays as it is; set it to false")
     if encoder.source and not encoder.family:
         raise UserError(f"model.encoder.source is {encoder.source!r} without model.encoder.family: give both")
     if encoder.family and not encoder.source and not (recipe.data.latents and not training.sample_every):
@@ -144,10 +141,8 @@ def start_from(tokenizer: Tokenizer, recipe: TokenizerRecipe) -> bool:
     if recipe.training.train_encoder:
         given = dataclasses.replace(given, padding=recipe.model.encoder.padding)
     if given != recipe.model.encoder:
-        raise UserError(
-            f"init: the encoder of {recipe.source} is {source.config.encoder}, but the recipe says "
-            f"{recipe.model.encoder}"
-        )
+        theirs = f"the encoder of {recipe.source} is {source.config.encoder}"
+        raise UserError(f"init: {theirs}, but the recipe says {recipe.model.encoder}")
     tokenizer.encoder.load_state_dict(source.encoder.state_dict())
     if not recipe.training.train_encoder:
         names = {field.name for field in dataclasses.fields(source.config)} - {"encoder", "decoder", "sampler"}

@@ -103,10 +103,8 @@ class TokenizerRecipe(Recipe):
             )
         decoder = self.model.decoder
         if self.first_weights == "published" and getattr(decoder, "norm", "") != "group":
-            raise UserError(
-                f"first_weights is published, which is for decoders with group norms, such as S/1; {decoder.title} has "
-                "weights of its own: leave it out"
-            )
+            what = f"for decoders with group norms, such as S/1; {decoder.title} has weights of its own"
+            raise UserError(f"first_weights is published, which is {what}: leave it out")
         if self.loss.adversarial and self.training.precision == "fp16":
             raise UserError('loss.adversarial needs training.precision "bf16" or "fp32"')
         if self.loss.time_power and (what := self._without_times()):
@@ -121,10 +119,7 @@ class TokenizerRecipe(Recipe):
         elif self.scales in (None, config.ScalesConfig()):
             self.scales = None
         elif self._has_shape():
-            raise UserError(
-                "scales.* is for multi-scale decoders: set model.decoder.stages and model.sampler.stages, or leave it "
-                "out"
-            )
+            raise UserError("scales.* is for multi-scale decoders: set model.decoder.stages, or leave it out")
 
     def _has_shape(self) -> bool:
         """Whether `model` is final."""
@@ -222,9 +217,7 @@ class DistillationRecipe(DecoderRecipe):
     def _check_stages(self, scales: config.ScalesConfig) -> None:
         super()._check_stages(scales)
         if self.distill.perceptual_to == "teacher":
-            raise UserError(
-                'distill.perceptual_to is "teacher", but students of several stages learn from the image: leave it out'
-            )
+            raise UserError('distill.perceptual_to is "teacher", but with several stages it is the image: leave it out')
         if self.distill.student_steps != 1 or self.distill.cache:
             raise UserError(
                 f"distill.student_steps={self.distill.student_steps}, distill.cache={self.distill.cache!r}: a student "

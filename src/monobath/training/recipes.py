@@ -107,9 +107,7 @@ def _kind(content: dict[Any, Any], overrides: Sequence[str]) -> type[Recipe]:
 
         return GeneratorRecipe
     if trains not in _WITH_TOKENIZER:
-        raise UserError(
-            f"trains is {trains!r}: expected one of {', '.join(map(repr, (*_WITH_TOKENIZER, 'generator')))}"
-        )
+        raise UserError(f"trains is {trains!r}: choose one of {', '.join(_WITH_TOKENIZER)}, generator")
     named_later = isinstance(distill, dict) and distill and "teacher" not in distill
     if trains == "distillation" or named_later or said("distill", "teacher", ""):
         return DistillationRecipe

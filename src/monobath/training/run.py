@@ -150,9 +150,8 @@ class Run:
                 if self.done % training.checkpoint_every == 0 or last or stopping:
                     self.save()
                 if stopping and not last:
-                    raise Interrupted(
-                        f"stopped at step {self.done} of {training.steps}; saved: the same command goes on"
-                    )
+                    where = f"stopped at step {self.done} of {training.steps}"
+                    raise Interrupted(f"{where}; saved: the same command goes on")
         return self.finish()
 
     @cached_property

@@ -34,10 +34,8 @@ class SampleCache:
                 before = json.loads(file.read_text(encoding="utf-8"))
             differing = sorted(key for key in facts.keys() | before.keys() if facts.get(key) != before.get(key))
             if differing:
-                raise UserError(
-                    f"distill.cache {folder} holds samples made with another {', '.join(differing)}: choose another "
-                    "folder, or delete that one"
-                )
+                made = f"{folder} holds samples made with another {', '.join(differing)}"
+                raise UserError(f"distill.cache {made}: choose another folder, or delete that one")
         else:
             write_json(file, facts)
 

@@ -141,10 +141,8 @@ class TokenizerTask(Task):
             raise UserError(f"training.batch_size gives {batch} images a pass: scales.union needs at least 2")
         stages = recipe.model.decoder.stages
         if scales is not None and not scales.union and batch % stages and batch < 2 * stages - 1:
-            raise UserError(
-                f"training.batch_size gives {batch} images a pass: {stages} stages need a multiple of {stages}, "
-                f"or at least {2 * stages - 1}"
-            )
+            needed = f"{stages} stages need a multiple of {stages}, or at least {2 * stages - 1}"
+            raise UserError(f"training.batch_size gives {batch} images a pass: {needed}")
         train_encoder = recipe.training.train_encoder
         if isinstance(recipe, DistillationRecipe):
             return self._distillation(recipe)
