@@ -10,6 +10,7 @@ loss, and so is every error but `UserError`, and a `UserError` that tells of a f
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import faulthandler
 import json
@@ -106,10 +107,11 @@ def targets(folder: Path) -> list[Target]:
         for index in range(len(dataset)):
             dataset[index]
 
+    longer = load_recipe(str(folder / "recipe/a.yaml"))
+    longer.training.steps = 7
+
     def resume(place: Path) -> None:
-        recipe = dataclasses.replace(load_recipe(str(folder / "recipe/a.yaml")), run=str(place))
-        recipe.training.steps = 7
-        Run(recipe).step()
+        Run(dataclasses.replace(copy.deepcopy(longer), run=str(place))).step()
 
     weights = ["model.safetensors", "config.json"]
     inside = ["model.safetensors", "ema.safetensors", "trainer.pt", "state.json"]
