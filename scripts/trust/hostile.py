@@ -107,11 +107,12 @@ def targets(folder: Path) -> list[Target]:
         for index in range(len(dataset)):
             dataset[index]
 
-    longer = load_recipe(str(folder / "recipe/a.yaml"))
-    longer.training.steps = 7
+    trained = load_recipe(str(folder / "recipe/a.yaml"))
 
     def resume(place: Path) -> None:
-        Run(dataclasses.replace(copy.deepcopy(longer), run=str(place))).step()
+        recipe = dataclasses.replace(copy.deepcopy(trained), run=str(place))
+        recipe.training.steps = 7
+        Run(recipe).step()
 
     weights = ["model.safetensors", "config.json"]
     inside = ["model.safetensors", "ema.safetensors", "trainer.pt", "state.json"]
