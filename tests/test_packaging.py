@@ -72,7 +72,7 @@ def test_importing_does_not_load_torch(module):
 
 
 def test_base_install_decodes_without_the_extras():
-    """`Tokenizer` needs none of the packages that only extras bring, nor torch.compile's, which take seconds to import."""
+    """`Tokenizer` needs none of the packages that only extras bring, nor torch.compile's, which take seconds."""
     code = (
         "import sys\n"
         "for name in ('accelerate', 'webdataset', 'torchmetrics', 'diffusers', 'tensorboard', 'scipy', 'matplotlib',"
