@@ -38,7 +38,6 @@ from .cache_shards import Shards
 from .pictures import Crops, Item
 from .sources import Source, is_remote
 
-REMEDY = "monobath cache-latents writes such folders"
 NO_LABELS = "it was written without labels; write another with monobath cache-latents --labels, from labelled pictures"
 
 
@@ -208,7 +207,7 @@ def _folders(source: Source) -> list[Path]:
 def _open(folder: Path) -> CacheFacts:
     facts = read_facts(folder)
     if facts is None:
-        raise UserError(f"{folder} holds no {FACTS_FILE}, so no cached latents: {REMEDY}")
+        raise UserError(f"{folder} holds no {FACTS_FILE}, so no cached latents: monobath cache-latents writes such")
     if not facts.complete:
         verb = "cache-latents" if facts.counts is None else "encode-dataset"
         raise UserError(f"{folder} is not finished: the same monobath {verb} command goes on")

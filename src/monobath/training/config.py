@@ -51,8 +51,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.latents and self.cache == "device":
             raise UserError('data.cache is "device", which is for photos: with data.latents, set it to true or false')
-        if self.size < 1:
-            raise UserError(f"data.size is {self.size}: it must be at least 1 pixel")
+        at_least(1, "data", self, "size")
         self.scale = self.scale or [self.size, 2 * self.size]
         if len(self.scale) != 2 or not self.size <= self.scale[0] <= self.scale[1]:
             raise UserError(f"data.scale is {self.scale}: give [low, high] with data.size={self.size} ≤ low ≤ high")
