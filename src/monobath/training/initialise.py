@@ -141,8 +141,8 @@ def start_from(tokenizer: Tokenizer, recipe: TokenizerRecipe) -> bool:
     if recipe.training.train_encoder:
         given = dataclasses.replace(given, padding=recipe.model.encoder.padding)
     if given != recipe.model.encoder:
-        theirs = f"the encoder of {recipe.source} is {source.config.encoder}"
-        raise UserError(f"init: {theirs}, but the recipe says {recipe.model.encoder}")
+        held = f"the encoder of {recipe.source} is {source.config.encoder}"
+        raise UserError(f"init: {held}, but the recipe says {recipe.model.encoder}")
     tokenizer.encoder.load_state_dict(source.encoder.state_dict())
     if not recipe.training.train_encoder:
         names = {field.name for field in dataclasses.fields(source.config)} - {"encoder", "decoder", "sampler"}

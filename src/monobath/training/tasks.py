@@ -6,11 +6,12 @@ they need when they need it.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ class Place:
         return self.rank == 0
 
 
-class Task(Protocol):
+class Task(abc.ABC):
     """Data, networks and objective of a run.
 
     Making one opens the data: a wrong path says so at once, and leaves nothing behind. `build` makes the networks, with
@@ -63,9 +64,11 @@ class Task(Protocol):
     model: Any
     objective: Any
 
+    @abc.abstractmethod
     def build(self) -> None:
         """Make `model` and `objective`, on the CPU."""
 
+    @abc.abstractmethod
     def batch(self, loaded: dict[str, Tensor], seed: int, position: int) -> Batch:
         """What the objective is called with. All random numbers come from `seed`, which all processes share.
 
@@ -75,20 +78,22 @@ class Task(Protocol):
             position: number of this forward pass in the run.
         """
 
+    @abc.abstractmethod
     def compile(self) -> None:
         """`torch.compile` the networks."""
 
+    @abc.abstractmethod
     def has_model(self, before: Mapping[str, Any]) -> bool:
         """Whether a stored recipe has this one's model; a field that came after it has its default."""
 
-    def resumed(self) -> None:
+    def resumed(self) -> None:  # noqa: B027  (nothing to check is a fine default)
         """Called once the weights are those to go on from.
 
         Raises:
             UserError: they do not go with the data.
         """
 
-    def learned(self, batch: Batch, losses: Losses, position: int) -> None:
+    def learned(self, batch: Batch, losses: Losses, position: int) -> None:  # noqa: B027
         """Called after the backward pass of `batch(…, position)`."""
 
     def show(self, model: Any) -> tuple[Tensor, dict[str, float]] | None:
