@@ -14,9 +14,9 @@ from conftest import dead_parameters, gradients, inputs, rand_images, randn, tin
 from monobath.decoders import decoder_config, make_decoder
 from monobath.decoders.base import mixed
 from monobath.decoders.unet import modulate
-from monobath.decoders.uvit import PATCHES, SIZES
+from monobath.decoders.uvit import SIZES
 from monobath.errors import UserError
-from monobath.models.blocks import resample_to, timestep_embedding
+from monobath.models.blocks import PATCHES, resample_to, timestep_embedding
 from monobath.models.encoder import Encoder, EncoderConfig
 from monobath.scales import ScaleSchedule
 

@@ -23,10 +23,8 @@ MOST_STEPS = 100_000
 
 def time_grid(steps: int, power: float = 2.0) -> Tensor:
     """The `steps + 1` times of the sampler, from 1 to 0, float64. power > 1 puts more steps near the image."""
-    if steps < 1:
-        raise UserError(f"steps={steps}: sampling needs at least one step")
-    if steps > MOST_STEPS:
-        raise UserError(f"steps={steps}: sampling takes at most {MOST_STEPS:,} steps")
+    if not 1 <= steps <= MOST_STEPS:
+        raise UserError(f"steps={steps}: sampling needs at least one step, and takes at most {MOST_STEPS:,}")
     if not 0 < power < math.inf:
         raise UserError(f"power={power}: the exponent of the time grid must be positive")
     return torch.linspace(1, 0, steps + 1, dtype=torch.float64) ** float(power)

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, check_least
 from ..files import write_file, write_json
 from ..images import to_float
 from ..models.encoder import Encoder, EncoderConfig, Posterior
@@ -69,10 +69,9 @@ class Caching:
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("copies", 1), ("shard_mb", 0), ("batch_size", 1)):
-            value = getattr(self, name)
-            if value < least or not value:
-                raise UserError(f"{name} is {value}: it must be {f'at least {least}' if least else 'above 0'}")
+        check_least(1, {"copies": self.copies, "batch_size": self.batch_size})
+        if self.shard_mb <= 0:
+            raise UserError(f"shard_mb is {self.shard_mb}: it must be above 0")
 
 
 def cache_latents(

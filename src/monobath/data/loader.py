@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from ..errors import UserError
+from ..errors import UserError, check_least
 from .cache import LatentDataset
 from .pictures import Item, PhotoDataset, StreamDataset
 from .transforms import mix_seed
@@ -53,12 +53,10 @@ class SeededSampler(Sampler[list[tuple[int, int]]]):
     world_size: int = 1
 
     def __post_init__(self) -> None:
-        if self.length < 1 or self.batch_size < 1 or self.start_sample < 0 or not 0 <= self.rank < self.world_size:
-            raise UserError(
-                f"length={self.length} and batch_size={self.batch_size} must be at least 1, "
-                f"start_sample={self.start_sample} at least 0, and rank={self.rank} at least 0 and below "
-                f"world_size={self.world_size}"
-            )
+        check_least(1, {"length": self.length, "batch_size": self.batch_size})
+        check_least(0, {"start_sample": self.start_sample})
+        if not 0 <= self.rank < self.world_size:
+            raise UserError(f"rank={self.rank} must be at least 0 and below world_size={self.world_size}")
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         current, order = -1, torch.empty(0, dtype=torch.int64)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .. import resources, store
-from ..errors import UserError
+from ..errors import UserError, check_least
 from ..images import MAX_PIXELS
 from ..models.encoder import Posterior
 from ..tokenizer import FORMAT, Tokenizer
@@ -117,8 +117,7 @@ def latent_statistics(
     Raises:
         UserError: no usable picture, or latents that are not finite or all the same.
     """
-    if limit is not None and limit < 1:
-        raise UserError(f"limit is {limit}: it must be at least 1 picture")
+    check_least(1, {"limit": limit})
     dataset = make_dataset(source, Crops(size=size, augment=False, max_pixels=max_pixels))
     total = min(len(dataset), limit or len(dataset)) if isinstance(dataset, PhotoDataset) else limit
     sums = LatentMoments()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..models.attention import Backend, windowed_attention
-from ..models.blocks import Checkpointed, Conv2d, norm_groups, resample_to, zero_init
+from ..models.blocks import Checkpointed, Conv2d, norm_groups, resample_to, split_size, zero_init
 from .unet import UNet, UNetShape
 
 # SSDD table 1: base width, multipliers, middle blocks. XS is ours. Decoder parameters at patch 1, c = 4:
@@ -31,7 +31,6 @@ SIZES: dict[str, tuple[int, tuple[int, ...], int]] = {
     "XL": (128, (1, 2, 4, 4), 16),  # 161,272,835
     "H": (192, (1, 2, 4, 4), 16),  # 362,688,003
 }
-PATCHES = (1, 2, 4, 8)
 
 
 @dataclass(kw_only=True)
@@ -73,15 +72,10 @@ class UViTConfig(UNetShape):
             raise UserError(f"decoder.heads={self.heads} does not divide the deepest width {self.channels[-1]}")
 
     def _fill_from_size(self) -> None:
-        name, _, patch = self.size.partition("/")
-        if name not in SIZES or patch not in {str(p) for p in PATCHES}:
-            raise UserError(
-                f"decoder.size is {self.size!r}: give SIZE/PATCH with SIZE in {', '.join(SIZES)} "
-                f"and PATCH in {', '.join(map(str, PATCHES))}, one of CS/4, CM/4, CL/4, or custom"
-            )
+        name, patch = split_size("decoder", self.size, SIZES, "one of CS/4, CM/4, CL/4, ")
         base, multipliers, middle_blocks = SIZES[name]
-        self.patch = self.patch or int(patch)
-        dropped = int(patch).bit_length() - 1  # the transformer stays at 8×8 pixels
+        self.patch = self.patch or patch
+        dropped = patch.bit_length() - 1  # the transformer stays at 8×8 pixels
         self.channels = self.channels or [math.ceil(base * m / 32) * 32 for m in multipliers][dropped:]
         self.middle_blocks = middle_blocks if self.middle_blocks < 0 else self.middle_blocks
         dim = self.channels[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -10,11 +11,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..errors import UserError
+
 M = TypeVar("M", bound=nn.Module)
 
 Padding = Literal["zeros", "replicate"]
 """What a convolution reads beyond the edge of its map. zeros: the published networks. replicate: the nearest value, so
 that a flat area looks the same at the edge as inside, and a network trained on small crops holds on large pictures."""
+
+
+PATCHES = (1, 2, 4, 8)
+
+
+def split_size(section: str, size: str, sizes: Mapping[str, object], others: str = "") -> tuple[str, int]:
+    """A key of `sizes` and one of `PATCHES` of "SIZE/PATCH"; anything else is a `UserError`."""
+    name, _, patch = size.partition("/")
+    if name not in sizes or patch not in map(str, PATCHES):
+        known = f"with SIZE in {', '.join(sizes)} and PATCH in {', '.join(map(str, PATCHES))}"
+        raise UserError(f"{section}.size is {size!r}: give SIZE/PATCH {known}, {others}or custom")
+    return name, int(patch)
 
 
 class Checkpointed(nn.Module):

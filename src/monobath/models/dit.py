@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError, check_least
-from .blocks import Checkpointed, timestep_embedding, zero_init
+from .blocks import Checkpointed, split_size, timestep_embedding, zero_init
 
 # arXiv 2212.09748, table 1: layers N, hidden size d, heads; and the parameters that it states, with patch 2, c = 4.
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -26,7 +26,6 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "L": (24, 1024, 16),  # 458 M
     "XL": (28, 1152, 16),  # 675 M
 }
-PATCHES = (1, 2, 4, 8)
 TIME_WIDTH = 256
 """Width of the sinusoidal embedding of the time."""
 
@@ -53,14 +52,9 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         if self.size != "custom":
-            name, _, patch = self.size.partition("/")
-            if name not in SIZES or patch not in {str(p) for p in PATCHES}:
-                raise UserError(
-                    f"dit.size is {self.size!r}: give SIZE/PATCH with SIZE in {', '.join(SIZES)} and PATCH in "
-                    f"{', '.join(map(str, PATCHES))}, or custom"
-                )
+            name, patch = split_size("dit", self.size, SIZES)
             depth, width, heads = SIZES[name]
-            self.patch, self.depth = self.patch or int(patch), self.depth or depth
+            self.patch, self.depth = self.patch or patch, self.depth or depth
             self.width, self.heads = self.width or width, self.heads or heads
         for name in ("patch", "width", "depth", "heads", "latent_channels"):
             if getattr(self, name) < 1:
