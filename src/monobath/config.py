@@ -89,13 +89,15 @@ class TokenizerConfig:
             if a != b:
                 raise UserError(f"encoder.{name}={a} and decoder.{name}={b} must be equal")
         if self.sampler.stages not in (1, self.decoder.stages):
-            raise UserError(f"sampler.stages={self.sampler.stages}: give decoder.stages={self.decoder.stages}, or 1")
+            both = f"sampler.stages={self.sampler.stages} with decoder.stages={self.decoder.stages}"
+            raise UserError(f"{both}: they must be equal, or the former 1")
         if self.sampler.guidance != 1 and not self.decoder.null_latent:
             raise UserError(f"sampler.guidance={self.sampler.guidance} needs decoder.null_latent: else leave it at 1")
         if self.sampler.guidance != 1 and self.sampler.stages == 1:
             raise UserError(f"sampler.guidance={self.sampler.guidance} needs sampler.stages above 1: leave it at 1")
         if self.decoder.kind in ("kl", "taef2") and (self.sampler.steps, self.sampler.noise) != (1, "zero"):
-            raise UserError(f'decoder.kind {self.decoder.kind} needs sampler.steps 1 and sampler.noise "zero"')
+            needed = 'sampler.steps 1 and sampler.noise "zero"'
+            raise UserError(f"decoder.kind {self.decoder.kind} needs {needed}: it takes no noise")
         for name in ("latent_mean", "latent_std"):
             if len(getattr(self, name)) not in (0, self.encoder.latent_channels):
                 channels = f"{self.encoder.latent_channels} latent channels"

@@ -42,15 +42,16 @@ class LatentFile:
             UserError: not such a file, or a corrupt one.
         """
         remedy = "write it again with monobath encode"
-        with (
-            explained_as(f"{path} is not a readable latent file", remedy),
-            explained_as(f"{path} lacks the metadata", remedy, KeyError),
-        ):
+        with explained_as(f"{path} is not a readable latent file", remedy):
             with safe_open(path, framework="pt") as opened:
                 facts = opened.metadata() or {}
                 if facts.get("format") != FORMAT or "latent" not in opened.keys():  # noqa: SIM118
-                    raise UserError(f"{path} is no latent file (format {facts.get('format')!r}, expected {FORMAT!r})")
+                    found = f"format {facts.get('format')!r}, expected {FORMAT!r}"
+                    raise UserError(f"{path} is not a latent file ({found})")
                 latent = opened.get_tensor("latent")
+            for name in ("size", "factor", "model"):
+                if name not in facts:
+                    raise UserError(f"{path} lacks the metadata {name!r}: {remedy}")
             height, width = map(int, facts["size"].split("x"))
             factor, model = int(facts["factor"]), facts["model"]
         if latent.ndim != 3 or not latent.is_floating_point():

@@ -217,7 +217,7 @@ class DistillationRecipe(DecoderRecipe):
     def _check_stages(self, scales: config.ScalesConfig) -> None:
         super()._check_stages(scales)
         if self.distill.perceptual_to == "teacher":
-            raise UserError('distill.perceptual_to is "teacher", but with several stages it is the image: leave it out')
+            raise UserError('distill.perceptual_to is "teacher", but several stages learn from the image: leave it out')
         if self.distill.student_steps != 1 or self.distill.cache:
             raise UserError(
                 f"distill.student_steps={self.distill.student_steps}, distill.cache={self.distill.cache!r}: a student "
