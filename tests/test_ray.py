@@ -49,9 +49,9 @@ def tokenizer() -> Tokenizer:
 class Slow(EncodingWork):
     """So that a machine can be lost in the middle."""
 
-    def samples(self, number, report):
+    def batches(self, number, report):
         time.sleep(0.3)
-        return super().samples(number, report)
+        return super().batches(number, report)
 
 
 def test_a_cluster_that_loses_a_machine_writes_the_same_bytes(tokenizer, photos, tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -47,6 +47,8 @@ U = TypeVar("U")
 DONE, PARTIAL, SKIPPED = "done", "partial", "skipped.jsonl"
 BATCH_SIDE = 512
 """A batch has no more pixels than `batch` squares of this side, but at least one picture."""
+AHEAD = 4
+"""Batches of a shard that are read while the network still has another."""
 
 
 class Manifest(Protocol):
@@ -80,8 +82,11 @@ class Work(Protocol):
     def name(self, number: int) -> str:
         """What messages call the shard that is read."""
 
-    def samples(self, number: int, report: Report) -> Iterable[Stored]:
-        """What the shard's results are, in its order; fills in the report."""
+    def batches(self, number: int, report: Report) -> Iterator[list[tuple[int, Any]]]:
+        """The shard's items, read, each with its place in the shard: see `in_buckets`."""
+
+    def results(self, batch: list[tuple[int, Any]], report: Report) -> Iterable[Stored]:
+        """What the networks make of a batch, in its order; counts the pictures in the report."""
 
     def to(self, device: str) -> None:
         """Move the networks."""
@@ -198,8 +203,13 @@ def digest(names: Iterable[str]) -> str:
 # ---- what a worker does -----------------------------------------------------------------------------------------
 
 
-def run_shard(work: Work, number: int) -> Report:
-    """Do one shard; a mistake of the user's is in the report. Done before: nothing is done."""
+def run_shard(work: Work, number: int, turn: contextlib.AbstractContextManager[Any] | None = None) -> Report:
+    """Do one shard; a mistake of the user's is in the report. Done before: nothing is done.
+
+    Args:
+        turn: a lock that all threads share which do shards with the same networks: while one has them, others read the
+            beginning of theirs, and write the end.
+    """
     before = _report(work, number)
     if before is not None:
         return replace(before, again=True)
@@ -208,7 +218,14 @@ def run_shard(work: Work, number: int) -> Report:
     # A name of its own: a worker that is thought to be lost may still be writing the same shard.
     partial = work.out / PARTIAL / f"{uuid.uuid4().hex}{path.suffix}"
     try:
-        samples = list(work.samples(number, report))
+        batches, found = work.batches(number, report), dict[int, Stored]()
+        first = list(islice(batches, AHEAD))
+        with turn or contextlib.nullcontext():
+            for batch in chain(first, batches):
+                places = (place for place, _ in batch)
+                found |= zip(places, work.results(batch, report), strict=True)
+        samples = [found[place] for place in range(len(found))]
+        report.labels = sorted({sample.facts["label"] for sample in samples if "label" in sample.facts})
         with report.timed("write"):
             write_file(partial, lambda own: write_samples(own, samples, suffix=getattr(work, "suffix", "webp")))
             report.bytes = partial.stat().st_size

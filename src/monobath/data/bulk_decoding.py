@@ -20,7 +20,7 @@ from ..models.frozen import ForeignEncoder
 from ..models.identity import weights_sha256
 from ..sampling import Noise
 from ..tokenizer import Tokenizer
-from .bulk import Report, digest, in_buckets
+from .bulk import Report, ahead, digest, in_buckets
 from .cache_facts import FACTS_FILE, Layout, differences, read_facts
 from .cache_shards import Stored, read_samples
 
@@ -143,36 +143,39 @@ class DecodingWork:
     def to(self, device: str) -> None:
         self.tokenizer.to(device)
 
-    def samples(self, number: int, report: Report) -> Iterator[Stored]:
-        factor, channels = self.facts.factor, self.facts.encoder["latent_channels"]
-
-        def latents() -> Iterator[tuple[Stored, Tensor]]:
-            stored = read_samples(self.shards[number])
-            while True:
-                with report.timed("read"):
-                    sample = next(stored, None)
-                    if sample is None:
-                        return
-                    found = sample, torch.from_numpy(np.load(io.BytesIO(sample.arrays))[:channels]).float()
-                yield found
+    def batches(self, number: int, report: Report) -> Iterator[list[tuple[int, tuple[Stored, Tensor]]]]:
+        factor = self.facts.factor
 
         def side(item: tuple[Stored, Tensor]) -> tuple[int, int]:
             return item[1].shape[1] * factor, item[1].shape[2] * factor
 
-        found: dict[int, Stored] = {}
-        for batch in in_buckets(latents(), side, self.how.batch):
-            with report.timed("network"):
-                pixels = self.decode([z for _, (_, z) in batch])
-            with report.timed("write"):
-                for (place, (sample, _)), image in zip(batch, pixels, strict=True):
-                    height = sample.facts.get("height", self.facts.size)
-                    width = sample.facts.get("width", self.facts.size)
-                    picture = io.BytesIO()
-                    tensor_to_pil(image[:, :height, :width]).save(picture, "PNG", compress_level=1)
-                    facts = {**sample.facts, "height": height, "width": width}
-                    found[place] = Stored(key=sample.key, arrays=b"", picture=picture.getvalue(), facts=facts)
-        report.pictures = len(found)
-        return iter([found[place] for place in range(len(found))])
+        return in_buckets(self._latents(number, report), side, self.how.batch)
+
+    def _latents(self, number: int, report: Report) -> Iterator[tuple[Stored, Tensor]]:
+        stored, channels = read_samples(self.shards[number]), self.facts.encoder["latent_channels"]
+        while True:
+            with report.timed("read"):
+                sample = next(stored, None)
+                if sample is None:
+                    return
+                found = sample, torch.from_numpy(np.load(io.BytesIO(sample.arrays))[:channels]).float()
+            yield found
+
+    def results(self, batch: list[tuple[int, tuple[Stored, Tensor]]], report: Report) -> list[Stored]:
+        with report.timed("network"):
+            pixels = self.decode([z for _, (_, z) in batch])
+        report.pictures += len(batch)
+        pairs = zip((sample for _, (sample, _) in batch), pixels, strict=True)
+        with report.timed("write"):  # a GPU is faster than one thread that compresses
+            return list(ahead(self._stored, pairs, self.threads if self.how.device != "cpu" else 0))
+
+    def _stored(self, pair: tuple[Stored, Tensor]) -> Stored:
+        sample, image = pair
+        height, width = (sample.facts.get(name, self.facts.size) for name in ("height", "width"))
+        picture = io.BytesIO()
+        tensor_to_pil(image[:, :height, :width]).save(picture, "PNG", compress_level=1)
+        facts = {**sample.facts, "height": height, "width": width}
+        return Stored(key=sample.key, arrays=b"", picture=picture.getvalue(), facts=facts)
 
     def decode(self, latents: Iterable[Tensor]) -> Tensor:
         """Latents `(c, h, w)` of one size → uint8 `(B, 3, H, W)` on the CPU."""

@@ -39,6 +39,8 @@ class Entry:
     """uint8 `(3, H, W)`."""
     label: int | None = None
     copy: int = 0
+    kept: bytes | None = None
+    """A crop's file. Who reads makes it too: there, threads share the work."""
 
     def padded(self, factor: int) -> Tensor:
         """Float `(1, 3, H, W)`, its sides multiples of the factor."""
@@ -172,24 +174,20 @@ class EncodingWork:
     def to(self, device: str) -> None:
         self.encoder.to(device)
 
-    def samples(self, number: int, report: Report) -> Iterator[Stored]:
-        factor, crops = self.encoder.config.factor, self.crops
-        entries = self._entries(self.shards[number], report)
-        found: dict[int, Stored] = {}
-        for batch in in_buckets(entries, lambda entry: entry.sides(factor), self.how.batch):
-            with report.timed("network"):
-                images = torch.cat([entry.padded(factor) for _, entry in batch])
-                moments = encode_images(self.encoder, images, self.how.dtype).half().numpy()
-            with report.timed("write"):
-                for (place, entry), own in zip(batch, moments, strict=True):
-                    height, width = entry.pixels.shape[1:]
-                    facts: dict[str, Any] = {"picture": entry.name, "height": height, "width": width}
-                    facts |= {"copy": entry.copy} | ({} if entry.label is None else {"label": entry.label})
-                    picture = lossless(entry.pixels) if crops else None
-                    found[place] = Stored(key=entry.key, arrays=npy(own), picture=picture, facts=facts)
-        report.pictures = len(found) // self.how.copies
-        report.labels = sorted({stored.facts["label"] for stored in found.values() if "label" in stored.facts})
-        return iter([found[place] for place in range(len(found))])
+    def batches(self, number: int, report: Report) -> Iterator[list[tuple[int, Entry]]]:
+        factor = self.encoder.config.factor
+        return in_buckets(self._entries(self.shards[number], report), lambda e: e.sides(factor), self.how.batch)
+
+    def results(self, batch: list[tuple[int, Entry]], report: Report) -> Iterator[Stored]:
+        with report.timed("network"):
+            images = torch.cat([entry.padded(self.encoder.config.factor) for _, entry in batch])
+            moments = encode_images(self.encoder, images, self.how.dtype).half().numpy()
+        for (_, entry), own in zip(batch, moments, strict=True):
+            height, width = entry.pixels.shape[1:]
+            facts: dict[str, Any] = {"picture": entry.name, "height": height, "width": width}
+            facts |= {"copy": entry.copy} | ({} if entry.label is None else {"label": entry.label})
+            report.pictures += entry.copy == 0
+            yield Stored(key=entry.key, arrays=npy(own), picture=entry.kept, facts=facts)
 
     def _entries(self, shard: InputShard, report: Report) -> Iterator[Entry]:
         pictures = read_pictures(shard, labels=self.how.labels)
@@ -215,11 +213,11 @@ class EncodingWork:
             return {"picture": raw.name, "reason": REASONS[code], "message": message}
         if self.crops is None:
             return [Entry(key=raw.key, name=raw.name, pixels=pil_to_tensor(image), label=raw.label)]
-        many = self.how.copies > 1
+        cuts = [(epoch, self.crops.cut(image, epoch, raw.number)) for epoch in range(self.how.copies)]
         return [
-            Entry(key=f"{raw.key}@{epoch}" if many else raw.key, name=raw.name, label=raw.label, copy=epoch,
-                  pixels=self.crops.cut(image, epoch, raw.number))
-            for epoch in range(self.how.copies)
+            Entry(key=f"{raw.key}@{epoch}" if len(cuts) > 1 else raw.key, name=raw.name, label=raw.label, copy=epoch,
+                  pixels=pixels, kept=lossless(pixels))
+            for epoch, pixels in cuts
         ]  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import pickle
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -271,28 +272,30 @@ def run(
 
 
 class _Worker:
-    """Does shards, one at a time, with a copy of the networks."""
+    """Does shards with a copy of the networks; two threads call it, of which one reads while the other computes."""
 
     def __init__(self, work: list[Any], gpu: bool) -> None:
         self.work: Work = ray.get(work[0])
+        self.turn = threading.Lock()
         torch.set_num_threads(self.work.threads)
         if gpu:
             self.work.to("cuda")
 
     def __call__(self, rows: Rows) -> Rows:
-        found = [json.dumps(vars(run_shard(self.work, int(number)))) for number in rows["number"]]
+        found = [json.dumps(vars(run_shard(self.work, int(number), self.turn))) for number in rows["number"]]
         return {"report": np.array(found, dtype=object)}
 
 
 def _reports(work: Work, missing: Sequence[int], workers: int, gpu: bool) -> Iterator[Report]:
     shared = [ray.put(work)]  # in a list: each actor fetches it, also one that takes another's place
-    for row in mapped([{"number": number} for number in missing], _Worker, (shared, gpu), workers, work.threads, gpu):
+    rows = [{"number": number} for number in missing]
+    for row in mapped(rows, _Worker, (shared, gpu), workers, work.threads, gpu, at_once=2):
         yield Report(**json.loads(row["report"]))
 
 
 def mapped(
     rows: list[Rows], worker: Callable[..., Any], arguments: tuple[Any, ...], workers: int, threads: int, gpu: bool,
-    *, in_order: bool = False,
+    *, in_order: bool = False, at_once: int = 1,
 ) -> Iterator[Rows]:  # fmt: skip
     """`map_batches` over an actor pool, one row a batch, results as they come.
 
@@ -300,6 +303,7 @@ def mapped(
         rows: a batch, and a block, each.
         worker, arguments: the callable class and what it is made with.
         in_order: results in the order of the rows.
+        at_once: threads that call a worker.
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -310,10 +314,15 @@ def mapped(
         fn_constructor_args=arguments,
         batch_size=1,
         # From one to so many: an actor that has nothing to do makes room for one whose machine was lost.
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers, initial_size=workers),
+        # Each has one row at work and one waiting: more would wait for it while others are idle.
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1, max_size=workers, initial_size=workers, max_tasks_in_flight_per_actor=2,
+            enable_true_multi_threading=at_once > 1,
+        ),
+        max_concurrency=at_once,
         num_cpus=threads,
         num_gpus=1 if gpu else 0,
-    )
+    )  # fmt: skip
     for name in ("ray", "ray.data"):  # whose set-up of their loggers comes late
         logging.getLogger(name).setLevel(logging.ERROR)
     yield from data.iter_rows()
