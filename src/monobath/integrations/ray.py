@@ -317,9 +317,8 @@ def mapped(
         # Each has one row at work and one waiting: more would wait for it while others are idle.
         compute=ray.data.ActorPoolStrategy(
             min_size=1, max_size=workers, initial_size=workers, max_tasks_in_flight_per_actor=2,
-            enable_true_multi_threading=at_once > 1,
+            max_concurrent_calls_per_actor=at_once, enable_true_multi_threading=at_once > 1,
         ),
-        max_concurrency=at_once,
         num_cpus=threads,
         num_gpus=1 if gpu else 0,
     )  # fmt: skip
