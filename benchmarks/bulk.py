@@ -98,7 +98,7 @@ class Clock:
         self.times: list[tuple[float, float]] = []
 
     def __call__(self, report: Report, total: int) -> None:
-        end = self.work.path(report.number).stat().st_mtime
+        end = Path(self.work.folder.join(self.work.file(report.number))).stat().st_mtime
         self.times.append((end - sum(report.seconds.values()), end))
         self.reports.append(report)
         done = len(self.reports)
@@ -226,9 +226,9 @@ def faults(given: argparse.Namespace, photos: Path, parts: Parts) -> dict[str, A
     parts("plain loop", lambda: len(plain(alone).reports))
 
     def same(folder: Path) -> bool:
-        return contents(folder) == contents(alone.out)
+        return contents(folder) == contents(Path(alone.folder.where))
 
-    facts = json.loads((alone.out / "latents.json").read_text(encoding="utf-8"))
+    facts = json.loads(Path(alone.folder.where, "latents.json").read_text(encoding="utf-8"))
     return {
         "pictures": facts["pictures"],
         "shards": len(facts["counts"]),
@@ -261,7 +261,7 @@ def lost_node(given: argparse.Namespace, photos: Path) -> Path:
     finally:
         ray.shutdown()
         machines.shutdown()
-    return work.out
+    return Path(work.folder.where)
 
 
 def killed_driver(given: argparse.Namespace, photos: Path) -> Path:

@@ -79,7 +79,7 @@ def test_a_cluster_that_loses_a_machine_writes_the_same_bytes(tokenizer, photos,
     finally:
         ray.shutdown()
         machines.shutdown()
-    assert contents(work.out) == contents(alone)
+    assert contents(work.folder.where) == contents(alone)
 
 
 def test_a_killed_driver_and_the_same_command_again_write_the_same_bytes(tokenizer, photos, tmp_path):
