@@ -6,6 +6,8 @@ import io
 import json
 import shutil
 import tarfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -200,6 +202,27 @@ def test_bytes_do_not_depend_on_interruption_order_or_repetition(tokenizer, phot
     with claimed(work) as missing:
         assert missing == []
         assert finish(work) == []
+
+
+def test_a_shard_is_read_while_another_is_in_the_network(tokenizer, photos, tmp_path):
+    whole = contents(encoded(tokenizer, photos, tmp_path / "whole"))
+    read = [threading.Event() for _ in range(3)]
+
+    class Watched(EncodingWork):
+        def batches(self, number, report):
+            yield from super().batches(number, report)
+            read[number].set()
+
+        def results(self, batch, report):
+            assert read[1].wait(30), "the other shard is not read before this one has left the network"
+            return super().results(batch, report)
+
+    work = Watched(tokenizer, str(photos), tmp_path / "out", BulkEncoding(pictures_a_shard=3, batch=2))
+    turn = threading.Lock()
+    with claimed(work) as missing, ThreadPoolExecutor(2) as pool:
+        assert not any(report.error for report in pool.map(lambda n: run_shard(work, n, turn), missing))
+        finish(work)
+    assert contents(tmp_path / "out") == whole
 
 
 def test_batches_are_bounded_and_lose_nothing():

@@ -141,8 +141,10 @@ def claimed(work: Work) -> Iterator[list[int]]:
                 )
             yield []
             return
-        work.write_manifest(None)
         folder.remove(PARTIAL)
+        for inside in (DONE, PARTIAL):
+            folder.make(inside)
+        work.write_manifest(None)
         done = folder.names(DONE)
         yield [n for n in range(len(work.shards)) if _done(n) not in done or work.file(n) not in there]
 

@@ -68,13 +68,16 @@ class Folder:
         partial = self._path / PARTIAL / f"{uuid.uuid4().hex}{path.suffix}"
         write_file(partial, write)
         size = partial.stat().st_size
-        path.parent.mkdir(exist_ok=True)
         os.replace(partial, path)
         return size
 
     def write_text(self, name: str, text: str) -> None:
         """The same for text, as UTF-8."""
         self.write(name, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def make(self, inside: str) -> None:
+        """A folder inside, if it is not there: files are written into such only."""
+        (self._path / inside).mkdir(exist_ok=True)
 
     def remove(self, inside: str) -> None:
         """A folder inside, if it is there."""
@@ -167,6 +170,10 @@ class RemoteFolder(Folder):
                 self._system.mv(partial, self._place(name))
             return local.stat().st_size
 
+    def make(self, inside: str) -> None:
+        with self._explained():
+            self._system.makedirs(self._place(inside), exist_ok=True)  # object stores have none, and need none
+
     def remove(self, inside: str) -> None:
         with self._explained(), contextlib.suppress(FileNotFoundError):
             self._system.rm(self._place(inside), recursive=True)
@@ -176,8 +183,7 @@ class RemoteFolder(Folder):
         key = uuid.uuid4().hex
         mine = json.dumps({"host": platform.node(), "process": os.getpid(), "key": key}).encode()
         with self._explained():
-            for inside in ("", PARTIAL, "done"):  # object stores have no folders, and need none
-                self._system.makedirs(self._place(inside), exist_ok=True)
+            self._system.makedirs(self._root, exist_ok=True)
         holder = self._take(mine)
         if holder != mine:
             told = json.loads(holder)
@@ -210,7 +216,7 @@ class RemoteFolder(Folder):
         """Within: what a file system raises, each its own classes, is a mistake that names the URL."""
         try:
             yield
-        except (UserError, FileNotFoundError):
+        except UserError:
             raise
         except ImportError as error:
             raise UserError(f"{self} cannot be opened ({error}): install the package that it names") from None
