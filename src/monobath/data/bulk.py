@@ -159,8 +159,13 @@ def finish(work: Work) -> list[Report]:
         return []
     folder = work.folder
     contents = folder.read([f"{DONE}/{_done(number)}" for number in range(len(work.shards))])
-    assert None not in contents, "a shard is missing"
-    reports = [Report(**json.loads(content)) for content in contents if content is not None]
+    reports: list[Report] = []
+    for number, content in enumerate(contents):
+        report = _parsed(content)
+        if report is None:
+            path = folder.join(f"{DONE}/{_done(number)}")
+            raise UserError(f"{path} is gone or damaged: delete it, and run the same command again")
+        reports.append(report)
     skipped = [row for report in reports for row in report.skipped]
     folder.write_text(SKIPPED, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in skipped))
     if not any(report.pictures for report in reports):
@@ -181,9 +186,15 @@ def _done(number: int) -> str:
 def _report(work: Work, number: int) -> Report | None:
     """Of a shard that is done, and still there."""
     (content,) = work.folder.read([f"{DONE}/{_done(number)}"])
-    if content is None or not work.folder.has(work.file(number)):
+    report = _parsed(content)
+    return report if report is not None and work.folder.has(work.file(number)) else None
+
+
+def _parsed(content: bytes | None) -> Report | None:
+    try:
+        return None if content is None else Report(**json.loads(content))
+    except (ValueError, TypeError):
         return None
-    return Report(**json.loads(content))
 
 
 def digest(names: Iterable[str]) -> str:
