@@ -189,7 +189,7 @@ def _pixels(rows: Rows, column: str, place: int) -> Tensor:
         if value is None:
             raise ValueError("there are no bytes; `datasets` keeps paths alone unless files are embedded")
         if isinstance(value, bytes):
-            picture = Image.open(io.BytesIO(value))
+            picture: Image.Image = Image.open(io.BytesIO(value))
         else:
             array = np.asarray(value)
             if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (1,), (3,), (4,)):
