@@ -102,10 +102,18 @@ def read_facts(folder: Path) -> CacheFacts | None:
         UserError: the file is corrupt or of another version.
     """
     file = folder / FACTS_FILE
-    if not file.is_file():
-        return None
-    with explained_as(f"{file} is corrupt or of another version", "write the cache anew"):
-        values = json.loads(file.read_text(encoding="utf-8"))
+    with explained_as(f"{file} cannot be read", "write the cache anew", OSError):
+        return parse_facts(file.read_bytes(), str(file)) if file.is_file() else None
+
+
+def parse_facts(content: bytes, name: str) -> CacheFacts:
+    """What a `latents.json` says.
+
+    Raises:
+        UserError: it is corrupt or of another version; the message names `name`.
+    """
+    with explained_as(f"{name} is corrupt or of another version", "write the cache anew"):
+        values = json.loads(content)
         if values.pop("format") != FORMAT:
             raise ValueError(f"not {FORMAT}")
         facts = check_types(CacheFacts(**values))

@@ -8,7 +8,6 @@ behind a URL (s3://, gs://, hf://, https://, whatever fsspec opens) is fetched w
 from __future__ import annotations
 
 import glob
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +37,11 @@ class InputShard:
     """Number of its first picture in the source, which decides its crops."""
     samples: tuple[Sample, ...] = ()
     """The pictures of a folder."""
+
+    @property
+    def name(self) -> str:
+        """What results call it."""
+        return without_query(self.path)
 
     @property
     def remote(self) -> bool:
@@ -112,8 +116,8 @@ def _listed(entry: str) -> Iterator[Sample]:
 
 def _listed_url(url: str) -> Iterator[Sample]:
     kinds = (*IMAGE_EXTENSIONS, "tar", "parquet")
-    if not glob.has_magic(url) and _suffix(url) in kinds:
-        yield Sample(url.rpartition("/")[2], url)
+    if not glob.has_magic(without_query(url)) and _suffix(url) in kinds:
+        yield Sample(base_name(url), url)
         return
     with _explained(url):
         from fsspec.core import url_to_fs
@@ -129,7 +133,7 @@ def _listed_url(url: str) -> Iterator[Sample]:
 
 
 def _suffix(name: str) -> str:
-    return name.rpartition(".")[2].lower()
+    return without_query(name).rpartition(".")[2].lower()
 
 
 def _kind(file: Sample) -> Literal["tar", "parquet"] | None:
@@ -193,7 +197,7 @@ def read_pictures(shard: InputShard, *, labels: bool = False) -> Iterator[RawPic
         if shard.kind == "files":
             yield from _from_files(shard)
         else:
-            with _local(shard.path) as path:
+            with fetched(shard.path) as path:
                 yield from (_from_tar if shard.kind == "tar" else _from_parquet)(shard, path, labels)
 
 
@@ -205,13 +209,14 @@ def _from_files(shard: InputShard) -> Iterator[RawPicture]:
             raise  # it was there when the source was listed: the source is going
         except OSError:
             data = None
-        yield RawPicture(sources.split_key(sample.name)[0], sample.path, number, data, sample.label)
+        key = sources.split_key(sample.name)[0]
+        yield RawPicture(key, without_query(sample.path), number, data, sample.label)
 
 
 def _from_tar(shard: InputShard, path: Path, labels: bool) -> Iterator[RawPicture]:
     with open(path, "rb") as file:
         for number, sample in enumerate(sources.shard_samples(path, labels, unique=True), shard.first):
-            name = f"{shard.path}:{sample.name}"
+            name = f"{shard.name}:{sample.name}"
             if labels and sample.label is None:
                 raise UserError(f"{name} has no label: each picture needs a .cls member that holds an integer")
             file.seek(sample.offset)
@@ -239,8 +244,8 @@ def _from_parquet(shard: InputShard, path: Path, labels: bool) -> Iterator[RawPi
         seen.add(key)
         value = row[pictures]
         data = value.get("bytes") if isinstance(value, dict) else value
-        label = sources.parse_label(str(row[label_column]).encode(), f"{shard.path}:{key}") if labels else None
-        yield RawPicture(key, f"{shard.path}:{key}", shard.first + place, data, label)
+        label = sources.parse_label(str(row[label_column]).encode(), f"{shard.name}:{key}") if labels else None
+        yield RawPicture(key, f"{shard.name}:{key}", shard.first + place, data, label)
 
 
 def _holds_bytes(kind: Any) -> bool:
@@ -270,26 +275,46 @@ def _bytes(path: str) -> bytes:
 
 
 @contextmanager
-def _local(path: str) -> Iterator[Path]:
-    """A file on this machine, fetched for the time of the block if it is behind a URL."""
+def fetched(path: str) -> Iterator[Path]:
+    """A file on this machine, fetched for the time of the block if it is behind a URL.
+
+    Raises:
+        UserError: it cannot be.
+    """
     if "://" not in path:
         yield Path(path)
         return
-    from fsspec.core import url_to_fs
-
-    system, name = url_to_fs(path)
     with tempfile.TemporaryDirectory(prefix="monobath-") as folder:
-        copy = Path(folder, os.path.basename(name))
-        system.get_file(name, str(copy))
+        copy = Path(folder, base_name(path))
+        with _explained(path):
+            from fsspec.core import url_to_fs
+
+            system, name = url_to_fs(path)
+            system.get_file(name, str(copy))
         yield copy
+
+
+def without_query(path: str) -> str:
+    """Of an https:// address, without what follows a `?`, such as a signature, which changes and is nobody's matter."""
+    return path.partition("?")[0] if path.startswith(("http://", "https://")) else path
+
+
+def base_name(path: str) -> str:
+    """The last part of a path or URL."""
+    return without_query(path).rstrip("/").rpartition("/")[2]
 
 
 @contextmanager
 def _explained(path: str) -> Iterator[None]:
     """Within: what readers of files raise is a mistake that names the source."""
+    # pyarrow's errors are ValueErrors; file systems behind URLs raise classes of their own.
+    errors = Exception if "://" in path else (OSError, ValueError)
     with (
-        explained_as(f"{path} cannot be read", "fetch it again, or check the address", (OSError, ValueError)),
+        explained_as(f"{path} cannot be read", "fetch it again, or check the address", errors),
         explained_as(f"{path} cannot be opened", "install the package that it names", ImportError),
-        explained_as(f"{path} is not there", "check the source, and run the same command again", FileNotFoundError),
     ):
-        yield
+        try:
+            yield
+        except FileNotFoundError as error:
+            gone = without_query(path) if "://" in path else error.filename or path
+            raise UserError(f"{gone} is not there: check the source, and run the same command again") from None
