@@ -172,7 +172,7 @@ def bench(
     from rich.progress import SpinnerColumn
 
     from ..devices import usable_device
-    from ..evaluation.bench import Plan, run_bench
+    from ..evaluation.bench import HEAD, Plan, run_bench
     from ..evaluation.report import write_bench
 
     given: dict[str, Any] = {"sizes": sizes, "decoders": decoders, "models": model}
@@ -189,7 +189,7 @@ def bench(
         result = run_bench(plan, extra=extra, progress=lambda text: update(description=text), command=command)
     files = write_bench(folder, result)
     for size, rows in result.rows().items():
-        print_table(result.head, rows, title=f"{size} × {size}", width=WIDTH)
+        print_table(HEAD, rows, title=f"{size} × {size}", width=WIDTH)
     write_lines([*result.notes, *files])
 
 

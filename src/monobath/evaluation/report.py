@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..words import count
 from . import closeups, tables
+from .bench import HEAD, Bench
 from .closeups import Closeup, shown_systems
 from .page import render, write_all
 from .plots import Axis, Point, group_of, plot
 from .results import Evaluation, MetricInfo, SystemResult
 
 if TYPE_CHECKING:
-    from .bench import Bench
     from .compare import Kept
 
 
@@ -164,9 +164,8 @@ def write_bench(folder: Path, bench: Bench) -> list[Path]:
 
 def bench_page(bench: Bench) -> str:
     """The whole page of a benchmark: a table and two plots a size."""
-    drawings: dict[int, list[Drawing]] = {}
-    for size in bench.sizes:
-        drawings[size] = []
+    drawings: dict[int, list[Drawing]] = {size: [] for size in bench.rows()}
+    for size, shown in drawings.items():
         for title, value in (("speed ÷ AutoencoderKL", "speed_to_kl"), ("speed ÷ AutoencoderTiny", "speed_to_tiny")):
             points = [
                 Point(name=row.name, label=row.name, x=row.gflop, y=getattr(row, value), group=group)
@@ -176,8 +175,8 @@ def bench_page(bench: Bench) -> str:
             ]
             if points:
                 svg = plot(points, Axis(label="GFLOP a call", log=True), Axis(label=title, log=True))
-                drawings[size].append(Drawing(title, "higher is faster", svg))
+                shown.append(Drawing(title, "higher is faster", svg))
     return render(
-        "bench.html", title="monobath bench: decoding speed", bench=bench, plots=drawings, command=bench.command,
-        machine=bench.machine,
+        "bench.html", title="monobath bench: decoding speed", head=HEAD, bench=bench, plots=drawings,
+        command=bench.command, machine=bench.machine,
     )  # fmt: skip

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ..decoders import Features, PixelDecoder
 from ..decoders.base import Interval
 from ..decoders.folded import OneStepCall, folded
-from ..errors import UserError, imported
+from ..errors import UserError, explained_as, imported
 from ..files import write_file
 from ..flow import Prediction
 from ..sampling import Noise, draw_noise
@@ -147,10 +147,7 @@ def write_export(
             samples[-1]["noise"] = draw_noise(shape, [index]).numpy()
     if engine == "openvino-int8" and not samples:
         raise UserError("int8 needs latents to calibrate on: give some photos")
-    target = folder / FILES[engine]
-    if engine in ("torch-export", "aotinductor"):
-        return _write_torch(_exported(*_folded(tokenizer)), engine, target)
-    return _write(program or onnx_bytes(tokenizer), engine, target, samples)
+    return _write(*_folded(tokenizer), engine, folder / FILES[engine], samples, program)
 
 
 def onnx_bytes(tokenizer: Tokenizer) -> bytes:
@@ -211,10 +208,7 @@ def engine_call(
     if engine in ("torch", "compile"):
         return _torch_call(torch.compile(module) if engine == "compile" else module)
     with tempfile.TemporaryDirectory() as temporary:
-        target = Path(temporary) / FILES[engine]
-        if engine in ("torch-export", "aotinductor"):
-            return _runner(engine, _write_torch(_exported(module, inputs), engine, target))
-        return _runner(engine, _write(module_to_onnx(module, inputs), engine, target, samples))
+        return _runner(engine, _write(module, inputs, engine, Path(temporary) / FILES[engine], samples))
 
 
 def _free(inputs: dict[str, Tensor]) -> tuple[dict[int, Any], ...]:
@@ -236,24 +230,26 @@ def _exported(module: nn.Module, inputs: dict[str, Tensor]) -> torch.export.Expo
     return program
 
 
-def _write_torch(program: torch.export.ExportedProgram, engine: Engine, target: Path) -> Path:
+def _write(
+    module: nn.Module,
+    inputs: dict[str, Tensor],
+    engine: Engine,
+    target: Path,
+    samples: Sequence[dict[str, np.ndarray]],
+    program: bytes | None = None,
+) -> Path:
+    """Write an engine's file; arguments as `engine_call` and `write_export`."""
     if engine == "torch-export":
-        write_file(target, lambda path: torch.export.save(program, path))
+        write_file(target, partial(torch.export.save, _exported(module, inputs)))
         return target
-    from torch._inductor import aoti_compile_and_package
+    if engine == "aotinductor":
+        from torch._inductor import aoti_compile_and_package
 
-    with tempfile.TemporaryDirectory() as temporary:
-        file = Path(temporary) / target.name
-        try:
-            aoti_compile_and_package(program, package_path=str(file))
-        except Exception as error:  # any compiler's, of any kind
-            reason = str(error).strip().partition("\n")[0]
-            raise UserError(f"AOTInductor could not compile the decoder ({reason}): it needs a C++ compiler") from None
-        write_file(target, partial(shutil.copyfile, file))
-    return target
-
-
-def _write(program: bytes, engine: Engine, target: Path, samples: Sequence[dict[str, np.ndarray]]) -> Path:
+        exported = _exported(module, inputs)
+        with explained_as("AOTInductor, which needs a C++ compiler, could not compile the decoder"):
+            write_file(target, lambda path: aoti_compile_and_package(exported, package_path=str(path)))
+        return target
+    program = program or module_to_onnx(module, inputs)
     if engine == "onnxruntime":
         write_file(target, lambda path: path.write_bytes(program))
         return target

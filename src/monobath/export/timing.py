@@ -9,10 +9,10 @@ import torch
 
 from ..decoders import decoder_config, make_decoder
 from ..decoders.folded import OneStepCall, folded
-from ..evaluation.bench import CHANNELS, TINY, Maker, random_latents, tokenizer_maker
+from ..evaluation.bench import CHANNELS, TINY, Maker, maker, random_latents, tokenizer_maker
 from ..evaluation.peers import random_autoencoder
 from ..tokenizer import Tokenizer
-from .engines import Engine, Run, engine_call
+from .engines import Engine, engine_call
 from .running import CALIBRATION_SIDE, on_engine
 
 
@@ -36,14 +36,7 @@ def engine_networks(
             tokenizer = Tokenizer.from_pretrained(model, device="cpu", dtype=torch.float32)
             found[f"{model}, {engine}"] = (tokenizer.decoder, tokenizer_maker(on_engine(tokenizer, model, engine)))
         for name, network in [*calls.items(), (TINY, peer)]:
-            make = _maker(engine_call(network, inputs, engine, samples))
+            run = engine_call(network, inputs, engine, samples)
+            make = maker(lambda z, run=run: run({"latent": z.numpy()}))
             found[f"{name}, {engine}"] = (networks.get(name, peer), make)
     return found
-
-
-def _maker(run: Run) -> Maker:
-    def make(batch: int, side: int) -> Any:
-        z = random_latents(batch, side).numpy()
-        return lambda: run({"latent": z})
-
-    return make
