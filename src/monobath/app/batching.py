@@ -9,27 +9,41 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
 
 
 class Full(Exception):
     """No place is free."""
 
 
-class Job(Protocol):
-    """Something to work on."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Job:
+    """One request's tensor: latents to decode, or pictures to encode."""
+
+    model: str
+    kind: Literal["decode", "encode"]
+    data: Tensor
+    size: tuple[int, int]
+    steps: int | None = None
+    seed: int = 0
 
     @property
     def key(self) -> Any:
-        """Equal for jobs that may be worked on together."""
+        """Equal for jobs that fit one call."""
+        return (self.model, self.kind, self.data.shape[1:], self.size, self.steps)
 
     @property
     def samples(self) -> int:
-        """How many samples it is."""
+        """B."""
+        return len(self.data)
 
     @property
     def pixels(self) -> int:
-        """How much work it is."""
+        """Of all samples and steps."""
+        return len(self.data) * self.size[0] * self.size[1] * (self.steps or 1)
 
 
 class Places:

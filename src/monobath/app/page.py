@@ -55,17 +55,14 @@ def build_page(service: Service) -> gr.Blocks:
                 async for shown in developed(service, photo, name, None if steps == AS_MADE else int(steps)):
                     yield shown
         except UserError as error:
-            yield "", None, said(str(error), role="alert")
+            yield "", None, said(str(error))
         except Full:
-            yield "", None, said("Many photos are being developed: try again in a moment.", role="alert")
+            yield "", None, said("Many photos are being developed: try again in a moment.")
 
     samples = [str(path) for path in resources.sample_paths()]
 
     def sample(event: gr.SelectData) -> str:
         return samples[event.index]
-
-    def uploaded(path: str) -> tuple[str, None]:
-        return path, None  # the field is free for the next one
 
     with gr.Blocks(title="monobath", analytics_enabled=False, delete_cache=KEPT) as page:
         chosen = gr.State()
@@ -89,7 +86,7 @@ def build_page(service: Service) -> gr.Blocks:
                     elem_id="latents",
                 )  # fmt: skip
         quietly: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        photo.upload(uploaded, photo, [chosen, photo], **quietly)
+        photo.upload(lambda path: (path, None), photo, [chosen, photo], **quietly)  # frees the field for the next one
         gallery.select(sample, None, chosen, **quietly)
         gr.on(
             [chosen.change, model.change, steps.change],
@@ -137,9 +134,9 @@ async def developed(
         yield compared(given, picture), latents, f'<p role="status">{words}</p>'
 
 
-def said(message: str, role: str) -> str:
+def said(message: str) -> str:
     """Words of ours, which may hold words of the user's."""
-    return f'<p role="{role}"><b>{html.escape(message)}</b></p>'
+    return f'<p role="alert"><b>{html.escape(message)}</b></p>'
 
 
 def compared(original: Tensor, output: Tensor) -> str:

@@ -12,6 +12,7 @@ import math
 from typing import Annotated, Literal, Self
 
 import torch
+from fastapi import Response
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 from torch import Tensor
 
@@ -25,14 +26,6 @@ Seed = Annotated[int, Field(ge=0, lt=1 << 62)]
 Steps = Annotated[int, Field(ge=1, le=1000)]
 ImageFormat = Literal["png", "jpg"]
 BINARY = "tensor/binary"
-
-
-class Reply(BaseModel):
-    """What goes back: a body, its media type, and headers."""
-
-    body: bytes
-    media_type: str
-    headers: dict[str, str] = {}
 
 
 class Scaling(BaseModel):
@@ -114,7 +107,7 @@ class DecodeQuery(Scaling):
         z = z.flatten(4, 5).flatten(2, 3).contiguous()
         return z, (z.shape[2] * factor, z.shape[3] * factor)
 
-    def reply(self, pictures: Tensor, accept: str) -> Reply:
+    def reply(self, pictures: Tensor, accept: str) -> Response:
         """Pictures `(B, 3, H, W)` in [-1, 1] as the client wants them.
 
         Args:
@@ -152,7 +145,7 @@ class EncodeQuery(Scaling):
             return to_float(picture_of(body, max_pixels))[None]
         return images_to_tensor(tensor_of(body, self.shape, self.dtype), max_pixels=max_pixels)
 
-    def reply(self, latents: Tensor) -> Reply:
+    def reply(self, latents: Tensor) -> Response:
         """Raw latents `(B, c, h, w)`, scaled as asked, in the type that was sent, float32 for a picture."""
         scaling, shift = self.factors()
         sent = torch.float32 if self.shape is None or self.dtype == "uint8" else DTYPES[self.dtype]
@@ -192,16 +185,16 @@ def picture_of(body: bytes, max_pixels: int) -> Tensor:
     return pil_to_tensor(open_image(io.BytesIO(body), max_pixels=max_pixels, name="the body"))
 
 
-def tensor_reply(tensor: Tensor) -> Reply:
+def tensor_reply(tensor: Tensor) -> Response:
     """The storage, with shape and type as headers."""
     tensor = tensor.contiguous().cpu()
     headers = {"shape": json.dumps(list(tensor.shape)), "dtype": NAMES[tensor.dtype]}
-    return Reply(body=tensor.view(torch.uint8).numpy().tobytes(), media_type=BINARY, headers=headers)
+    return Response(tensor.view(torch.uint8).numpy().tobytes(), media_type=BINARY, headers=headers)
 
 
-def picture_reply(picture: Tensor, image_format: ImageFormat) -> Reply:
+def picture_reply(picture: Tensor, image_format: ImageFormat) -> Response:
     """A file of one picture `(3, H, W)` in [-1, 1]; a JPEG of quality 95, colour at full resolution."""
     file, kind = io.BytesIO(), image_format.replace("jpg", "jpeg")
     # Pillow ignores what is not the format's own.
     tensor_to_pil(picture).save(file, kind, compress_level=1, quality=95, subsampling=0)
-    return Reply(body=file.getvalue(), media_type=f"image/{kind}")
+    return Response(file.getvalue(), media_type=f"image/{kind}")

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +22,9 @@ from .. import resources
 from ..errors import UserError
 from ..images import ImageTooLarge
 from ..tokenizer import Tokenizer
-from .batching import Batcher, Places
+from .batching import Batcher, Job, Places
 
-Submit = Callable[["Job"], Awaitable[Tensor]]
+Submit = Callable[[Job], Awaitable[Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,33 +50,6 @@ class Limits:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be above 0")
         if self.max_wait_ms < 0:
             raise UserError(f"max_wait_ms is {self.max_wait_ms}: it must be 0 or more")
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Job:
-    """One request's tensor: latents to decode, or pictures to encode."""
-
-    model: str
-    kind: Literal["decode", "encode"]
-    data: Tensor
-    size: tuple[int, int]
-    steps: int | None = None
-    seed: int = 0
-
-    @property
-    def key(self) -> Any:
-        """Equal for jobs that fit one call."""
-        return (self.model, self.kind, self.data.shape[1:], self.size, self.steps)
-
-    @property
-    def samples(self) -> int:
-        """B."""
-        return len(self.data)
-
-    @property
-    def pixels(self) -> int:
-        """Of all samples and steps."""
-        return len(self.data) * self.size[0] * self.size[1] * (self.steps or 1)
 
 
 class Service:

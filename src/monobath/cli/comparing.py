@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import UserError
-from .exporting import EngineName
+from ..export import Engine as EngineName
 from .shared import DType, check_options, out_folder, print_table, progress, write_lines
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The verb `export`, and the names of engines for other verbs."""
+"""The verb `export`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,6 @@ from typing import Literal
 from ..errors import UserError
 from .shared import find_pictures, load_tokenizer, out_folder, write
 
-# engines.Engine, which costs an import of torch (a test compares them)
-EngineName = Literal[
-    "torch", "compile", "torch-export", "aotinductor", "onnxruntime", "openvino", "openvino-bf16", "openvino-int8"
-]
 ProgramName = Literal["comfyui", "sdcpp", "diffusers"]
 FileEngine = Literal["torch-export", "aotinductor", "onnxruntime", "openvino", "openvino-int8"]
 

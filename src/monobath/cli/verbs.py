@@ -9,9 +9,9 @@ from json import dumps
 from typing import Literal
 
 from ..errors import UserError
+from ..export import Engine
 from ..words import count, in_words
 from . import shared
-from .exporting import EngineName
 from .shared import MAX_PIXELS, DType
 
 
@@ -133,7 +133,7 @@ def reconstruct(
     noise: Literal["gaussian", "zero"] | None = None,
     tile: int | None = None,
     progressive: bool = False,
-    engine: EngineName | None = None,
+    engine: Engine | None = None,
     max_pixels: int = MAX_PIXELS,
     device: str = "auto",
     dtype: DType = "float32",

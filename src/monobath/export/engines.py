@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -35,24 +35,10 @@ from ..files import write_file
 from ..flow import Prediction
 from ..sampling import Noise, draw_noise
 from ..tokenizer import Tokenizer
+from . import FILES, Engine
 
 Run = Callable[[dict[str, np.ndarray]], np.ndarray]
 """Arrays by input name → image array."""
-
-Engine = Literal[
-    "torch", "compile", "torch-export", "aotinductor", "onnxruntime", "openvino", "openvino-bf16", "openvino-int8"
-]
-"""torch: the folded decoder, eager. openvino-int8: int8 weights and activations, calibrated on latents."""
-
-FILES: dict[str, str] = {
-    "torch-export": "decoder.pt2",
-    "aotinductor": "decoder-aotinductor.pt2",
-    "onnxruntime": "decoder.onnx",
-    "openvino": "decoder.xml",
-    "openvino-bf16": "decoder.xml",
-    "openvino-int8": "decoder-int8.xml",
-}
-"""File of each engine's export. OpenVINO keeps its weights beside it, in a .bin file of the same name."""
 
 
 class EngineDecoder(PixelDecoder):

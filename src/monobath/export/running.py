@@ -12,7 +12,8 @@ from ..data.transforms import center_crop
 from ..errors import UserError
 from ..images import open_image
 from ..tokenizer import Tokenizer
-from .engines import FILES, Engine, with_engine
+from . import FILES, Engine
+from .engines import with_engine
 
 CALIBRATION_SIDE = 256
 """Side of the squares that int8 is calibrated on, in pixels."""

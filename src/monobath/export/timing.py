@@ -12,7 +12,8 @@ from ..decoders.folded import OneStepCall, folded
 from ..evaluation.bench import CHANNELS, TINY, Maker, maker, random_latents, tokenizer_maker
 from ..evaluation.peers import random_autoencoder
 from ..tokenizer import Tokenizer
-from .engines import Engine, engine_call
+from . import Engine
+from .engines import engine_call
 from .running import CALIBRATION_SIDE, on_engine
 
 
