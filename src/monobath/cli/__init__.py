@@ -18,7 +18,7 @@ from typing import Any, TextIO
 from .._version import __version__
 from ..errors import UserError
 from ..words import did_you_mean
-from .arguments import in_one_sentence, parser_of, split_overrides, verb_name, with_underscores
+from .arguments import in_one_sentence, parser_of, spelled_alike, split_overrides, verb_name
 from .bulk import decode_dataset, encode_dataset
 from .comparing import bench, eval_
 from .exporting import export
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: without the program's name; default: the process's own.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = [spelled_alike(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     verb = next((a for a in arguments[:1] if a in VERBS), "")
     _configure_logging(verb)
     try:
@@ -68,7 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(verb: str, arguments: list[str]) -> None:
     function = VERBS[verb]
     parser = parser_of(function)
-    arguments = with_underscores(parser, arguments)
     extra: dict[str, Any] = {}
     parameters = inspect.signature(function).parameters
     if "command" in parameters:
@@ -112,13 +111,7 @@ def _fail(verb: str, message: str, code: int) -> int:
 class _Stderr(logging.StreamHandler[TextIO]):
     """Writes to whatever sys.stderr is at the time, so that lines and a progress bar do not overwrite one another."""
 
-    @property
-    def stream(self) -> TextIO:
-        return sys.stderr
-
-    @stream.setter
-    def stream(self, value: TextIO) -> None:
-        pass
+    stream = property(lambda self: sys.stderr, lambda self, value: None)  # type: ignore[assignment]
 
 
 def _configure_logging(verb: str) -> None:

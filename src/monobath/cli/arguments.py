@@ -92,16 +92,10 @@ def split_overrides(parser: ArgumentParser, arguments: list[str]) -> tuple[list[
     return others, overrides
 
 
-def with_underscores(parser: ArgumentParser, arguments: list[str]) -> list[str]:
-    """Options that the parser knows, typed with dashes (--in-place), as it spells them (--in_place)."""
-    known = {option for action in parser._actions for option in action.option_strings}
-
-    def spelled(argument: str) -> str:
-        option, separator, value = argument.partition("=")
-        own = "--" + option[2:].replace("-", "_")
-        return own + separator + value if option.startswith("--") and option not in known and own in known else argument
-
-    return [spelled(argument) for argument in arguments]
+def spelled_alike(argument: str) -> str:
+    """Options may be typed with dashes (--in-place): as parsers and recipes spell them (--in_place)."""
+    option, separator, value = argument.partition("=")
+    return "--" + option[2:].replace("-", "_") + separator + value if option.startswith("--") else argument
 
 
 def in_one_sentence(message: str) -> str:

@@ -118,8 +118,8 @@ def eval_(
             settings = replace(settings, keep=PICTURES) if gallery else settings
             with _engine(engine, workers, place) as measure:
                 found = [evaluate(systems, data, replace(settings, size=side, engine=measure)) for side in sides]
-            is_main = processes.is_main()
-        if not is_main:
+            rank = processes.rank()
+        if rank:
             return
         evaluations = [evaluation for evaluation, _ in found]
         if repeats:

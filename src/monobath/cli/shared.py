@@ -165,11 +165,12 @@ def progress(*more: type[ProgressColumn]) -> Iterator[Callable[..., None]]:
     """Within: a line on stderr where that is a terminal; what is yielded takes description, completed and total.
 
     Args:
-        more: columns beside the description.
+        more: columns beside the description; default: a bar, numbers and the time that remains.
     """
     from rich.console import Console
-    from rich.progress import Progress, TextColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    more = more or (BarColumn, MofNCompleteColumn, TimeRemainingColumn)
     columns = (TextColumn("{task.description}", markup=False), *(column() for column in more))
     stderr = Console(stderr=True)
     with Progress(*columns, console=stderr, transient=True, disable=not sys.stderr.isatty()) as shown:
