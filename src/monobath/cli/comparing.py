@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -193,20 +193,17 @@ def bench(
     write_lines([*result.notes, *files])
 
 
-@contextmanager
-def _engine(name: str | None, workers: int, device: torch.device) -> Iterator[Engine | None]:
+def _engine(name: str | None, workers: int, device: torch.device) -> AbstractContextManager[Engine | None]:
     """Within: what measures batches elsewhere."""
     if name is None:
-        yield None
-        return
+        return nullcontext()
     from ..evaluation import processes
     from ..integrations.ray import Cluster
     from ..integrations.ray import engine as ray_engine
 
     if device.type != "cpu" or processes.world_size() > 1:
         raise UserError(f"--engine {name} measures on CPUs, from one process: add --device cpu, or use torchrun alone")
-    with ray_engine(Cluster(workers=workers or None)) as measure:
-        yield measure
+    return ray_engine(Cluster(workers=workers or None))
 
 
 # ---- what is printed ----------------------------------------------------------------------------------------------

@@ -150,10 +150,7 @@ def run_demo(out: Path, model: str = "default", *, pictures: Sequence[Path] | No
     """
     began = time.perf_counter()
     tokenizer = Tokenizer.from_pretrained(model, device="cuda" if torch.cuda.is_available() else "cpu")
-    photos = [
-        (path.stem, pil_to_tensor(open_image(path)))
-        for path in (resources.sample_paths() if pictures is None else pictures)
-    ]
+    photos = [(path.stem, pil_to_tensor(open_image(path))) for path in pictures or resources.sample_paths()]
     reconstruct(tokenizer, photos[0][1], "warm-up")
     rows = [reconstruct(tokenizer, photo, name, repeats=REPEATS) for name, photo in photos]
     command = shlex.join(["monobath", "demo", "--model", model, "--out", str(out)])
