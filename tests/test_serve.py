@@ -23,7 +23,7 @@ from serve_running import Running, picture, png, query, raw, requests, running, 
 from test_bad_input import bomb
 
 from monobath import Tokenizer
-from monobath.app.batching import Batcher, Full, Places
+from monobath.app.batching import Batcher, Full, Limits, Places
 from monobath.app.pictures import latent_picture
 from monobath.app.service import Job, Limits, Service, names_and_sources, packaged_names
 from monobath.cli import main
@@ -248,7 +248,7 @@ def test_batches_are_bounded_in_samples_and_pixels():
             await asyncio.sleep(0.01)
             return [job.samples for job in jobs]
 
-        batcher = Batcher(run, max_wait=0.05, expected=lambda answered: answered < len(sizes), **limits)
+        batcher = Batcher(run, Limits(max_wait_ms=50, **limits), lambda answered: answered < len(sizes))
         jobs = [Job(model="m", kind="decode", data=torch.zeros(n, 4, 1, 1), size=(8, 8)) for n in sizes]
         assert await asyncio.gather(*map(batcher.submit, jobs)) == sizes
         return seen

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from monobath.errors import UserError
 from monobath.evaluation.codecs import FORMATS, Bicubic, FileCodec
-from monobath.evaluation.peers import ARCHITECTURES, TaesdSystem, random_autoencoder
+from monobath.evaluation.peers import ARCHITECTURES, PEERS, TaesdSystem, make_peer, random_autoencoder
 from monobath.evaluation.speed import sample_images
-from monobath.evaluation.system import PEERS, TokenizerSystem, make_peer
+from monobath.evaluation.system import TokenizerSystem
 from monobath.images import to_float, to_uint8
 from monobath.models import taesd
 from monobath.tiles import pad_to_multiple

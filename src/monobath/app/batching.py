@@ -14,9 +14,35 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from ..errors import UserError, check_least
+
 
 class Full(Exception):
     """No place is free."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one request, and all of them together, may take."""
+
+    max_batch: int = 8
+    """Most samples decoded together; a request of more is a batch of its own."""
+    max_wait_ms: float = 5.0
+    """How long a request waits for others that are being received, in milliseconds."""
+    max_queue: int = 64
+    """Most requests at a time; further ones are told to come again."""
+    max_bytes: int = 64 << 20
+    """Largest body, in bytes."""
+    max_pixels: int = 1 << 22
+    """Largest picture, in pixels, counted once per sample and step; also of a batch."""
+    timeout: float = 60.0
+    """Longest time for a body to arrive, and for the work on it, in seconds."""
+
+    def __post_init__(self) -> None:
+        check_least(0, {"max_wait_ms": self.max_wait_ms})
+        for name, value in vars(self).items():
+            if name != "max_wait_ms" and value <= 0:
+                raise UserError(f"{name} is {value}: it must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -74,23 +100,17 @@ class Batcher:
 
     Args:
         run: a batch of jobs of one key → a result or an exception for each.
-        max_batch: most samples in a batch; a job of more is a batch of its own.
-        max_pixels: most pixels in a batch, likewise.
-        max_wait: how long the first job waits for others, in seconds, while `expected` says that some may come.
+        limits: of a batch, and how long its first job waits while `expected` says that others may come.
         expected: whether a request has arrived whose job is not here yet. A lone client never waits.
     """
 
     def __init__(
         self,
         run: Callable[[list[Any]], Awaitable[list[Any]]],
-        *,
-        max_batch: int,
-        max_pixels: int,
-        max_wait: float,
+        limits: Limits,
         expected: Callable[[int], bool],
     ) -> None:
-        self._run, self._expected = run, expected
-        self.max_batch, self.max_pixels, self.max_wait = max_batch, max_pixels, max_wait
+        self._run, self._limits, self._expected = run, limits, expected
         self._waiting: list[tuple[Job, asyncio.Future[Any]]] = []
         self._working: asyncio.Task[None] | None = None
         self._unanswered = 0
@@ -113,11 +133,11 @@ class Batcher:
             self._unanswered -= 1
 
     async def _work(self) -> None:
-        loop = asyncio.get_running_loop()
+        loop, wait = asyncio.get_running_loop(), self._limits.max_wait_ms / 1000
         while self._waiting:
-            until = loop.time() + self.max_wait
+            until = loop.time() + wait
             while self._expected(self._unanswered) and loop.time() < until and not self._batch()[1]:
-                await asyncio.sleep(self.max_wait / 10)
+                await asyncio.sleep(wait / 10)
             batch, _ = self._batch()
             self._waiting = [entry for entry in self._waiting if entry not in batch and not entry[1].done()]
             if batch:
@@ -131,12 +151,9 @@ class Batcher:
         here = [entry for entry in self._waiting if not entry[1].done()]
         batch, samples, pixels = here[:1], 0, 0
         for entry in here:
-            job = entry[0]
-            if job.key != here[0][0].key:
-                continue
-            samples, pixels = samples + job.samples, pixels + job.pixels
-            if samples > self.max_batch or pixels > self.max_pixels:
-                return batch, True
-            if entry is not here[0]:
-                batch.append(entry)
-        return batch, samples == self.max_batch
+            if entry[0].key == here[0][0].key:
+                samples, pixels = samples + entry[0].samples, pixels + entry[0].pixels
+                if samples > self._limits.max_batch or pixels > self._limits.max_pixels:
+                    return batch, True
+                batch += [entry] if entry is not here[0] else []
+        return batch, samples == self._limits.max_batch

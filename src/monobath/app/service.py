@@ -10,7 +10,6 @@ import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,34 +21,9 @@ from .. import resources
 from ..errors import UserError
 from ..images import ImageTooLarge
 from ..tokenizer import Tokenizer
-from .batching import Batcher, Job, Places
+from .batching import Batcher, Job, Limits, Places
 
 Submit = Callable[[Job], Awaitable[Tensor]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What one request, and all of them together, may take."""
-
-    max_batch: int = 8
-    """Most samples decoded together."""
-    max_wait_ms: float = 5.0
-    """How long a request waits for others that are being received, in milliseconds."""
-    max_queue: int = 64
-    """Most requests at a time; further ones are told to come again."""
-    max_bytes: int = 64 << 20
-    """Largest body, in bytes."""
-    max_pixels: int = 1 << 22
-    """Largest picture, in pixels, counted once per sample and step; also of a batch."""
-    timeout: float = 60.0
-    """Longest time for a body to arrive, and for the work on it, in seconds."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_batch", "max_queue", "max_bytes", "max_pixels", "timeout"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be above 0")
-        if self.max_wait_ms < 0:
-            raise UserError(f"max_wait_ms is {self.max_wait_ms}: it must be 0 or more")
 
 
 class Service:
@@ -67,16 +41,7 @@ class Service:
         self.places = Places(limits.max_queue)
         self.observe: Callable[[int], None] = lambda samples: None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="arithmetic")
-        self._submit = (
-            submit
-            or Batcher(
-                self.run,
-                max_batch=limits.max_batch,
-                max_pixels=limits.max_pixels,
-                max_wait=limits.max_wait_ms / 1000,
-                expected=lambda answered: self.places.taken > answered,
-            ).submit
-        )
+        self._submit = submit or Batcher(self.run, limits, lambda answered: self.places.taken > answered).submit
 
     async def encode(self, model: str, images: Tensor) -> Tensor:
         """Pictures `(B, 3, H, W)` in [-1, 1] → raw latents, the posterior's mode, `(B, c, ceil(H/f), ceil(W/f))`.

@@ -96,9 +96,10 @@ def eval_(
     from ..evaluation.closeups import shown_systems
     from ..evaluation.compare import Settings, evaluate
     from ..evaluation.gallery import PICTURES, write_gallery
+    from ..evaluation.peers import make_baselines, make_peer
     from ..evaluation.report import write_evaluation
     from ..evaluation.speed import add_speeds
-    from ..evaluation.system import make_baselines, make_models, make_peer
+    from ..evaluation.system import make_models
 
     kind = getattr(torch, dtype)
     with progress(SpinnerColumn) as update:

@@ -1,11 +1,12 @@
-"""Other people's autoencoders: diffusers' classes and the TAESD family. Tiling and slicing stay off."""
+"""What ours is compared with, by name: diffusers' autoencoders, TAESD's family, codecs. Tiling and slicing stay off."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
+from PIL import features
 from torch import Tensor
 
 from ..autoencoders import (
@@ -17,8 +18,13 @@ from ..autoencoders import (
     random_autoencoder,
     read_taesd,
 )
+from ..errors import UserError
 from ..models import taesd
-from .system import PaddedSystem
+from ..words import did_you_mean
+from .codecs import FORMATS, Bicubic, FileCodec
+from .system import PaddedSystem, System
+
+T = TypeVar("T")
 
 
 class DiffusersSystem(PaddedSystem):
@@ -97,3 +103,60 @@ class TaesdSystem(PaddedSystem):
         """The decoder gives [0, 1]."""
         assert self.decoder is not None
         return 2 * self.decoder(z).float() - 1
+
+
+PEERS = {
+    **{kind: f"diffusers' {known.name}: a folder, a Hub id, or random" for kind, known in ARCHITECTURES.items()},
+    "taef2": "TAEF2: the folder with taef2_encoder.safetensors and taef2_decoder.safetensors",
+    **{kind: f"{known.name}: bits a pixel" for kind, known in FORMATS.items()},
+    "bicubic": "scaling down and up: the factor",
+}
+"""Kinds of peers, and what follows the equals sign."""
+
+
+def make_peer(spec: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> System:
+    """`KIND=WHERE` → a system: `taef2=FOLDER`, `kl=FOLDER`, `kl=user/repository`, `kl=random`, `jpeg=1.0`, ….
+
+    Raises:
+        UserError: an unknown kind (the message names the nearest), or what the kind says about the rest.
+    """
+    kind, _, where = spec.partition("=")
+    kind, where = kind.strip(), where.strip()
+    if kind not in PEERS:
+        hint = did_you_mean(kind, PEERS, f"choose {', '.join(PEERS)}", most=2)
+        raise UserError(f"peer {spec!r} is of an unknown kind: {hint}")
+    if not where:
+        raise UserError(f"peer {spec!r} lacks what follows {kind}=: {PEERS[kind]}")
+    if kind in FORMATS:
+        return FileCodec(kind, _number(float, spec))
+    if kind == "bicubic":
+        return Bicubic(_number(int, spec), device)
+    if kind == "taef2":
+        return TaesdSystem(kind, where, device, dtype)
+    return DiffusersSystem(kind, where, device, dtype)
+
+
+def _number(kind: Callable[[str], T], spec: str) -> T:
+    name, _, value = spec.partition("=")
+    try:
+        return kind(value.strip())
+    except ValueError:
+        raise UserError(f"peer {spec!r}: {value!r} is not a number as it should be ({PEERS[name.strip()]})") from None
+
+
+@torch.no_grad()
+def make_baselines(systems: Sequence[System], size: int, bits: float | None, rates: Sequence[float]) -> list[System]:
+    """Bicubic, and the codecs at the first system's bits a pixel and at further rates; none that is there already.
+
+    Args:
+        systems: what is compared.
+        size: side of the pictures, in pixels.
+        bits: a pixel; None: the first system's.
+        rates: more of them.
+    """
+    if bits is None:
+        bits = systems[0].encode(torch.zeros(1, 3, size, size, device=systems[0].device)).bits[0] / size**2
+    codecs = [codec for codec, found in FORMATS.items() if features.check(found.feature)]
+    specs = ["bicubic=8"] + [f"{codec}={rate:g}" for codec in codecs for rate in dict.fromkeys([bits, *rates])]
+    found = {system.name: system for system in (make_peer(spec, systems[0].device) for spec in specs)}
+    return [found[name] for name in found if name not in {system.name for system in systems}]

@@ -117,15 +117,13 @@ def _by_speed(evaluation: Evaluation, metric: MetricInfo) -> list[Point]:
 
 
 def _by_steps(evaluation: Evaluation, metric: MetricInfo) -> list[Point]:
-    families: dict[str, list[SystemResult]] = {}
-    for system in sorted(_finite(evaluation.systems, metric), key=lambda s: s.steps or 0):
-        if system.steps is not None:
-            families.setdefault(system.family, []).append(system)
+    systems = sorted((s for s in _finite(evaluation.systems, metric) if s.steps), key=lambda s: s.steps or 0)
+    most = {s.family: s for s in systems}
+    several = {s.family for s in systems if s.steps != most[s.family].steps}
     return [
-        _mark(system, metric, system.steps or 0, family if system is members[-1] else "", family)
-        for family, members in families.items()
-        if len({s.steps for s in members}) > 1
-        for system in members
+        _mark(s, metric, s.steps or 0, s.family if s is most[s.family] else "", s.family)
+        for s in systems
+        if s.family in several
     ]
 
 
