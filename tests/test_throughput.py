@@ -15,7 +15,7 @@ from torch import nn
 
 from monobath.errors import UserError
 from monobath.evaluation import bench as benchmark
-from monobath.evaluation.codecs import FileCodec
+from monobath.evaluation.peers import FileCodec
 from monobath.evaluation.speed import (
     Timing,
     conditions,

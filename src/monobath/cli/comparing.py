@@ -93,9 +93,8 @@ def eval_(
 
     from ..devices import usable_device
     from ..evaluation import processes
-    from ..evaluation.closeups import shown_systems
+    from ..evaluation.closeups import PICTURES, shown_systems, write_gallery
     from ..evaluation.compare import Settings, evaluate
-    from ..evaluation.gallery import PICTURES, write_gallery
     from ..evaluation.peers import make_baselines, make_peer
     from ..evaluation.report import write_evaluation
     from ..evaluation.speed import add_speeds

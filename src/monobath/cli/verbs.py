@@ -157,9 +157,8 @@ def reconstruct(
     """
     pictures = shared.find_pictures(photo)
     targets = shared.target_paths(out, pictures, ".png")
-    from ..evaluation.demo import HEAD, cells
+    from ..evaluation.demo import HEAD, cells, check_progressive, with_previews
     from ..evaluation.demo import reconstruct as reconstructed
-    from ..evaluation.previews import check_progressive, with_previews
     from ..files import write_file
     from ..images import tensor_to_pil
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..files import write_folder
 from ..images import psnr, tensor_to_pil
-from .page import picture_uri, sheet
+from ..words import count
+from .compare import Kept
+from .page import picture_uri, render, sheet
 from .plots import group_of
 from .results import Evaluation, SystemResult
 from .tables import decibels
@@ -152,3 +156,44 @@ def comparison_sheet(closeups: Sequence[Closeup]) -> Image.Image:
             line.append((f"{system}\n{caption}" if line else f"{closeup.name}, {system}\n{caption}", both))
         lines.append(line)
     return sheet(lines, label=36, gap=GAP)
+
+
+# ---- the gallery --------------------------------------------------------------------------------------------------
+
+
+PICTURES = 24
+"""How many pictures a gallery shows, at most."""
+
+
+def write_gallery(folder: Path, evaluation: Evaluation, kept: Kept, systems: Sequence[SystemResult]) -> Path:
+    """Write `index.html` and its pictures into a folder, atomically; returns the page's path.
+
+    Args:
+        folder: of the gallery alone.
+        kept: the pictures and what became of them.
+        systems: those to show, in order.
+    """
+
+    def files(partial: Path) -> None:
+        pictures = []
+        for index, name in enumerate(kept.names):
+            original, versions = kept.originals[index], []
+            for number, system in enumerate(systems):
+                pixels = kept.outputs[system.name][index]
+                quality = psnr(pixels[None], original[None]).item()
+                shown = _save(pixels, partial, f"{index:02d}-{number}.webp")
+                versions.append((system.name, shown, quality, *pixels.shape[1:]))
+            pictures.append((name, _save(original, partial, f"{index:02d}-original.webp"), versions))
+        title = f"monobath: {count(len(pictures), 'picture')} by {count(len(systems), 'system')}"
+        text = render(
+            "gallery.html", title=title, pictures=pictures, command=evaluation.command, machine=evaluation.machine
+        )
+        (partial / "index.html").write_text(text, encoding="utf-8")
+
+    write_folder(folder, files)
+    return folder / "index.html"
+
+
+def _save(pixels: Tensor, folder: Path, name: str) -> str:
+    tensor_to_pil(pixels).save(folder / name, lossless=True)
+    return name

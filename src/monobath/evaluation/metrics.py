@@ -27,8 +27,7 @@ from ..images import tensor_to_pil, to_float
 from ..losses.grid import grid_energy
 from ..losses.perceptual import SIDES, EffLiteDistance, LpipsDistance
 from ..words import did_you_mean
-from .features import CROP_SIDE, CROPS, CropFeatures
-from .frechet import HALVES
+from .frechet import CROP_SIDE, CROPS, HALVES, CropFeatures
 from .results import MetricInfo
 
 logger = logging.getLogger(__name__)
