@@ -23,9 +23,17 @@ from serve_running import Running, picture, png, query, raw, requests, running, 
 from test_bad_input import bomb
 
 from monobath import Tokenizer
-from monobath.app.batching import Batcher, Full, Places
-from monobath.app.pictures import latent_picture
-from monobath.app.service import Job, Limits, Service, names_and_sources, packaged_names
+from monobath.app.protocol import latent_picture
+from monobath.app.service import (
+    Batcher,
+    Full,
+    Job,
+    Limits,
+    Places,
+    Service,
+    names_and_sources,
+    packaged_names,
+)
 from monobath.cli import main
 from monobath.errors import UserError
 

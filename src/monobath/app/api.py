@@ -16,19 +16,16 @@ import torch
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import generate_latest
 from pydantic import BaseModel
 from torch import Tensor
 
 from .. import __version__
 from ..errors import UserError
 from ..images import ImageTooLarge, to_float
-from .batching import Full
-from .drain import Drained
-from .guard import Guard
-from .metrics import Counted, Metrics
-from .pictures import bits_per_pixel, psnr
-from .protocol import DecodeQuery, EncodeQuery, ReconstructQuery, picture_of, picture_reply
-from .service import Service
+from .door import Door, Metrics
+from .protocol import DecodeQuery, EncodeQuery, ReconstructQuery, bits_per_pixel, picture_of, picture_reply, psnr
+from .service import Full, Service
 
 COME_AGAIN = {"Retry-After": "1"}
 GONE = 499
@@ -55,10 +52,7 @@ def build_api(service: Service, token: str = "") -> FastAPI:
     """
     api = FastAPI(title="monobath", version=__version__, description="Latents to pictures in one step, and back.")
     metrics = Metrics(service)
-    # The last is the outermost: refusals are drained, and count.
-    api.add_middleware(Guard, token=token)
-    api.add_middleware(Drained, timeout=service.limits.timeout)
-    api.add_middleware(Counted, metrics=metrics)
+    api.add_middleware(Door, token=token, timeout=service.limits.timeout, metrics=metrics)
     for kind in MISTAKES:
         api.add_exception_handler(kind, refusal)
     first = next(iter(service.models))
@@ -91,7 +85,7 @@ def build_api(service: Service, token: str = "") -> FastAPI:
     @api.get("/metrics", response_class=Response)
     async def prometheus() -> Response:
         """For Prometheus."""
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return api
 

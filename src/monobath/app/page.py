@@ -19,10 +19,8 @@ from torch import Tensor
 from .. import resources
 from ..errors import UserError
 from ..images import open_image, pil_to_tensor, to_float
-from .batching import Full
-from .pictures import BITS, bits_per_pixel, latent_picture, psnr
-from .protocol import picture_reply
-from .service import Service
+from .protocol import BITS, bits_per_pixel, latent_picture, picture_reply, psnr
+from .service import Full, Service
 
 SIDE = 1024
 """Longest side that is worked on, in pixels: a photo from a phone would take a CPU many seconds."""

@@ -183,7 +183,7 @@ def bench(
     with progress(SpinnerColumn) as update:
         extra = None
         if engine:
-            from ..export.timing import engine_networks
+            from ..export.running import engine_networks
 
             extra = engine_networks(model or [], engine, decoders or [])
         result = run_bench(plan, extra=extra, progress=lambda text: update(description=text), command=command)

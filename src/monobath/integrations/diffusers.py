@@ -26,22 +26,16 @@ if TYPE_CHECKING:
     from .autoencoder import AutoencoderMonobath as AutoencoderMonobath
     from .previews import LatentPreviews as LatentPreviews
 
-# (foreign name, our name), applied in order. diffusers first, then latent diffusion.
+# (foreign name, our name), applied in order; diffusers' | latent diffusion's
 _ENCODER_NAMES: list[tuple[str, str]] = [
-    (r"^down_blocks\.(\d+)\.resnets\.", r"levels.\1.blocks."),
-    (r"^down_blocks\.(\d+)\.downsamplers\.0\.", r"levels.\1.down."),
-    (r"^mid_block\.resnets\.0\.", "middle_in."),
-    (r"^mid_block\.resnets\.1\.", "middle_out."),
-    (r"^mid_block\.attentions\.0\.", "middle_attention."),
+    (r"^(?:down_blocks\.(\d+)\.resnets|down\.(\d+)\.block)\.", r"levels.\1\2.blocks."),
+    (r"^(?:down_blocks\.(\d+)\.downsamplers\.0|down\.(\d+)\.downsample)\.", r"levels.\1\2.down."),
+    (r"^(?:mid_block\.resnets\.0|mid\.block_1)\.", "middle_in."),
+    (r"^(?:mid_block\.resnets\.1|mid\.block_2)\.", "middle_out."),
+    (r"^(?:mid_block\.attentions\.0|mid\.attn_1)\.", "middle_attention."),
     (r"^conv_norm_out\.", "norm_out."),
-    (r"\.conv_shortcut\.", ".shortcut."),
-    (r"^down\.(\d+)\.block\.", r"levels.\1.blocks."),
-    (r"^down\.(\d+)\.downsample\.", r"levels.\1.down."),
-    (r"^mid\.block_1\.", "middle_in."),
-    (r"^mid\.block_2\.", "middle_out."),
-    (r"^mid\.attn_1\.", "middle_attention."),
     (r"^out_proj\.", "moments."),
-    (r"\.nin_shortcut\.", ".shortcut."),
+    (r"\.(?:conv_shortcut|nin_shortcut)\.", ".shortcut."),
     (r"^middle_attention\.group_norm\.", "middle_attention.norm."),
     (r"^middle_attention\.(?:to_q|query)\.", "middle_attention.q."),
     (r"^middle_attention\.(?:to_k|key)\.", "middle_attention.k."),
