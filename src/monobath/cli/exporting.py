@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 from ..errors import UserError
@@ -42,14 +41,22 @@ def export(
             sample photos.
     """
     folder = out_folder(out)
+    if for_ is not None and (engine or calibration):
+        raise UserError(f"--for {for_} writes no engine's file: leave out --engine and --calibration")
+    tokenizer = load_tokenizer(model, "cpu", "float32")
+    if for_ == "diffusers":
+        from ..integrations.remote import write_remote
+
+        return write(f"{write_remote(tokenizer, folder)}\n")
     if for_ is not None:
-        if engine or calibration:
-            raise UserError(f"--for {for_} writes no engine's file: leave out --engine and --calibration")
-        return _export_for(model, for_, folder)
+        from ..export.formats import write_for
+
+        path, fidelity = write_for(tokenizer, for_, folder)
+        nearly = f"{fidelity:.1f} dB between its pictures and the model's"
+        return write(f"{path}: {nearly if fidelity < 90 else 'the same pictures as the model'}\n")
     from ..export.engines import onnx_bytes, write_export
     from ..export.running import calibration_latents
 
-    tokenizer = load_tokenizer(model, "cpu", "float32")
     if tokenizer.config.sampler.stages > 1:
         raise UserError(f"{model} decodes in {tokenizer.config.sampler.stages} stages: only one step can be exported")
     engines: Sequence[FileEngine] = list(dict.fromkeys(engine or ["onnxruntime", "openvino"]))
@@ -59,18 +66,3 @@ def export(
     program = onnx_bytes(tokenizer) if set(engines) - {"torch-export", "aotinductor"} else None
     for name in engines:
         write(f"{write_export(tokenizer, name, folder, calibration=latents, program=program)}\n")
-
-
-def _export_for(model: str, program: ProgramName, folder: Path) -> None:
-    """What another program loads."""
-    tokenizer = load_tokenizer(model, "cpu", "float32")
-    if program == "diffusers":
-        from ..integrations.remote import write_remote
-
-        write(f"{write_remote(tokenizer, folder)}\n")
-        return
-    from ..export.formats import write_for
-
-    path, fidelity = write_for(tokenizer, program, folder)
-    nearly = f"{fidelity:.1f} dB between its pictures and the model's"
-    write(f"{path}: {nearly if fidelity < 90 else 'the same pictures as the model'}\n")

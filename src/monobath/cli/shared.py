@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -61,9 +60,13 @@ def find_files(given: Iterable[str], suffixes: tuple[str, ...], what: str, hint:
     for name in given:
         path = Path(name)
         if path.is_dir():
-            # which leaves hidden ones out
-            paths = sorted(path / inside for inside in glob.glob("**", root_dir=path, recursive=True))
-            inside = [file for file in paths if file.suffix.lower() in suffixes and file.is_file()]
+            inside = [
+                p
+                for p in sorted(path.rglob("*"))
+                if p.suffix.lower() in suffixes
+                and p.is_file()
+                and not any(part.startswith(".") for part in p.relative_to(path).parts)
+            ]
             if not inside:
                 raise UserError(f"no {what} in {path}: give files or a folder that holds some ({hint})")
             found += inside

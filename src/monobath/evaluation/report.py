@@ -53,7 +53,7 @@ def eval_page(evaluations: Sequence[Evaluation], pictures: Sequence[Closeup]) ->
 
 def _main_rows(evaluations: Sequence[Evaluation], joined: Evaluation) -> list[list[tuple[str, str, str]]]:
     """`tables.rows` of all sizes, with the class "best" on the best figures at each size."""
-    winners = [["", "", *(tables.best(e, m).name for m in tables.measured(e)), "", ""] for e in evaluations]
+    winners = [["", "", *(tables.best(e.systems, m).name for m in tables.measured(e)), "", ""] for e in evaluations]
     names = [(system.name, best) for system in evaluations[0].systems for best in winners]
     return [
         [(*cell, "best" if winner == name else "") for cell, winner in zip(row, best, strict=True)]

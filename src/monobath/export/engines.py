@@ -95,12 +95,12 @@ def with_engine(
         return tokenizer.optimize(compile=engine == "compile")
     if not tokenizer.decoder.trains:
         raise UserError("this tokenizer is optimized already: give the original one to an engine")
-    noise = tokenizer.config.sampler.noise
-    if folder is not None and (folder / FILES[engine]).is_file():
-        return tokenizer.with_decoder(EngineDecoder(tokenizer.decoder, noise, _runner(engine, folder / FILES[engine])))
     with tempfile.TemporaryDirectory() as temporary:
-        file = write_export(tokenizer, engine, Path(temporary), calibration=calibration)
-        return tokenizer.with_decoder(EngineDecoder(tokenizer.decoder, noise, _runner(engine, file)))
+        file = Path(temporary if folder is None else folder) / FILES[engine]
+        if not file.is_file():
+            file = write_export(tokenizer, engine, Path(temporary), calibration=calibration)
+        run = _runner(engine, file)
+    return tokenizer.with_decoder(EngineDecoder(tokenizer.decoder, tokenizer.config.sampler.noise, run))
 
 
 def write_export(
