@@ -50,9 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _run(verb, arguments[1:])
         else:
             _top(arguments)
-    except UserError as error:
-        return _fail(verb, str(error), 2)
-    except argparse.ArgumentError as error:
+    except (UserError, argparse.ArgumentError) as error:
         return _fail(verb, in_one_sentence(str(error)), 2)
     except OSError as error:  # the disk is full, read-only or gone
         if error.errno is None:

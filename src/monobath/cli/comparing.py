@@ -89,7 +89,6 @@ def eval_(
     check_options(1, batch=batch, speed_batches=min(speed_batches or [1]))
     check_options(0, workers=workers, repeats=repeats)
     import torch
-    from rich.progress import SpinnerColumn
 
     from ..devices import usable_device
     from ..evaluation import processes
@@ -101,10 +100,10 @@ def eval_(
     from ..evaluation.system import make_models
 
     kind = getattr(torch, dtype)
-    with progress(SpinnerColumn) as update:
+    with progress() as update:
 
         def counted(system: str, done: int, total: int | None) -> None:
-            update(description=f"{system}: {done}{'' if total is None else f' of {total}'} pictures")
+            update(description=system, completed=done, total=total)
 
         with processes.group(torch.device(usable_device(device))) as place:
             systems: list[System] = [*make_models(model or ["default"], steps, place, kind, encoder)]
@@ -169,7 +168,6 @@ def bench(
     if engine and not (cpu or device == "cpu"):
         raise UserError(f"--engine {' '.join(engine)} is timed on the CPU: add --cpu")
     folder = out_folder(out)
-    from rich.progress import SpinnerColumn
 
     from ..devices import usable_device
     from ..evaluation.bench import HEAD, Plan, run_bench
@@ -180,7 +178,7 @@ def bench(
         device=usable_device("cpu" if cpu else device), dtype=dtype, repeats=repeats, batch=batch,
         **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
-    with progress(SpinnerColumn) as update:
+    with progress() as update:
         extra = None
         if engine:
             from ..export.running import engine_networks

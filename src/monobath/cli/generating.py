@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import UserError
 from ..words import count as counted
 from .shared import DType, check_options, lasting_name, load_tokenizer, out_folder, write
-
-if TYPE_CHECKING:
-    import torch
 
 
 def generate(
@@ -58,10 +54,13 @@ def generate(
     if (folder / "samples").exists():
         raise UserError(f"{folder / 'samples'} is there already: choose another --out, or delete that folder")
     import torch
+    from torchvision.utils import make_grid
 
     from ..devices import usable_device
+    from ..files import write_file, write_folder, write_json
     from ..generation import Generator
     from ..generation.rendering import check_fits, in_turn, sampled
+    from ..images import tensor_to_pil
 
     generator = Generator.from_pretrained(model, device=usable_device(device), dtype=getattr(torch, dtype))
     name = tokenizer or generator.config.tokenizer
@@ -85,20 +84,7 @@ def generate(
         "dtype": dtype,
         "threads": torch.get_num_threads(),
     }
-    _write(folder, pictures, labels, facts, columns=len(classes or generator.config.labels) or 8)
-    write(
-        f"{counted(count, 'picture')} in {folder / 'samples'}: generator {seconds['generator']:.2f} s, "
-        f"decoder {seconds['decoder']:.2f} s\n"
-    )
-
-
-def _write(
-    folder: Path, pictures: torch.Tensor, labels: Sequence[int | None], facts: dict[str, Any], *, columns: int
-) -> None:
-    from torchvision.utils import make_grid
-
-    from ..files import write_file, write_folder, write_json
-    from ..images import tensor_to_pil
+    columns = min(len(classes or generator.config.labels) or 8, len(pictures))
 
     def samples(partial: Path) -> None:
         for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
@@ -107,5 +93,9 @@ def _write(
                 (partial / f"{i:06d}.cls").write_text(f"{label}\n", encoding="ascii")
 
     write_folder(folder / "samples", samples)
-    write_file(folder / "grid.png", tensor_to_pil(make_grid(pictures, nrow=min(columns, len(pictures)))).save)
+    write_file(folder / "grid.png", tensor_to_pil(make_grid(pictures, nrow=columns)).save)
     write_json(folder / "generate.json", facts)
+    write(
+        f"{counted(count, 'picture')} in {folder / 'samples'}: generator {seconds['generator']:.2f} s, "
+        f"decoder {seconds['decoder']:.2f} s\n"
+    )

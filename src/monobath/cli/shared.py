@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..errors import UserError, check_least
 
 if TYPE_CHECKING:
     import torch
-    from rich.progress import ProgressColumn
 
     from ..tokenizer import Tokenizer
 
@@ -124,13 +123,6 @@ def lasting_name(model: str) -> str:
     return packaged or (str(Path(model).resolve()) if Path(model).exists() else model)
 
 
-def plain(text: str) -> Any:
-    """Text for a table, safe from markup: a file may be called [bold].png."""
-    from rich.text import Text
-
-    return Text(text, overflow="fold")
-
-
 def print_table(
     head: Sequence[str],
     rows: Iterable[Sequence[str]],
@@ -151,27 +143,24 @@ def print_table(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title and plain(title), show_header=bool(head), show_footer=bool(foot))
+    table = Table(title=title, show_header=bool(head), show_footer=bool(foot))
     for number, words in enumerate(head):
-        footer = plain(foot[number]) if foot else ""
-        table.add_column(plain(words), footer, justify="right" if number else "left")
+        footer = foot[number] if foot else ""
+        table.add_column(words, footer, justify="right" if number else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(plain, row))
-    Console(width=None if sys.stdout.isatty() else width).print(table)
+        table.add_row(*row)
+    # No markup: a file may be called [bold].png.
+    console = Console(width=None if sys.stdout.isatty() else width, markup=False, emoji=False, highlight=False)
+    console.print(table)
 
 
 @contextmanager
-def progress(*more: type[ProgressColumn]) -> Iterator[Callable[..., None]]:
-    """Within: a line on stderr where that is a terminal; what is yielded takes description, completed and total.
-
-    Args:
-        more: columns beside the description; default: a bar, numbers and the time that remains.
-    """
+def progress() -> Iterator[Callable[..., None]]:
+    """Within: a bar on stderr where that is a terminal; what is yielded takes description, completed and total."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    more = more or (BarColumn, MofNCompleteColumn, TimeRemainingColumn)
-    columns = (TextColumn("{task.description}", markup=False), *(column() for column in more))
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     stderr = Console(stderr=True)
     with Progress(*columns, console=stderr, transient=True, disable=not sys.stderr.isatty()) as shown:
         yield partial(shown.update, shown.add_task("", total=None))

@@ -25,7 +25,7 @@ from . import processes
 from .facts import machine
 from .frechet import Gaussian, HalfSampled, frechet_distance
 from .measuring import Measuring, Row
-from .metrics import CHANNELS, RESAMPLES, Metric, PictureMetric, SetMetric, load_metrics
+from .metrics import CHANNELS, RESAMPLES, Metric, SetMetric, load_metrics
 from .results import Channel, Estimate, Evaluation, SystemResult
 from .system import System
 
@@ -161,8 +161,7 @@ class _Comparison:
     def __init__(
         self, dataset: PhotoDataset | StreamDataset, settings: Settings, metrics: Sequence[Metric], device: torch.device
     ) -> None:
-        self.dataset, self.settings, self.device = dataset, settings, device
-        self.of_pictures = [metric for metric in metrics if isinstance(metric, PictureMetric)]
+        self.dataset, self.settings, self.metrics, self.device = dataset, settings, metrics, device
         self.of_sets = [metric for metric in metrics if isinstance(metric, SetMetric)]
         self.total = min(len(dataset), settings.limit or len(dataset)) if isinstance(dataset, PhotoDataset) else None
         self.originals: dict[str, list[Gaussian]] = {}
@@ -174,8 +173,8 @@ class _Comparison:
         outputs = {metric.info.key: self._statistics(metric) for metric in self.of_sets}
         references = {} if self.originals else {metric.info.key: self._statistics(metric) for metric in self.of_sets}
         measuring = Measuring(
-            system=system, metrics=[*self.of_pictures, *self.of_sets], size=self.settings.size,
-            seed=self.settings.seed, references=bool(references), device=self.device, dataset=self.dataset,
+            system=system, metrics=self.metrics, size=self.settings.size, seed=self.settings.seed,
+            references=bool(references), device=self.device, dataset=self.dataset,
         )  # fmt: skip
         for start, part, seen in self._parts(measuring):
             positions = range(start, start + len(part))

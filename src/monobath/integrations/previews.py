@@ -66,7 +66,7 @@ class LatentPreviews:
         if step % self.every == 0:
             pictures = self.tokenizer.decode(self.raw(callback_kwargs["latents"]), output="uint8")
             self.latest = tensor_to_pil(torch.cat(list(pictures), dim=2))
-            self._show(step)
+            self._show(step, self.latest)
         return {}
 
     def raw(self, latents: Tensor) -> Tensor:
@@ -100,9 +100,7 @@ class LatentPreviews:
                             "give size=(height, width)")  # fmt: skip
         return height, width
 
-    def _show(self, step: int) -> None:
-        picture = self.latest
-        assert picture is not None
+    def _show(self, step: int, picture: Image.Image) -> None:
         if not self.notebook:
             write_file(self.out / f"step-{step:03d}.png", picture.save)
             return

@@ -154,10 +154,8 @@ def read_ssdd(path: Path) -> dict[str, Tensor]:
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{path} is not a checkpoint by its name: expected one of {', '.join(SUFFIXES)}")
     try:
-        if path.suffix.lower() == ".safetensors":
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        pickled = path.suffix.lower() != ".safetensors"
+        content: Any = torch.load(path, map_location="cpu", weights_only=True) if pickled else load_file(path)
     except Exception as error:  # broken and foreign pickles make torch.load raise nearly anything
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(
