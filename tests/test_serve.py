@@ -29,10 +29,8 @@ from monobath.app.service import (
     Full,
     Job,
     Limits,
-    Places,
     Service,
     names_and_sources,
-    packaged_names,
 )
 from monobath.cli import main
 from monobath.errors import UserError
@@ -267,10 +265,10 @@ def test_batches_are_bounded_in_samples_and_pixels():
 
 
 def test_places():
-    places = Places(1)
-    with places.take(), pytest.raises(Full), places.take():
+    service = Service({}, Limits(max_queue=1))
+    with service.place(), pytest.raises(Full), service.place():
         pass
-    assert places.taken == 0
+    assert service.taken == 0
 
 
 # ---- who may come in --------------------------------------------------------------------------------------------
@@ -330,7 +328,7 @@ def test_names():
     assert names_and_sources(["default", "some/where", "mine=runs/x/model"]) == {
         "default": "default", "where": "some/where", "mine": "runs/x/model",
     }  # fmt: skip
-    assert packaged_names()[0] == "default"
+    assert next(iter(names_and_sources(None))) == "default"
 
 
 def test_sigterm_answers_what_is_open_and_leaves_nothing_behind(tmp_path):

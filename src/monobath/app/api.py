@@ -96,7 +96,7 @@ def model_routes(service: Service, name: str) -> APIRouter:
 
     async def place() -> AsyncIterator[None]:
         try:
-            with service.places.take():
+            with service.place():
                 yield
         except Full:
             raise busy(f"all {limits.max_queue} places are taken: come again later") from None

@@ -42,7 +42,7 @@ class Metrics:
             "monobath_batch_samples", "Samples per batch", buckets=(1, 2, 4, 8, 16, 32), registry=self.registry
         )
         places = Gauge("monobath_requests_in_progress", "Requests that hold a place", registry=self.registry)
-        places.set_function(lambda: service.places.taken)
+        places.set_function(lambda: service.taken)
         service.observe = batches.observe
 
 

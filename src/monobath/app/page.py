@@ -49,7 +49,7 @@ def build_page(service: Service) -> gr.Blocks:
             yield "", None, ""
             return
         try:
-            with service.places.take():
+            with service.place():
                 async for shown in developed(service, photo, name, None if steps == AS_MADE else int(steps)):
                     yield shown
         except UserError as error:

@@ -1,8 +1,8 @@
 """Models behind one thread of arithmetic: what a request may ask, how a batch is done, previews as they come.
 
-`Places` bounds what is in the house, from the first byte of a request to the last of its reply: memory, and waiting
-time. `Batcher` is the queue of those who have arrived; while one batch is worked on, the next gathers by itself.
-Results are those of `Tokenizer.encode` and `Tokenizer.decode` for each request alone, whatever shared its batch.
+`Service.place` bounds what is in the house, from the first byte of a request to the last of its reply: memory, and
+waiting time. `Batcher` is the queue of those who have arrived; while one batch is worked on, the next gathers. Results
+are those of `Tokenizer.encode` and `Tokenizer.decode` for each request alone, whatever shared its batch.
 """
 
 from __future__ import annotations
@@ -80,29 +80,6 @@ class Job:
     def pixels(self) -> int:
         """Of all samples and steps."""
         return len(self.data) * self.size[0] * self.size[1] * (self.steps or 1)
-
-
-class Places:
-    """A bounded number of requests."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.taken = 0
-
-    @contextmanager
-    def take(self) -> Iterator[None]:
-        """Hold one place.
-
-        Raises:
-            Full: there is none.
-        """
-        if self.taken >= self.limit:
-            raise Full
-        self.taken += 1
-        try:
-            yield
-        finally:
-            self.taken -= 1
 
 
 class Batcher:
@@ -183,10 +160,26 @@ class Service:
     ) -> None:
         self.models = dict(models)
         self.limits = limits
-        self.places = Places(limits.max_queue)
+        self.taken = 0
+        """Requests that hold a place."""
         self.observe: Callable[[int], None] = lambda samples: None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="arithmetic")
-        self._submit = submit or Batcher(self.run, limits, lambda answered: self.places.taken > answered).submit
+        self._submit = submit or Batcher(self.run, limits, lambda answered: self.taken > answered).submit
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Hold one of `max_queue` places.
+
+        Raises:
+            Full: there is none.
+        """
+        if self.taken >= self.limits.max_queue:
+            raise Full
+        self.taken += 1
+        try:
+            yield
+        finally:
+            self.taken -= 1
 
     async def encode(self, model: str, images: Tensor) -> Tensor:
         """Pictures `(B, 3, H, W)` in [-1, 1] → raw latents, the posterior's mode, `(B, c, ceil(H/f), ceil(W/f))`.
@@ -253,19 +246,16 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
 
 
-def packaged_names() -> list[str]:
-    """What is served where nothing is named: the short names of the packaged weights, default first."""
-    return resources.short_names() or resources.weights_names()
-
-
-def names_and_sources(given: list[str]) -> dict[str, str]:
+def names_and_sources(given: list[str] | None) -> dict[str, str]:
     """`NAME=WHERE`, or WHERE alone, whose last part is the name: {name: where}, in order.
+
+    Where nothing is named, the short names of the packaged weights, default first.
 
     Raises:
         UserError: two of one name.
     """
     found: dict[str, str] = {}
-    for text in given:
+    for text in given or resources.short_names() or resources.weights_names():
         name, equals, where = text.partition("=")
         where = where if equals else text
         name = name if equals else Path(where).name

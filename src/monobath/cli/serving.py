@@ -46,7 +46,7 @@ def serve(
     """
     try:
         from ..app import server
-        from ..app.service import Limits, Service, names_and_sources, packaged_names
+        from ..app.service import Limits, Service, names_and_sources
 
         if not no_page:
             import gradio  # noqa: F401
@@ -57,7 +57,7 @@ def serve(
         timeout=timeout,
     )  # fmt: skip
     token = server.checked_token(host, no_token)
-    sources = names_and_sources(model or packaged_names())
+    sources = names_and_sources(model)
     listener = server.listen(host, port)
     models = {name: load_tokenizer(where, device, dtype) for name, where in sources.items()}
     shown = f"[{host}]" if ":" in host else host

@@ -146,9 +146,11 @@ def print_table(
     table = Table(title=title, show_header=bool(head), show_footer=bool(foot))
     for number, words in enumerate(head):
         footer = foot[number] if foot else ""
-        table.add_column(words, footer, justify="right" if number else "left", overflow="fold")
+        table.add_column(words, footer, justify="right" if number else "left")
     for row in rows:
         table.add_row(*row)
+    for column in table.columns:
+        column.overflow = "fold"
     # No markup: a file may be called [bold].png.
     console = Console(width=None if sys.stdout.isatty() else width, markup=False, emoji=False, highlight=False)
     console.print(table)

@@ -91,6 +91,7 @@ class TokenizerSystem(System):
         steps: Euler steps; default: what the checkpoint was made for.
         noise: "gaussian" or "zero"; default: what the checkpoint was made for.
         encoder: of a model of foreign latents: what makes them; see `Tokenizer.attach_encoder`.
+        label: what tables call it; default: `name`.
     """
 
     kind = "monobath"
@@ -102,6 +103,7 @@ class TokenizerSystem(System):
         steps: int | None = None,
         noise: Noise | None = None,
         encoder: Foreign | None = None,
+        label: str | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -113,7 +115,8 @@ class TokenizerSystem(System):
         self.noise: Noise = sampler.noise if noise is None else noise
         self.weights = full_name(name)
         # A curve over steps joins what differs in nothing else.
-        self.family = name if noise in (None, sampler.noise) else f"{name}, {noise} noise"
+        label = label or name
+        self.family = label if noise in (None, sampler.noise) else f"{label}, {noise} noise"
         self.name = self.family if steps in (None, sampler.steps) else f"{self.family}, {count(steps, 'step')}"
         self.encoder = _network(self.tokenizer)
         self.decoder, self.device = self.tokenizer.decoder, self.tokenizer.device
@@ -165,12 +168,10 @@ def make_models(
     systems: list[TokenizerSystem] = []
     for name, label in zip(names, labels, strict=True):
         for number in dict.fromkeys(steps) if steps else [None]:
-            system = TokenizerSystem(name, steps=number, device=device, dtype=dtype)
+            short = label if labels.count(label) == 1 else None
+            system = TokenizerSystem(name, steps=number, label=short, device=device, dtype=dtype)
             if shared is not None and system.tokenizer.config.encoder.family:
                 system.attach_encoder(shared)
-            if labels.count(label) == 1:
-                system.name = system.name.replace(name, label, 1)
-                system.family = system.family.replace(name, label, 1)
             systems.append(system)
     if shared is not None and not any(system.tokenizer.config.encoder.family for system in systems):
         raise UserError(f"--encoder {encoder}: {', '.join(names)} has an encoder of its own; leave it out")
