@@ -25,12 +25,12 @@ from .service import Full, Service
 SIDE = 1024
 """Longest side that is worked on, in pixels: a photo from a phone would take a CPU many seconds."""
 AS_MADE = "as made"
+COMPARED = Path(__file__).with_name("compared.html").read_text(encoding="utf-8")
 STEPS = (AS_MADE, "1", "2", "4", "8")
-KEPT = (60, 600)
-"""Seconds: how often uploads are looked at, and from which age they are deleted."""
-FONTS = ("system-ui", "sans-serif")
 LOOK = {
-    "theme": gr.themes.Base(primary_hue="orange", font=FONTS, font_mono=("ui-monospace", "monospace")),
+    "theme": gr.themes.Base(
+        primary_hue="orange", font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")
+    ),
     "css_paths": [Path(__file__).with_name("page.css")],
     "head": '<meta name="color-scheme" content="light dark">',
 }
@@ -62,7 +62,8 @@ def build_page(service: Service) -> gr.Blocks:
     def sample(event: gr.SelectData) -> str:
         return samples[event.index]
 
-    with gr.Blocks(title="monobath", analytics_enabled=False, delete_cache=KEPT) as page:
+    # Every minute, uploads are deleted that are ten minutes old.
+    with gr.Blocks(title="monobath", analytics_enabled=False, delete_cache=(60, 600)) as page:
         chosen = gr.State()
         gr.Markdown("# monobath\nDrop a photo: it is turned into latents, and back into a picture in one step.")
         with gr.Row(equal_height=False):
@@ -140,10 +141,4 @@ def said(message: str) -> str:
 def compared(original: Tensor, output: Tensor) -> str:
     """Two pictures `(3, H, W)`, the second of any size, under one slider."""
     files = (base64.b64encode(picture_reply(picture, "jpg").body).decode() for picture in (original, output))
-    first, second = (f'src="data:image/jpeg;base64,{file}"' for file in files)
-    return (
-        f'<div class="compare"><img {first} alt="original"><img {second} alt="reconstruction"><i></i>'
-        "<span>original</span><span>reconstruction</span>"
-        '<input type="range" value="50" aria-label="Original to the left, reconstruction to the right" '
-        "oninput=\"this.parentElement.style.setProperty('--at', this.value + '%')\"></div>"
-    )
+    return COMPARED.format(*(f"data:image/jpeg;base64,{file}" for file in files))

@@ -106,8 +106,7 @@ def open_pixels(path: Path, size: int | None, max_pixels: int) -> torch.Tensor:
     from ..data.transforms import center_crop
     from ..images import check_pixels, open_image, pil_to_tensor
 
-    if size is not None and size < 1:
-        raise UserError(f"--size is {size}: it must be at least 1 pixel")
+    check_options(1, size=size)
     image = open_image(path, max_pixels=max_pixels)
     if size is None:
         return pil_to_tensor(image)

@@ -67,12 +67,8 @@ class Axis:
 
 def group_of(kind: str) -> str:
     """Which of `GROUPS` a system of a kind belongs to."""
-    lower = kind.lower()
-    if lower == "monobath":
-        return "ours"
-    if lower in ("jpeg", "webp", "avif"):
-        return "codec"
-    return "resampling" if "bicubic" in lower else "network"
+    codecs = dict.fromkeys(("JPEG", "WebP", "AVIF"), "codec")
+    return {"monobath": "ours", "bicubic": "resampling", **codecs}.get(kind, "network")
 
 
 def pareto_front(points: Sequence[Point], *, lower_is_better: bool) -> list[Point]:

@@ -312,11 +312,7 @@ def _runner(engine: Engine, file: Path) -> Run:
 
 
 def _torch_call(module: Callable[..., Tensor]) -> Run:
-    @torch.no_grad()
-    def run(arrays: dict[str, np.ndarray]) -> np.ndarray:
-        return module(*(torch.from_numpy(array) for array in arrays.values())).numpy()
-
-    return run
+    return torch.no_grad()(lambda arrays: module(*map(torch.from_numpy, arrays.values())).numpy())
 
 
 def _package(name: str) -> Any:
