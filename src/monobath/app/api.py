@@ -102,15 +102,14 @@ def model_routes(service: Service, name: str) -> APIRouter:
             raise busy(f"all {limits.max_queue} places are taken: come again later") from None
 
     async def received(request: Request) -> bytes:
+        too_large = HTTPException(413, f"the body is above max_bytes={limits.max_bytes:,}: send a smaller one")
         body = bytearray()
         try:
             async with asyncio.timeout(limits.timeout):
                 async for chunk in request.stream():
                     body += chunk
                     if len(body) > limits.max_bytes:
-                        raise HTTPException(
-                            413, f"the body is above max_bytes={limits.max_bytes:,}: send a smaller one"
-                        )
+                        raise too_large
         except TimeoutError:
             raise HTTPException(
                 408, f"the body did not arrive within timeout={limits.timeout:g} s: send it again"

@@ -27,10 +27,9 @@ SIDE = 1024
 AS_MADE = "as made"
 COMPARED = Path(__file__).with_name("compared.html").read_text(encoding="utf-8")
 STEPS = (AS_MADE, "1", "2", "4", "8")
+FONTS = ("system-ui", "sans-serif")
 LOOK = {
-    "theme": gr.themes.Base(
-        primary_hue="orange", font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")
-    ),
+    "theme": gr.themes.Base(primary_hue="orange", font=FONTS, font_mono=("ui-monospace", "monospace")),
     "css_paths": [Path(__file__).with_name("page.css")],
     "head": '<meta name="color-scheme" content="light dark">',
 }

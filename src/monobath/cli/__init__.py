@@ -21,10 +21,8 @@ from ..words import did_you_mean
 from .arguments import in_one_sentence, parser_of, spelled_alike, split_overrides, verb_name
 from .bulk import decode_dataset, encode_dataset
 from .comparing import bench, eval_
-from .exporting import export
-from .generating import generate
 from .preparing import cache_latents, import_ssdd, stats
-from .serving import serve
+from .using import export, generate, serve
 from .verbs import decode, demo, distill, encode, info, reconstruct, train
 
 VERBS: dict[str, Callable[..., None]] = {

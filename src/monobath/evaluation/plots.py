@@ -32,6 +32,9 @@ GROUPS = {
 }
 """Matplotlib's marker, the same as a character, and what it stands for."""
 
+KINDS = {"monobath": "ours", "JPEG": "codec", "WebP": "codec", "AVIF": "codec", "bicubic": "resampling"}
+"""Which of them a kind of systems belongs to; others are networks."""
+
 Place = tuple[float, float]
 """x, y in the units of the axes."""
 
@@ -67,8 +70,7 @@ class Axis:
 
 def group_of(kind: str) -> str:
     """Which of `GROUPS` a system of a kind belongs to."""
-    codecs = dict.fromkeys(("JPEG", "WebP", "AVIF"), "codec")
-    return {"monobath": "ours", "bicubic": "resampling", **codecs}.get(kind, "network")
+    return KINDS.get(kind, "network")
 
 
 def pareto_front(points: Sequence[Point], *, lower_is_better: bool) -> list[Point]:
