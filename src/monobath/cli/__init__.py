@@ -76,25 +76,21 @@ def _run(verb: str, arguments: list[str]) -> None:
 
 def _top(arguments: list[str]) -> None:
     """What is not a verb: --help, --version, a mistake."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="monobath",
         description="Turn image latents into pictures in one step. monobath VERB --help says more.",
-        version=__version__,
         exit_on_error=False,
         allow_abbrev=False,
     )
-    verbs = parser.add_subcommands(
-        dest="verb", metavar="VERB", title="verbs", description="monobath VERB --help says more"
-    )
+    parser.add_argument("--version", action="version", version=f"monobath {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", title="verbs", description="monobath VERB --help says more")
     for name, function in VERBS.items():
-        verbs.add_subcommand(name, parser_of(function), help=(function.__doc__ or "").partition("\n")[0])
+        verbs.add_parser(name, help=(function.__doc__ or "").partition("\n")[0])
     known = ", ".join(VERBS)
     if not arguments:
         raise UserError(f"no verb given: choose from {known}; monobath --help says more")
     if arguments[0].startswith("-"):
-        parser.parse_args(arguments)
+        parser.parse_known_args(arguments)
     hint = did_you_mean(arguments[0], VERBS, f"choose from {known}")
     raise UserError(f"unknown verb {arguments[0]!r}: {hint}")
 

@@ -76,13 +76,10 @@ class FeatureStatistics:
         self.total += features.sum(0)
         self.outer.addmm_(features.T, features)
 
-    def all_reduce(self) -> None:
-        """Add up what all processes have seen."""
+    def gaussian(self) -> Gaussian:
+        """Mean and unbiased covariance of what all processes have seen, at least two vectors. Call it once."""
         for tensor in (self.count, self.total, self.outer):
             sum_over_processes(tensor)
-
-    def gaussian(self) -> Gaussian:
-        """Mean and unbiased covariance of what was seen, at least two vectors."""
         assert self.count >= 2, self.count
         mean = self.total / self.count
         covariance = (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
@@ -114,7 +111,6 @@ class HalfSampled:
         """The whole set's, then one for each half-sample, over all processes. Uses the sums up: call it once."""
         found = []
         for statistics in (self.whole, *self.halves):
-            statistics.all_reduce()
             found.append(statistics.gaussian())
             del statistics.outer  # the larger part of the memory
         return found

@@ -142,8 +142,7 @@ def verdict(evaluation: Evaluation) -> list[str]:
         (speed.ms / speed.batch, s) for s in evaluation.systems if (speed := speed_of(s, "decode")) and speed.gflop
     ]
     if len(timed) > 1:
-        order = sorted(timed, key=lambda pair: pair[0])
-        times = "; ".join(f"{s.name} {number(ms)} ms" for ms, s in order)
+        times = "; ".join(f"{s.name} {number(ms)} ms" for ms, s in sorted(timed, key=lambda pair: pair[0]))
         said.append(f"Networks by the time to decode a picture: {times}.")
     return said
 
