@@ -69,16 +69,13 @@ def place_of_difference(outputs: Tensor, side: int = SIDE, box: int = BOX) -> tu
 
 def shown_systems(evaluation: Evaluation, limit: int = 9) -> list[SystemResult]:
     """The systems for pictures and crowded plots: of a codec at several rates, the one nearest to the first's rate."""
-    target = evaluation.systems[0].bits_per_pixel
-    chosen: list[SystemResult] = []
-    for system in evaluation.systems:
-        rivals = [s for s in evaluation.systems if s.family == system.family] if system.family else []
-        if group_of(system.kind) == "codec" and len(rivals) > 1 and target is not None:
-            nearest = min(rivals, key=lambda s: abs((s.bits_per_pixel or 0) - target))
-            if system is not nearest:
-                continue
-        chosen.append(system)
-    return chosen[:limit]
+    target = evaluation.systems[0].bits_per_pixel or 0
+
+    def nearest(system: SystemResult) -> bool:
+        rivals = [s for s in evaluation.systems if s.family == system.family]
+        return system is min(rivals, key=lambda s: abs((s.bits_per_pixel or 0) - target))
+
+    return [s for s in evaluation.systems if group_of(s.kind) != "codec" or nearest(s)][:limit]
 
 
 def choose(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..data import Crops, PhotoDataset, Source, StreamDataset, iterate_eval, make_dataset
 from ..data.transforms import mix_seed
-from ..errors import UserError
+from ..errors import UserError, check_least
 from . import processes
 from .facts import machine
 from .frechet import Gaussian, HalfSampled, frechet_distance
@@ -77,8 +77,7 @@ class Settings:
     """Measures batches elsewhere (`integrations.ray.engine`); None: here."""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.keep < 1 or (self.limit is not None and self.limit < 1):
-            raise UserError(f"batch_size={self.batch_size}, keep={self.keep} and limit={self.limit} must be at least 1")
+        check_least(1, {"batch_size": self.batch_size, "keep": self.keep, "limit": self.limit})
         if self.resized < self.size:
             raise UserError(
                 f"short_side={self.resized} holds no square of size={self.size}: it must be at least as long"

@@ -209,6 +209,7 @@ def _report(rows: Sequence[Reconstruction], facts: dict[str, Any]) -> str:
     model = dict(facts["model"])
     training = model.pop("training", {})
     model |= {f"training: {key}": value for key, value in training.items() if value is not None}
+    shown = facts | {"model": {key: in_words(value) for key, value in model.items()}}
     return render(
         "demo.html",
         title=f"monobath demo: {model['name']}",
@@ -216,11 +217,8 @@ def _report(rows: Sequence[Reconstruction], facts: dict[str, Any]) -> str:
         head=HEAD,
         lines=[cells(row) for row in rows],
         foot=mean_line(rows),
-        timing=facts["timing"],
         rows=rows,
-        model={key: in_words(value) for key, value in model.items()},
-        command=facts["command"],
-        machine=facts["machine"],
+        **shown,
     )
 
 

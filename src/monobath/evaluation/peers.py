@@ -5,9 +5,9 @@ from __future__ import annotations
 import bisect
 import functools
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +28,6 @@ from ..images import pil_to_tensor, tensor_to_pil, to_float, to_uint8
 from ..models import taesd
 from ..words import did_you_mean
 from .system import Code, PaddedSystem, System
-
-T = TypeVar("T")
-
 
 # ---- classical references: JPEG, WebP and AVIF at a budget of bytes, and bicubic scaling ------------------------
 
@@ -239,21 +236,16 @@ def make_peer(spec: str, device: str | torch.device = "cpu", dtype: torch.dtype 
         raise UserError(f"peer {spec!r} is of an unknown kind: {hint}")
     if not where:
         raise UserError(f"peer {spec!r} lacks what follows {kind}=: {PEERS[kind]}")
-    if kind in FORMATS:
-        return FileCodec(kind, _number(float, spec))
-    if kind == "bicubic":
-        return Bicubic(_number(int, spec), device)
+    numbers: dict[str, type] = {"bicubic": int, **dict.fromkeys(FORMATS, float)}
+    if kind in numbers:
+        try:
+            number = numbers[kind](where)
+        except ValueError:
+            raise UserError(f"peer {spec!r}: {where!r} is not a number as it should be ({PEERS[kind]})") from None
+        return Bicubic(number, device) if kind == "bicubic" else FileCodec(kind, number)
     if kind == "taef2":
         return TaesdSystem(kind, where, device, dtype)
     return DiffusersSystem(kind, where, device, dtype)
-
-
-def _number(kind: Callable[[str], T], spec: str) -> T:
-    name, _, value = spec.partition("=")
-    try:
-        return kind(value.strip())
-    except ValueError:
-        raise UserError(f"peer {spec!r}: {value!r} is not a number as it should be ({PEERS[name.strip()]})") from None
 
 
 @torch.no_grad()

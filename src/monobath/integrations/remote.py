@@ -36,7 +36,6 @@ from types import SimpleNamespace
 from diffusers import ModelMixin  # pipelines look for it here
 
 '''
-FOOTER = "AutoencoderMonobath = _integrations_vae.AutoencoderMonobath\n"
 
 
 def write_remote(tokenizer: Tokenizer, folder: Path) -> Path:
@@ -72,7 +71,13 @@ def one_module() -> str:
             sections[module] = _section(module, text)
 
     add(MODULE)
-    return "\n".join([HEADER.format(version=__version__), *sections.values(), FOOTER])
+    return "\n".join(
+        [
+            HEADER.format(version=__version__),
+            *sections.values(),
+            f"AutoencoderMonobath = {_name(MODULE)}.AutoencoderMonobath\n",
+        ]
+    )
 
 
 def _file(module: str) -> Path:
