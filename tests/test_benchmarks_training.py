@@ -13,6 +13,7 @@ from conftest import randomise, tiny_tokenizer
 from PIL import Image
 from test_training import photos as photos  # the fixture
 from test_training import tiny_recipe
+from test_union import union_recipe
 
 from monobath import Tokenizer, UserError
 from monobath.evaluation import features, frechet
@@ -97,6 +98,30 @@ def test_distillation(tmp_path, photos, start, benchmark, monkeypatch, capsys):
         main([*train, "--loss.perceptual", "0.5"])
     with pytest.raises(UserError, match="another --out"):
         main([*train, "--start", "default"])
+
+
+def test_texture(tmp_path, photos, benchmark, capsys):
+    bench, start = benchmark("texture"), str(train(union_recipe(tmp_path / "run", photos, steps=1)))
+    out = ["--out", str(tmp_path / "out"), "--data", str(photos)]
+    small = [*SMALL, "--start", start, "--crops", "4", "--rows", "pooled-0.2", "energy-latent"]
+    assert bench.main(["train", *out, *small]) == 0
+    assert bench.main(["score", *out, "--score-size", "32", "--limit", "4"]) == 0
+    capsys.readouterr()
+    assert bench.main(["show", *out]) == 0
+    energy = [["energy-latent", scale] for scale in ("0", "0.5", "1")]
+    assert [row[:2] for row in table(capsys.readouterr().out)] == [["pooled-0.2", "0"], *energy]
+
+    noise = bench.noise_like(torch.zeros(2, 3, 16, 24), bench.ROWS["energy-latent"], 8)
+    assert torch.equal(noise, noise[:, :, ::8, ::8].repeat_interleave(8, 2).repeat_interleave(8, 3))
+    # Proper: of flat pictures of random colours, samples of the right spread score better than their mean or twice it.
+    colours = torch.randn(3, 400, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+    truth, first, second = colours.expand(3, 400, 3, 16, 16)
+
+    def score(spread: float) -> torch.Tensor:
+        d = [bench.distance(a, b, lambda x: [x], 0.0) for a, b in ((spread * first, truth), (spread * second, truth))]
+        return sum(d) / 2 - bench.distance(spread * first, spread * second, lambda x: [x], 0.0) / 2
+
+    assert score(1) < min(score(0), score(2))
 
 
 def test_denoising(photos, start, benchmark, capsys):

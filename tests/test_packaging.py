@@ -72,7 +72,7 @@ def test_importing_does_not_load_torch(module):
 
 
 def test_base_install_decodes_without_the_extras():
-    """`Tokenizer` needs none of the packages that only extras bring."""
+    """`Tokenizer` needs none of the packages that only extras bring, nor torch.compile's, which take seconds."""
     code = (
         "import sys\n"
         "for name in ('accelerate', 'webdataset', 'torchmetrics', 'diffusers', 'tensorboard', 'scipy', 'matplotlib',"
@@ -82,6 +82,7 @@ def test_base_install_decodes_without_the_extras():
         "tokenizer = monobath.Tokenizer.from_pretrained('default')\n"
         "z = tokenizer.encode(torch.zeros(1, 3, 24, 40)).mode()\n"
         "assert tokenizer.decode(z).shape == (1, 3, 24, 40)\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

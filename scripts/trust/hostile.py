@@ -10,6 +10,7 @@ loss, and so is every error but `UserError`, and a `UserError` that tells of a f
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import faulthandler
 import json
@@ -106,8 +107,10 @@ def targets(folder: Path) -> list[Target]:
         for index in range(len(dataset)):
             dataset[index]
 
+    trained = load_recipe(str(folder / "recipe/a.yaml"))
+
     def resume(place: Path) -> None:
-        recipe = dataclasses.replace(load_recipe(str(folder / "recipe/a.yaml")), run=str(place))
+        recipe = dataclasses.replace(copy.deepcopy(trained), run=str(place))
         recipe.training.steps = 7
         Run(recipe).step()
 

@@ -139,21 +139,22 @@ def cosine_basis(channels: int, side: int) -> Tensor:
     components of `side`×`side` RGB squares. Columns are in the order of `pixel_unshuffle`. Where `channels` exceeds
     3·side², the remaining rows are zero.
     """
-    position = torch.arange(side, dtype=torch.float64) + 0.5
-    waves = torch.stack([torch.cos(math.pi * k * position / side) for k in range(side)])
-    waves = waves / waves.norm(dim=1, keepdim=True)
-    colours = torch.tensor([[1, 1, 1], [1, 0, -1], [1, -2, 1]], dtype=torch.float64)
-    colours = colours / colours.norm(dim=1, keepdim=True)
-    cost = [
-        ((1 + 19 * (u * u + v * v)) * (1, 8, 34)[colour], colour, u, v)
-        for colour in range(3)
-        for u in range(side)
-        for v in range(side)
-    ]
-    rows = [
-        torch.einsum("c,i,j->cij", colours[colour], waves[u], waves[v]).flatten()
-        for _, colour, u, v in sorted(cost)[:channels]
-    ]
-    basis = torch.zeros(channels, 3 * side * side, dtype=torch.float64)
-    basis[: len(rows)] = torch.stack(rows)
+    with torch.device("cpu"):  # on the meta device, arithmetic imports torch.compile's machinery: two seconds
+        position = torch.arange(side, dtype=torch.float64) + 0.5
+        waves = torch.stack([torch.cos(math.pi * k * position / side) for k in range(side)])
+        waves = waves / waves.norm(dim=1, keepdim=True)
+        colours = torch.tensor([[1, 1, 1], [1, 0, -1], [1, -2, 1]], dtype=torch.float64)
+        colours = colours / colours.norm(dim=1, keepdim=True)
+        cost = [
+            ((1 + 19 * (u * u + v * v)) * (1, 8, 34)[colour], colour, u, v)
+            for colour in range(3)
+            for u in range(side)
+            for v in range(side)
+        ]
+        rows = [
+            torch.einsum("c,i,j->cij", colours[colour], waves[u], waves[v]).flatten()
+            for _, colour, u, v in sorted(cost)[:channels]
+        ]
+        basis = torch.zeros(channels, 3 * side * side, dtype=torch.float64)
+        basis[: len(rows)] = torch.stack(rows)
     return basis.float()

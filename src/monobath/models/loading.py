@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from ..errors import UserError, explained_as
 
@@ -26,11 +27,20 @@ def built(make: Callable[[], M], state: Mapping[str, Tensor], what: str) -> M:
         UserError: it cannot be built, or `state` does not fit.
     """
     with explained_as(f"{what} describes no model that can be built"):
-        with torch.device("meta"), _at_most(sum(value.numel() for value in state.values()), what):
+        with torch.device("meta"), _NoFirstWeights(), _at_most(sum(v.numel() for v in state.values()), what):
             check_fit(make().state_dict(), state, what)
         model = make()
     load_strictly(model, state, what)
     return model
+
+
+class _NoFirstWeights(TorchFunctionMode):
+    """Within, `nn.init` does nothing: drawing on the meta device imports torch.compile's machinery, two seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return (*args, *(kwargs or {}).values())[0]
+        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager

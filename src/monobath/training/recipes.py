@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import typing
 from collections.abc import Iterator, Sequence
@@ -51,7 +52,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{path} is {found}: a recipe is a mapping such as 'training: {{steps: 1000}}'")
     overrides = _without_kl_decoder(content, overrides)
     kind = _kind(content, overrides)
-    schema = _Schema(kind)
+    schema = _schema(kind)
     values: dict[str, Any] = {}
     for key, value in schema.flatten(_own(content, kind), f" in {path}"):
         values[key] = schema.convert(key, value, f" in {path}")
@@ -224,6 +225,8 @@ class _Schema:
         """A value from a file, as the type of `key`."""
         if value is None and type(None) in typing.get_args(self.types[key]):
             return None
+        if type(value) is self.types[key] and not isinstance(value, float):
+            return value  # most are, and the parser is slow
         try:
             converted = self.parser.parse_object({key: value}, defaults=False)[key]
         except ArgumentError:
@@ -255,6 +258,9 @@ class _Schema:
         same = [k for k in valid if k.rpartition(".")[2] == key.rpartition(".")[2]]
         near = difflib.get_close_matches(key, same or valid, n=1, cutoff=0.0)[0]
         return UserError(f"unknown key {key}{where}: the nearest valid one is {near}")
+
+
+_schema = functools.cache(_Schema)
 
 
 def _sections(kind: type) -> Iterator[tuple[str, Any, list[type]]]:
