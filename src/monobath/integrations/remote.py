@@ -71,13 +71,8 @@ def one_module() -> str:
             sections[module] = _section(module, text)
 
     add(MODULE)
-    return "\n".join(
-        [
-            HEADER.format(version=__version__),
-            *sections.values(),
-            f"AutoencoderMonobath = {_name(MODULE)}.AutoencoderMonobath\n",
-        ]
-    )
+    whole = f"AutoencoderMonobath = {_name(MODULE)}.AutoencoderMonobath\n"
+    return "\n".join([HEADER.format(version=__version__), *sections.values(), whole])
 
 
 def _file(module: str) -> Path:
