@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..errors import UserError
 from ..export import Engine as EngineName
@@ -112,9 +112,9 @@ def eval_(
                 systems += make_baselines(systems, sides[-1], bits_per_pixel, rates or [])
             settings = Settings(
                 size=sides[-1], short_side=sides[-1], metrics=metrics, limit=limit, batch_size=batch,
-                num_workers=workers, seed=seed, progress=counted, command=command,
+                num_workers=workers, seed=seed, keep=PICTURES if gallery else Settings.keep, progress=counted,
+                command=command,
             )  # fmt: skip
-            settings = replace(settings, keep=PICTURES) if gallery else settings
             with _engine(engine, workers, place) as measure:
                 found = [evaluate(systems, data, replace(settings, size=side, engine=measure)) for side in sides]
             rank = processes.rank()
@@ -173,10 +173,9 @@ def bench(
     from ..evaluation.bench import HEAD, Plan, run_bench
     from ..evaluation.report import write_bench
 
-    given: dict[str, Any] = {"sizes": sizes, "decoders": decoders, "models": model}
     plan = Plan(
         device=usable_device("cpu" if cpu else device), dtype=dtype, repeats=repeats, batch=batch,
-        **{name: value for name, value in given.items() if value is not None},
+        sizes=sizes or Plan.sizes, decoders=decoders or Plan.decoders, models=model or Plan.models,
     )  # fmt: skip
     with progress() as update:
         extra = None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ..errors import UserError, check_least
+from ..words import numbered
 
 if TYPE_CHECKING:
     import torch
@@ -89,10 +90,8 @@ def target_paths(out: str, sources: Sequence[Path], suffix: str) -> list[Path]:
     folder, used, targets = out_folder(out), set(), []
     inputs = {source.resolve() for source in sources}
     for source in sources:
-        name, number = source.stem, 1
-        while name.casefold() in used:  # some file systems do not tell A from a
-            number += 1
-            name = f"{source.stem}-{number}"
+        # some file systems do not tell A from a
+        name = next(name for name in numbered(source.stem) if name.casefold() not in used)
         used.add(name.casefold())
         target = folder / f"{name}{suffix}"
         if target.resolve() in inputs:

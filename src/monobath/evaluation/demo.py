@@ -23,7 +23,7 @@ from ..errors import UserError
 from ..files import write_file
 from ..images import MAX_PIXELS, open_image, pil_to_tensor, psnr, tensor_to_pil
 from ..tokenizer import Tokenizer
-from ..words import in_words
+from ..words import in_words, numbered
 from .facts import describe, machine
 from .page import render, sheet, write_all
 from .results import plain
@@ -258,10 +258,8 @@ def with_previews(tokenizer: Tokenizer, target: Path, taken: set[Path]) -> Calla
 
 def _preview_path(target: Path, height: int, width: int, used: set[Path]) -> Path:
     """TARGET.64.png or TARGET.64x48.png, with -2, -3 … where that name is used; it counts as used from then on."""
-    label, number = str(width) if width == height else f"{width}x{height}", 1
-    path = target.with_name(f"{target.stem}.{label}{target.suffix}")
-    while path.resolve() in used:
-        number += 1
-        path = target.with_name(f"{target.stem}.{label}-{number}{target.suffix}")
+    label = str(width) if width == height else f"{width}x{height}"
+    paths = (target.with_name(f"{name}{target.suffix}") for name in numbered(f"{target.stem}.{label}"))
+    path = next(path for path in paths if path.resolve() not in used)
     used.add(path.resolve())
     return path

@@ -121,10 +121,6 @@ class TokenizerSystem(System):
         self.encoder = _network(self.tokenizer)
         self.decoder, self.device = self.tokenizer.decoder, self.tokenizer.device
 
-    def attach_encoder(self, encoder: Foreign) -> None:
-        """See `Tokenizer.attach_encoder`."""
-        self.encoder = _network(self.tokenizer.attach_encoder(encoder))
-
     def encode(self, images: Tensor) -> Code:
         """Float images `(B, 3, H, W)` in [-1, 1] → the posterior's mode."""
         posterior = self.tokenizer.encode(images)
@@ -171,7 +167,7 @@ def make_models(
             short = label if labels.count(label) == 1 else None
             system = TokenizerSystem(name, steps=number, label=short, device=device, dtype=dtype)
             if shared is not None and system.tokenizer.config.encoder.family:
-                system.attach_encoder(shared)
+                system.encoder = _network(system.tokenizer.attach_encoder(shared))
             systems.append(system)
     if shared is not None and not any(system.tokenizer.config.encoder.family for system in systems):
         raise UserError(f"--encoder {encoder}: {', '.join(names)} has an encoder of its own; leave it out")
