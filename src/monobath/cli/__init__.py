@@ -114,7 +114,7 @@ def _fail(verb: str, message: str, code: int) -> int:
 class _Stderr(logging.StreamHandler[TextIO]):
     """Writes to whatever sys.stderr is at the time, so that lines and a progress bar do not overwrite one another."""
 
-    stream = property(lambda self: sys.stderr, lambda self, value: None)  # type: ignore[assignment]
+    stream = property(lambda self: sys.stderr, lambda self, value: None)
 
 
 def _configure_logging(verb: str) -> None:

@@ -19,7 +19,7 @@ from ..evaluation.peers import random_autoencoder
 from ..images import open_image
 from ..tokenizer import Tokenizer
 from . import FILES, Engine
-from .engines import engine_call, with_engine
+from .engines import Run, engine_call, with_engine
 
 CALIBRATION_SIDE = 256
 """Side of the squares that int8 is calibrated on, in pixels."""
@@ -69,7 +69,10 @@ def engine_networks(
             tokenizer = Tokenizer.from_pretrained(model, device="cpu", dtype=torch.float32)
             found[f"{model}, {engine}"] = (tokenizer.decoder, tokenizer_maker(on_engine(tokenizer, model, engine)))
         for name, network in [*calls.items(), (TINY, peer)]:
-            run = engine_call(network, inputs, engine, samples)
-            make = maker(lambda z, run=run: run({"latent": z.numpy()}))
+            make = _maker(engine_call(network, inputs, engine, samples))
             found[f"{name}, {engine}"] = (networks.get(name, peer), make)
     return found
+
+
+def _maker(run: Run) -> Maker:
+    return maker(lambda z: run({"latent": z.numpy()}))
