@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import json
 from pathlib import Path
 
 from .._version import __version__
@@ -48,11 +47,10 @@ def write_remote(tokenizer: Tokenizer, folder: Path) -> Path:
     # diffusers keeps the modules of all models in one place: another text needs another name
     name = f"monobath_{hashlib.sha256(source.encode()).hexdigest()[:12]}"
 
+    model.register_to_config(auto_map={"AutoModel": f"{name}.{AutoencoderMonobath.__name__}"})
+
     def files(partial: Path) -> None:
         model.save_pretrained(partial)
-        config = json.loads((partial / "config.json").read_text(encoding="utf-8"))
-        config["auto_map"] = {"AutoModel": f"{name}.{AutoencoderMonobath.__name__}"}
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (partial / f"{name}.py").write_text(source, encoding="utf-8")
 
     write_folder(folder, files)
