@@ -77,7 +77,7 @@ def test_previews_come_coarsest_first(server, model, sizes):
     for image, expected in zip(images, tokenizer.decode_progressive(z, output="uint8"), strict=True):
         assert np.abs(np.asarray(image, dtype=int) - expected[0].permute(1, 2, 0).int().numpy()).max() <= 1
     assert server.post(f"/models/{model}/decode", raw(z)[4:], options).status_code == 400
-    wait_for(lambda: server.service.places.taken == 0)
+    wait_for(lambda: server.service.taken == 0)
 
 
 def test_latents_that_are_not_packed_are_cropped_to_the_picture(server):
@@ -204,7 +204,7 @@ def test_a_full_house_says_when_to_come_again(monkeypatch):
     with running(max_queue=2) as server, ThreadPoolExecutor(3) as pool:
         slow = Slow(server, monkeypatch)
         waiting = [pool.submit(server.post, "/decode", raw(z), query(z)) for _ in range(2)]
-        wait_for(lambda: server.service.places.taken == 2)
+        wait_for(lambda: server.service.taken == 2)
         reply = server.post("/decode", raw(z), query(z))
         assert reply.status_code == 503
         assert int(reply.headers["retry-after"]) >= 1
@@ -221,7 +221,7 @@ def test_a_client_that_leaves_frees_its_place(monkeypatch):
         wait_for(slow.begun.is_set)
         with pytest.raises(requests.exceptions.ReadTimeout):
             requests.post(server.url + "/decode", data=raw(z), params=query(z), timeout=0.3)
-        wait_for(lambda: server.service.places.taken == 1)
+        wait_for(lambda: server.service.taken == 1)
         slow.go.set()
         assert first.result().status_code == 200
     assert slow.calls == [1], "the work of a client that had left was done"
@@ -242,7 +242,7 @@ def test_requests_have_a_time(monkeypatch):
                 answer += connection.recv(10_000)
         assert answer.startswith(b"HTTP/1.1 408")
         assert b"did not arrive within timeout=0.3 s" in answer
-        wait_for(lambda: server.service.places.taken == 0)
+        wait_for(lambda: server.service.taken == 0)
 
 
 def test_batches_are_bounded_in_samples_and_pixels():
