@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from ..evaluation.results import Evaluation
     from ..evaluation.system import System
 
-WIDTH = 140
-"""Of tables, in columns, where stdout is not a terminal."""
-
 
 def eval_(
     *,
@@ -186,7 +183,7 @@ def bench(
         result = run_bench(plan, extra=extra, progress=lambda text: update(description=text), command=command)
     files = write_bench(folder, result)
     for size, rows in result.rows().items():
-        print_table(HEAD, rows, title=f"{size} × {size}", width=WIDTH)
+        print_table(HEAD, rows, title=f"{size} × {size}")
     write_lines([*result.notes, *files])
 
 
@@ -213,13 +210,13 @@ def _print_tables(evaluations: Sequence[Evaluation]) -> None:
         return [["\n".join(filter(None, cell[:2])) for cell in line] for line in lines]
 
     joined = tables.side_by_side(evaluations)
-    print_table(tables.head(joined), text(tables.rows(joined)), width=WIDTH)
+    print_table(tables.head(joined), text(tables.rows(joined)))
     said: list[str] = []
     for evaluation in evaluations:
         at = f"at {evaluation.size}²" if len(evaluations) > 1 else ""
         if len(evaluation.systems) > 1:
             head = ["system", *(metric.label for metric in tables.measured(evaluation))]
             title = ", ".join(filter(None, [f"differences to {evaluation.systems[0].name}", "paired", at]))
-            print_table(head, text(tables.difference_rows(evaluation)), title=title, width=WIDTH)
+            print_table(head, text(tables.difference_rows(evaluation)), title=title)
         said += [f"{at.capitalize()}: {line}" if at else line for line in tables.verdict(evaluation)]
     write_lines([*said, *tables.absent(joined), *tables.footnotes(evaluations)])

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from ..tokenizer import Tokenizer
 
+WIDTH = 140
+"""Of tables, in columns, where stdout is not a terminal."""
 DType = Literal["float32", "bfloat16", "float16"]
 MAX_PIXELS = 64_000_000  # images.MAX_PIXELS, which costs an import of torch (a test compares them)
 
@@ -127,7 +129,6 @@ def print_table(
     *,
     title: str | None = None,
     foot: Sequence[str] = (),
-    width: int | None = None,
 ) -> None:
     """Print a table, its first column left-aligned text, the others figures.
 
@@ -136,7 +137,6 @@ def print_table(
         rows: cells.
         title: above the table.
         foot: cells of a last line.
-        width: in columns, where stdout is not a terminal.
     """
     from rich.console import Console
     from rich.table import Table
@@ -150,7 +150,7 @@ def print_table(
     for column in table.columns:
         column.overflow = "fold"
     # No markup: a file may be called [bold].png.
-    console = Console(width=None if sys.stdout.isatty() else width, markup=False, emoji=False, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH, markup=False, emoji=False, highlight=False)
     console.print(table)
 
 

@@ -78,35 +78,27 @@ def shown_systems(evaluation: Evaluation, limit: int = 9) -> list[SystemResult]:
     return [s for s in evaluation.systems if group_of(s.kind) != "codec" or nearest(s)][:limit]
 
 
-def choose(
-    names: Sequence[str],
-    originals: Tensor,
-    outputs: dict[str, Tensor],
-    systems: Sequence[SystemResult],
-    count: int = 4,
-) -> list[Closeup]:
+def choose(kept: Kept, systems: Sequence[SystemResult], most: int = 4) -> list[Closeup]:
     """The pictures that the systems differ most on. Plain resampling is shown, but does not vote: it blurs everywhere.
 
     Args:
-        names: of the n pictures.
-        originals: uint8 `(n, 3, H, W)`.
-        outputs: by system, uint8 `(n, 3, H, W)`.
+        kept: the pictures to choose from, and what became of them.
         systems: those to show, in order.
-        count: of pictures.
+        most: how many pictures, at most.
     """
     voters = [s for s in systems if group_of(s.kind) != "resampling"]
     voters = voters if len(voters) > 1 else list(systems)
     found = []
-    side = min(SIDE, *originals.shape[2:])
-    for index, name in enumerate(names):
-        versions = torch.stack([outputs[s.name][index] for s in voters])
+    side = min(SIDE, *kept.originals.shape[2:])
+    for index, name in enumerate(kept.names):
+        versions = torch.stack([kept.outputs[s.name][index] for s in voters])
         if len(voters) == 1:  # a lone system is compared with the original
-            versions = torch.cat([versions, originals[index : index + 1]])
+            versions = torch.cat([versions, kept.originals[index : index + 1]])
         top, left, score = place_of_difference(versions, side)
-        shown = {s.name: outputs[s.name][index] for s in systems}
+        shown = {s.name: kept.outputs[s.name][index] for s in systems}
         place = {"top": top, "left": left, "side": side}
-        found.append(Closeup(name=name, original=originals[index], outputs=shown, score=score, **place))
-    return sorted(found, key=lambda c: -c.score)[:count]
+        found.append(Closeup(name=name, original=kept.originals[index], outputs=shown, score=score, **place))
+    return sorted(found, key=lambda c: -c.score)[:most]
 
 
 def affordable(closeups: Sequence[Closeup], budget: int = 5_000_000) -> list[tuple[Closeup, list[Card]]]:

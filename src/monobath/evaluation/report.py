@@ -148,7 +148,7 @@ def write_evaluation(folder: Path, evaluations: Sequence[Evaluation], kept: Kept
         by_size: results.json holds all sizes, by size; else those of the only one.
     """
     evaluation = evaluations[-1]
-    chosen = closeups.choose(kept.names, kept.originals, kept.outputs, shown_systems(evaluation))
+    chosen = closeups.choose(kept, shown_systems(evaluation))
     results = {"sizes": {str(e.size): e.as_dict() for e in evaluations}} if by_size else evaluation.as_dict()
     page, sheet = eval_page(evaluations, chosen), closeups.comparison_sheet(chosen)
     return write_all(folder, {"results.json": results, "comparison.png": sheet, "report.html": page})
