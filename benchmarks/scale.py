@@ -3,7 +3,8 @@
     python benchmarks/scale.py --out runs/scale
 
 A discrete-event simulation of what `monobath encode-dataset` does: workers take one shard after the other, in the
-driver's order; fetch it through storage that all share, read its pictures, run the network, write. Stragglers: the time
+driver's order; fetch it through storage that all share, read its pictures, run the network, write. The next one is
+fetched while the network has one. Stragglers: the time
 of a shard is log-normal around its mean. Failures: a worker is lost at a constant rate with what it has of its shard,
 which is done again, and its place is empty until another starts. The driver gives out a shard in a fixed time. What
 bounds the whole is then seen, not assumed. Rates are measured ones or, for GPUs, assumptions: all are arguments.
@@ -67,6 +68,7 @@ def simulate(plan: Plan, workers: int, seed: int = 0) -> dict[str, float]:
     size = plan.shard * plan.picture_bytes
     ready = [(plan.start, number) for number in range(workers)]
     heapq.heapify(ready)
+    free = np.zeros(workers)  # when a worker's network has done what it has
     lost_at = rng.exponential(plan.lifetime, workers)
     driver, storage, busy, again, end = 0.0, 0.0, 0.0, 0, 0.0
     while left:
@@ -76,7 +78,8 @@ def simulate(plan: Plan, workers: int, seed: int = 0) -> dict[str, float]:
         storage = max(storage, driver) + size / plan.storage
         fetched = max(driver + size / plan.link, storage)
         seconds = plan.shard * plan.compute * rng.lognormal(-(plan.spread**2) / 2, plan.spread)
-        done = fetched + seconds
+        begun = max(fetched, free[number])
+        done = begun + seconds
         if lost_at[number] < done:
             gone = max(lost_at[number], driver)
             lost_at[number] = gone + plan.replace + plan.start + rng.exponential(plan.lifetime)
@@ -86,7 +89,8 @@ def simulate(plan: Plan, workers: int, seed: int = 0) -> dict[str, float]:
         busy += seconds
         left -= 1
         end = max(end, done)
-        heapq.heappush(ready, (done, number))
+        free[number] = done
+        heapq.heappush(ready, (begun, number))
     return {
         "workers": workers,
         "hours": end / 3600,

@@ -6,6 +6,8 @@ import io
 import json
 import shutil
 import tarfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +101,7 @@ def test_whole_pictures_of_any_size_are_what_the_tokenizer_makes_of_each(tokeniz
     with claimed(work) as missing:
         assert not any(run_shard(work, number).error for number in missing)
         finish(work)
-    pictures = [member for path in sorted(work.out.glob("*.tar")) for member in pictures_in(path)]
+    pictures = [member for path in sorted(work.folder.where.glob("*.tar")) for member in pictures_in(path)]
     for pixels, sample in zip(pictures, stored, strict=True):
         z = torch.from_numpy(np.load(io.BytesIO(sample.arrays)))[None, :4].float()
         size = (sample.facts["height"], sample.facts["width"])
@@ -185,21 +187,42 @@ def test_bytes_do_not_depend_on_interruption_order_or_repetition(tokenizer, phot
         assert missing == [0, 1, 2]
         first = run_shard(work, 2)
         assert run_shard(work, 2).again  # another worker was given it too
-        (work.out / "partial" / "left.tar").write_bytes(b"half a shard")
-    assert not (work.out / "latents-000000.tar").exists()
+        (work.folder.where / "partial" / "left.tar").write_bytes(b"half a shard")
+    assert not (work.folder.where / "latents-000000.tar").exists()
     with claimed(work) as missing:
         assert missing == [0, 1]
-        (work.out / "done/000002.json").unlink()  # killed between the shard and its report: it is made again
+        (work.folder.where / "done/000002.json").unlink()  # killed between the shard and its report: it is made again
     with claimed(work) as missing:
         assert missing == [0, 1, 2]
         for number in reversed(missing):
             run_shard(work, number)
         reports = finish(work)
     assert reports[2].pictures == first.pictures == 1
-    assert contents(work.out) == whole
+    assert contents(work.folder.where) == whole
     with claimed(work) as missing:
         assert missing == []
         assert finish(work) == []
+
+
+def test_a_shard_is_read_while_another_is_in_the_network(tokenizer, photos, tmp_path):
+    whole = contents(encoded(tokenizer, photos, tmp_path / "whole"))
+    read = [threading.Event() for _ in range(3)]
+
+    class Watched(EncodingWork):
+        def batches(self, number, report):
+            yield from super().batches(number, report)
+            read[number].set()
+
+        def results(self, batch, report):
+            assert read[1].wait(30), "the other shard is not read before this one has left the network"
+            return super().results(batch, report)
+
+    work = Watched(tokenizer, str(photos), tmp_path / "out", BulkEncoding(pictures_a_shard=3, batch=2))
+    turn = threading.Lock()
+    with claimed(work) as missing, ThreadPoolExecutor(2) as pool:
+        assert not any(report.error for report in pool.map(lambda n: run_shard(work, n, turn), missing))
+        finish(work)
+    assert contents(tmp_path / "out") == whole
 
 
 def test_batches_are_bounded_and_lose_nothing():
@@ -275,9 +298,9 @@ def test_a_source_that_vanishes_is_one_line_and_costs_nothing(tokenizer, photos,
         run_shard(work, missing[0])
         shutil.rmtree(source)
         assert "is not there: check the source" in run_shard(work, missing[1]).error
-    assert [p.name for p in work.out.glob("latents-*")] == ["latents-000000.tar"]
+    assert [p.name for p in work.folder.where.glob("latents-*")] == ["latents-000000.tar"]
     shutil.copytree(photos, source)
-    assert contents(encoded(tokenizer, source, work.out)).keys() >= {"latents-000002.tar", "skipped.jsonl"}
+    assert contents(encoded(tokenizer, source, work.folder.where)).keys() >= {"latents-000002.tar", "skipped.jsonl"}
 
 
 def test_urls_are_sources_too(photos, tmp_path):

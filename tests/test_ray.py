@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import shutil
 import signal
@@ -18,7 +19,7 @@ from conftest import tiny_tokenizer
 from PIL import Image
 from test_bulk import contents, encoded
 
-from monobath import Tokenizer
+from monobath import Tokenizer, UserError
 from monobath.data.bulk_encoding import BulkEncoding, EncodingWork
 
 ray = pytest.importorskip("ray")
@@ -49,9 +50,9 @@ def tokenizer() -> Tokenizer:
 class Slow(EncodingWork):
     """So that a machine can be lost in the middle."""
 
-    def samples(self, number, report):
+    def batches(self, number, report):
         time.sleep(0.3)
-        return super().samples(number, report)
+        return super().batches(number, report)
 
 
 def test_a_cluster_that_loses_a_machine_writes_the_same_bytes(tokenizer, photos, tmp_path, monkeypatch):
@@ -79,7 +80,7 @@ def test_a_cluster_that_loses_a_machine_writes_the_same_bytes(tokenizer, photos,
     finally:
         ray.shutdown()
         machines.shutdown()
-    assert contents(work.out) == contents(alone)
+    assert contents(work.folder.where) == contents(alone)
 
 
 def test_a_killed_driver_and_the_same_command_again_write_the_same_bytes(tokenizer, photos, tmp_path):
@@ -120,6 +121,28 @@ def test_the_callable_classes_on_rows_of_any_size(tokenizer, photos):
     for figure, image, original in zip(measured["psnr"], pictures["image"], originals, strict=True):
         expected = 10 * np.log10(255**2 / np.square(image.astype(float) - original).mean())
         assert figure == pytest.approx(expected, rel=1e-4)
+
+
+def test_rows_that_are_no_pictures_say_which_and_grey_ones_are_files_of_the_same(tokenizer):
+    encode = EncodeImages(tokenizer)
+    grey = np.random.default_rng(0).integers(0, 256, (24, 32), dtype=np.uint8)
+    stacked = np.stack([grey] * 3, axis=-1)
+    expected = encode({"image": stacked[None]})["latent"]
+    for same in (grey, grey[..., None], np.concatenate([stacked, np.full_like(grey, 255)[..., None]], axis=-1)):
+        assert np.array_equal(encode({"image": same[None]})["latent"], expected)
+    broken = np.array([b"no picture"], dtype=object)
+    for rows, message in (
+        ({"image": broken, "key": np.array(["a7"])}, "row 0 of a batch, key a7: image is no picture"),
+        ({"image": stacked[None] / 255}, "of float64, not uint8"), ({"image": stacked.transpose(2, 0, 1)[None]}, "not"),
+        ({"jpg": broken}, "there is no column image, but jpg: rename"), ({"image": [{"bytes": None}]}, "embedded"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            encode(rows)
+    file = io.BytesIO()
+    np.save(file, np.concatenate([expected[0], np.zeros_like(expected[0])]))
+    sides = {"height": np.array([24]), "width": np.array([32])}
+    of_parquet = DecodeLatents(tokenizer)({"moments": np.array([file.getvalue()], dtype=object)} | sides)
+    assert np.array_equal(of_parquet["image"], DecodeLatents(tokenizer)({"latent": expected} | sides)["image"])
 
 
 def test_eval_on_ray_gives_the_figures_of_eval(tokenizer, photos, tmp_path):

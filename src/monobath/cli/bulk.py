@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import UserError
@@ -53,7 +52,7 @@ def encode_dataset(
     Args:
         source: Folders of pictures, .tar shards of webdataset, Parquet files with picture bytes, patterns, or URLs of
             these, as fsspec opens them (s3://, gs://, hf://, https://).
-        out: Folder for the shards, which all machines must see.
+        out: Folder for the shards, which all machines must see, or a URL that fsspec can write to (s3://, gs://).
         model: Packaged name, folder, or Hugging Face Hub id: whose encoder; default: default.
         encoder: A foreign encoder instead, KIND=WHERE, as for train; with --model too, whether they fit is checked.
         size: Side of the crops, in pixels: the recipe's data.size; default: whole pictures.
@@ -77,7 +76,7 @@ def encode_dataset(
     shared.check_options(1, copies=copies, batch=batch, threads=threads, workers=workers, shard_pictures=shard_pictures)
     if scale is not None and (len(scale) != 2 or size is None):
         raise UserError(f"--scale is {' '.join(map(str, scale))}: give two lengths, LOW HIGH, and --size with them")
-    folder = shared.out_folder(out)
+    folder = out if "://" in out else str(shared.out_folder(out))
     _need_ray()
     import torch
 
@@ -124,8 +123,8 @@ def decode_dataset(
     was encoded, and facts. What is written depends on neither the number of workers nor the order nor an interruption.
 
     Args:
-        source: The folder of latents.
-        out: Folder for the shards, which all machines must see.
+        source: The folder of latents, or a URL.
+        out: Folder for the shards, which all machines must see, or a URL that fsspec can write to (s3://, gs://).
         model: Packaged name, folder, or Hugging Face Hub id; default: the one that the latents name.
         steps: Sampler steps; default: what the model was made for.
         seed: Noise seed, the same for every picture.
@@ -139,20 +138,23 @@ def decode_dataset(
         dtype: Arithmetic.
     """
     shared.check_options(1, batch=batch, threads=threads, workers=workers)
-    folder = shared.out_folder(out)
+    folder = out if "://" in out else str(shared.out_folder(out))
     _need_ray()
     import torch
 
     from ..data.bulk_decoding import BulkDecoding, DecodingWork
-    from ..data.cache_facts import read_facts
+    from ..data.cache_facts import FACTS_FILE, parse_facts
+    from ..data.folders import open_folder
 
-    facts = read_facts(Path(source))
+    latents = open_folder(source)
+    (content,) = latents.read([FACTS_FILE])
+    facts = None if content is None else parse_facts(content, latents.join(FACTS_FILE))
     name = model or (facts.model if facts else "") or "default"
     how = BulkDecoding(
         layout=format, model=shared.lasting_name(name), steps=steps, seed=seed, noise=noise, batch=batch,
         threads=threads, dtype=getattr(torch, dtype), device=_kind_of_device(device),
     )  # fmt: skip
-    _run(DecodingWork(shared.load_tokenizer(name, "cpu", "float32"), Path(source), folder, how), workers, address)
+    _run(DecodingWork(shared.load_tokenizer(name, "cpu", "float32"), source, folder, how), workers, address)
 
 
 def _need_ray() -> None:
@@ -186,7 +188,7 @@ def _run(work: Work, workers: int | None, address: str | None) -> None:
 
         reports = run(work, Cluster(workers=workers, address=address, gpus=_wants_gpus(work)), tell)
     if not reports:
-        shared.write(f"finished before: {work.out}\n")
+        shared.write(f"finished before: {work.folder}\n")
         return
     seconds = time.monotonic() - start
     new = sum(report.pictures for report in done)
@@ -206,7 +208,7 @@ def _run(work: Work, workers: int | None, address: str | None) -> None:
         for what, value in report.seconds.items():
             spent[what] = spent.get(what, 0.0) + value
     parts = ", ".join(f"{what} {value:.1f} s" for what, value in spent.items())
-    shared.write(f"{count(len(reports), 'shard')} in {work.out}; workers' time: {parts}\n")
+    shared.write(f"{count(len(reports), 'shard')} in {work.folder}; workers' time: {parts}\n")
 
 
 def _wants_gpus(work: Any) -> bool:

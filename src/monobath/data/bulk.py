@@ -1,6 +1,6 @@
 """Bulk work on shards: what one worker does with one shard, and what the folder of results says about it.
 
-    work = encoding_work(tokenizer, ["photos/{000..999}.tar"], Path("latents"), BulkEncoding())
+    work = EncodingWork(tokenizer, ["photos/{000..999}.tar"], "latents", BulkEncoding())
     with claimed(work) as missing:
         reports = [run_shard(work, number) for number in missing]      # or on a cluster: integrations/ray.py
         finish(work)
@@ -23,30 +23,28 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import islice
-from pathlib import Path
+from itertools import chain, islice
 from typing import Any, Protocol, TypeVar
 
 import torch
-from filelock import FileLock, Timeout
 
 from ..errors import UserError
-from ..files import write_file, write_json, write_text
+from ..files import json_text
 from .cache_shards import Stored, write_samples
+from .folders import PARTIAL, Folder
 
 T = TypeVar("T")
 U = TypeVar("U")
 
-DONE, PARTIAL, SKIPPED = "done", "partial", "skipped.jsonl"
+DONE, SKIPPED = "done", "skipped.jsonl"
 BATCH_SIDE = 512
 """A batch has no more pixels than `batch` squares of this side, but at least one picture."""
+AHEAD = 4
+"""Batches of a shard that are read while the network still has another."""
 
 
 class Manifest(Protocol):
@@ -61,7 +59,7 @@ class Manifest(Protocol):
 class Work(Protocol):
     """One command on many shards. It travels to the workers, with its networks."""
 
-    out: Path
+    folder: Folder
     shards: Sequence[Any]
     threads: int
 
@@ -74,14 +72,17 @@ class Work(Protocol):
     def write_manifest(self, reports: Sequence[Report] | None) -> None:
         """Write it; with the reports of all shards: as finished."""
 
-    def path(self, number: int) -> Path:
-        """The finished shard."""
+    def file(self, number: int) -> str:
+        """What the finished shard is called."""
 
     def name(self, number: int) -> str:
         """What messages call the shard that is read."""
 
-    def samples(self, number: int, report: Report) -> Iterable[Stored]:
-        """What the shard's results are, in its order; fills in the report."""
+    def batches(self, number: int, report: Report) -> Iterator[list[tuple[int, Any]]]:
+        """The shard's items, read, each with its place in the shard: see `in_buckets`."""
+
+    def results(self, batch: list[tuple[int, Any]], report: Report) -> Iterable[Stored]:
+        """What the networks make of a batch, in its order; counts the pictures in the report."""
 
     def to(self, device: str) -> None:
         """Move the networks."""
@@ -125,35 +126,27 @@ def claimed(work: Work) -> Iterator[list[int]]:
     Raises:
         UserError: another process does, or the folder holds something made otherwise.
     """
-    try:
-        work.out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(work.out / ".lock")
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(
-            f"{work.out} is being written by another command: wait for it, or choose another --out"
-        ) from None
-    except OSError as error:
-        raise UserError(f"could not write to {work.out} ({error}): choose another folder") from None
-    try:
-        before, wanted = work.read_manifest(), work.manifest()
+    folder = work.folder
+    with folder.claimed():
+        before, wanted, there = work.read_manifest(), work.manifest(), folder.names()
         if before is not None and (different := wanted.differences(before)):
-            raise UserError(f"{work.out} was made otherwise ({different}): choose another folder")
-        if before is None and next(work.out.glob("latents-*"), None) is not None:
-            raise UserError(f"{work.out} holds shards of something else: choose another folder")
+            raise UserError(f"{folder} was made otherwise ({different}): choose another folder")
+        if before is None and any(name.startswith("latents-") for name in there):
+            raise UserError(f"{folder} holds shards of something else: choose another folder")
         if before is not None and before.complete:
-            lost = [work.path(n) for n in range(len(work.shards)) if not work.path(n).is_file()]
+            lost = [work.file(number) for number in range(len(work.shards)) if work.file(number) not in there]
             if lost:
-                raise UserError(f"{lost[0]} is missing from a finished folder: delete latents.json to write all anew")
+                raise UserError(
+                    f"{folder.join(lost[0])} is missing from a finished folder: delete latents.json to write all anew"
+                )
             yield []
             return
+        folder.remove(PARTIAL)
+        for inside in (DONE, PARTIAL):
+            folder.make(inside)
         work.write_manifest(None)
-        shutil.rmtree(work.out / PARTIAL, ignore_errors=True)
-        for folder in (DONE, PARTIAL):
-            (work.out / folder).mkdir(exist_ok=True)
-        yield [number for number in range(len(work.shards)) if _report(work, number) is None]
-    finally:
-        lock.release()
+        done = folder.names(DONE)
+        yield [n for n in range(len(work.shards)) if _done(n) not in done or work.file(n) not in there]
 
 
 def finish(work: Work) -> list[Report]:
@@ -164,29 +157,43 @@ def finish(work: Work) -> list[Report]:
     """
     if (work.read_manifest()).complete:
         return []
-    found = [_report(work, number) for number in range(len(work.shards))]
-    reports = [report for report in found if report is not None]
-    assert len(reports) == len(found), "a shard is missing"
+    folder = work.folder
+    contents = folder.read([f"{DONE}/{_done(number)}" for number in range(len(work.shards))])
+    reports: list[Report] = []
+    for number, content in enumerate(contents):
+        report = _parsed(content)
+        if report is None:
+            path = folder.join(f"{DONE}/{_done(number)}")
+            raise UserError(f"{path} is gone or damaged: delete it, and run the same command again")
+        reports.append(report)
     skipped = [row for report in reports for row in report.skipped]
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in skipped)
-    write_text(work.out / SKIPPED, lines)
+    folder.write_text(SKIPPED, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in skipped))
     if not any(report.pictures for report in reports):
         raise UserError(
-            f"none of the {len(skipped):,} pictures could be used: {work.out / SKIPPED} says why of each"
+            f"none of the {len(skipped):,} pictures could be used: {folder.join(SKIPPED)} says why of each"
             if skipped else f"there is no picture in {work.name(0)}" + (" and the others" if len(reports) > 1 else "")
         )  # fmt: skip
     work.write_manifest(reports)
-    for folder in (DONE, PARTIAL):
-        shutil.rmtree(work.out / folder, ignore_errors=True)
+    for inside in (DONE, PARTIAL):
+        folder.remove(inside)
     return reports
+
+
+def _done(number: int) -> str:
+    return f"{number:06d}.json"
 
 
 def _report(work: Work, number: int) -> Report | None:
     """Of a shard that is done, and still there."""
-    file = work.out / DONE / f"{number:06d}.json"
+    (content,) = work.folder.read([f"{DONE}/{_done(number)}"])
+    report = _parsed(content)
+    return report if report is not None and work.folder.has(work.file(number)) else None
+
+
+def _parsed(content: bytes | None) -> Report | None:
     try:
-        return Report(**json.loads(file.read_text(encoding="utf-8"))) if work.path(number).is_file() else None
-    except (OSError, ValueError, TypeError):
+        return None if content is None else Report(**json.loads(content))
+    except (ValueError, TypeError):
         return None
 
 
@@ -198,22 +205,30 @@ def digest(names: Iterable[str]) -> str:
 # ---- what a worker does -----------------------------------------------------------------------------------------
 
 
-def run_shard(work: Work, number: int) -> Report:
-    """Do one shard; a mistake of the user's is in the report. Done before: nothing is done."""
+def run_shard(work: Work, number: int, turn: contextlib.AbstractContextManager[Any] | None = None) -> Report:
+    """Do one shard; a mistake of the user's is in the report. Done before: nothing is done.
+
+    Args:
+        turn: a lock that all threads share which do shards with the same networks: while one has them, others read the
+            beginning of theirs, and write the end.
+    """
     before = _report(work, number)
     if before is not None:
         return replace(before, again=True)
     report = Report(number=number)
-    path = work.path(number)
-    # A name of its own: a worker that is thought to be lost may still be writing the same shard.
-    partial = work.out / PARTIAL / f"{uuid.uuid4().hex}{path.suffix}"
+    suffix = getattr(work, "suffix", "webp")
     try:
-        samples = list(work.samples(number, report))
+        batches, found = work.batches(number, report), dict[int, Stored]()
+        first = list(islice(batches, AHEAD))
+        with turn or contextlib.nullcontext():
+            for batch in chain(first, batches):
+                places = (place for place, _ in batch)
+                found |= zip(places, work.results(batch, report), strict=True)
+        samples = [found[place] for place in range(len(found))]
+        report.labels = sorted({sample.facts["label"] for sample in samples if "label" in sample.facts})
         with report.timed("write"):
-            write_file(partial, lambda own: write_samples(own, samples, suffix=getattr(work, "suffix", "webp")))
-            report.bytes = partial.stat().st_size
-            os.replace(partial, path)
-            write_json(work.out / DONE / f"{number:06d}.json", vars(report))
+            report.bytes = work.folder.write(work.file(number), lambda own: write_samples(own, samples, suffix=suffix))
+            work.folder.write_text(f"{DONE}/{_done(number)}", json_text(vars(report)))
     except UserError as error:
         return Report(number=number, error=str(error))
     except (torch.OutOfMemoryError, MemoryError):

@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, check_least
-from ..files import write_json
+from ..files import json_text
 from ..images import tensor_to_pil
 from ..models.frozen import ForeignEncoder
 from ..models.identity import weights_sha256
 from ..sampling import Noise
 from ..tokenizer import Tokenizer
-from .bulk import Report, digest, in_buckets
-from .cache_facts import FACTS_FILE, Layout, differences, read_facts
+from .bulk import Report, ahead, digest, in_buckets
+from .cache_facts import FACTS_FILE, Layout, differences, parse_facts, shard_path
 from .cache_shards import Stored, read_samples
+from .folders import open_folder
+from .shards import fetched
 
 FORMAT, FACTS = "monobath-decoded-1", "pictures.json"
 
@@ -81,8 +83,8 @@ class DecodingWork:
 
     Args:
         tokenizer: that decodes.
-        source: folder of a finished cache.
-        out: folder, which all workers must see.
+        source: folder of a finished cache, or a URL.
+        out: folder, which all workers must see, or a URL.
         how: settings.
 
     Raises:
@@ -91,8 +93,10 @@ class DecodingWork:
 
     suffix = "png"
 
-    def __init__(self, tokenizer: Tokenizer, source: Path, out: Path, how: BulkDecoding) -> None:
-        facts = read_facts(source)
+    def __init__(self, tokenizer: Tokenizer, source: Path | str, out: Path | str, how: BulkDecoding) -> None:
+        latents = open_folder(source)
+        (content,) = latents.read([FACTS_FILE])
+        facts = None if content is None else parse_facts(content, latents.join(FACTS_FILE))
         if facts is None or not facts.complete:
             state = "is not finished" if facts else f"holds no {FACTS_FILE}"
             raise UserError(f"{source} {state}: give the folder that monobath encode-dataset or cache-latents wrote")
@@ -105,8 +109,9 @@ class DecodingWork:
             )
         self.sha256 = weights_sha256(tokenizer.decoder)
         self.tokenizer = copy.deepcopy(tokenizer).to(dtype=how.dtype)
-        self.facts, self.how, self.threads, self.out = facts, how, how.threads, out.absolute()
-        self.shards: Sequence[Path] = [facts.shard_path(source.absolute(), n) for n in range(facts.shards)]
+        self.facts, self.how, self.threads, self.folder = facts, how, how.threads, open_folder(out)
+        names = (shard_path(Path(), number, facts.layout).name for number in range(facts.shards))
+        self.shards: Sequence[str] = [latents.join(name) for name in names]
 
     def manifest(self) -> DecodedFacts:
         how = self.how
@@ -117,62 +122,70 @@ class DecodingWork:
         )  # fmt: skip
 
     def read_manifest(self) -> DecodedFacts | None:
-        file = self.out / FACTS
-        if not file.is_file():
+        (content,) = self.folder.read([FACTS])
+        if content is None:
             return None
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = json.loads(content)
             if values.pop("format") != FORMAT:
                 raise ValueError(f"not {FORMAT}")
             return DecodedFacts(**values)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            file = self.folder.join(FACTS)
             raise UserError(f"{file} is corrupt or of another version ({error}): choose another folder") from None
 
     def write_manifest(self, reports: Sequence[Report] | None) -> None:
         facts = self.manifest()
         if reports is not None:
             facts = replace(facts, counts=[report.pictures for report in reports], complete=True)
-        write_json(self.out / FACTS, {"format": FORMAT, **asdict(facts)})
+        self.folder.write_text(FACTS, json_text({"format": FORMAT, **asdict(facts)}))
 
-    def path(self, number: int) -> Path:
-        return self.out / f"pictures-{number:06d}.{self.how.layout}"
+    def file(self, number: int) -> str:
+        return f"pictures-{number:06d}.{self.how.layout}"
 
     def name(self, number: int) -> str:
-        return str(self.shards[number])
+        return self.shards[number]
 
     def to(self, device: str) -> None:
         self.tokenizer.to(device)
 
-    def samples(self, number: int, report: Report) -> Iterator[Stored]:
-        factor, channels = self.facts.factor, self.facts.encoder["latent_channels"]
-
-        def latents() -> Iterator[tuple[Stored, Tensor]]:
-            stored = read_samples(self.shards[number])
-            while True:
-                with report.timed("read"):
-                    sample = next(stored, None)
-                    if sample is None:
-                        return
-                    found = sample, torch.from_numpy(np.load(io.BytesIO(sample.arrays))[:channels]).float()
-                yield found
+    def batches(self, number: int, report: Report) -> Iterator[list[tuple[int, tuple[Stored, Tensor]]]]:
+        factor = self.facts.factor
 
         def side(item: tuple[Stored, Tensor]) -> tuple[int, int]:
             return item[1].shape[1] * factor, item[1].shape[2] * factor
 
-        found: dict[int, Stored] = {}
-        for batch in in_buckets(latents(), side, self.how.batch):
-            with report.timed("network"):
-                pixels = self.decode([z for _, (_, z) in batch])
-            with report.timed("write"):
-                for (place, (sample, _)), image in zip(batch, pixels, strict=True):
-                    height = sample.facts.get("height", self.facts.size)
-                    width = sample.facts.get("width", self.facts.size)
-                    picture = io.BytesIO()
-                    tensor_to_pil(image[:, :height, :width]).save(picture, "PNG", compress_level=1)
-                    facts = {**sample.facts, "height": height, "width": width}
-                    found[place] = Stored(key=sample.key, arrays=b"", picture=picture.getvalue(), facts=facts)
-        report.pictures = len(found)
-        return iter([found[place] for place in range(len(found))])
+        return in_buckets(self._latents(number, report), side, self.how.batch)
+
+    def _latents(self, number: int, report: Report) -> Iterator[tuple[Stored, Tensor]]:
+        stored, channels = self._samples(number), self.facts.encoder["latent_channels"]
+        while True:
+            with report.timed("read"):
+                sample = next(stored, None)
+                if sample is None:
+                    return
+                found = sample, torch.from_numpy(np.load(io.BytesIO(sample.arrays))[:channels]).float()
+            yield found
+
+    def _samples(self, number: int) -> Iterator[Stored]:
+        with fetched(self.shards[number]) as path:
+            yield from read_samples(path)
+
+    def results(self, batch: list[tuple[int, tuple[Stored, Tensor]]], report: Report) -> list[Stored]:
+        with report.timed("network"):
+            pixels = self.decode([z for _, (_, z) in batch])
+        report.pictures += len(batch)
+        pairs = zip((sample for _, (sample, _) in batch), pixels, strict=True)
+        with report.timed("write"):  # a GPU is faster than one thread that compresses
+            return list(ahead(self._stored, pairs, self.threads if self.how.device != "cpu" else 0))
+
+    def _stored(self, pair: tuple[Stored, Tensor]) -> Stored:
+        sample, image = pair
+        height, width = (sample.facts.get(name, self.facts.size) for name in ("height", "width"))
+        picture = io.BytesIO()
+        tensor_to_pil(image[:, :height, :width]).save(picture, "PNG", compress_level=1)
+        facts = {**sample.facts, "height": height, "width": width}
+        return Stored(key=sample.key, arrays=b"", picture=picture.getvalue(), facts=facts)
 
     def decode(self, latents: Iterable[Tensor]) -> Tensor:
         """Latents `(c, h, w)` of one size → uint8 `(B, 3, H, W)` on the CPU."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, check_least
+from ..files import json_text
 from ..images import MAX_PIXELS, pil_to_tensor, to_float
 from ..models.encoder import Encoder
 from ..models.frozen import ForeignEncoder, missing_encoder
@@ -22,11 +23,12 @@ from ..models.identity import weights_sha256
 from ..tiles import pad_to_multiple
 from ..tokenizer import Tokenizer
 from .bulk import Report, ahead, digest, in_buckets
-from .cache_facts import CacheFacts, Layout, read_facts, shard_path
+from .cache_facts import FACTS_FILE, CacheFacts, Layout, parse_facts, shard_path
 from .cache_shards import Stored, npy
-from .encoding import encode_images, encoder_facts, lossless, write_facts
+from .encoding import encode_images, encoder_facts, lossless, plain_facts
+from .folders import open_folder
 from .pictures import REASONS, Crops, Unusable
-from .shards import InputShard, RawPicture, find_shards, read_pictures
+from .shards import InputShard, RawPicture, base_name, find_shards, read_pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,8 @@ class Entry:
     """uint8 `(3, H, W)`."""
     label: int | None = None
     copy: int = 0
+    kept: bytes | None = None
+    """A crop's file. Who reads makes it too: there, threads share the work."""
 
     def padded(self, factor: int) -> Tensor:
         """Float `(1, 3, H, W)`, its sides multiples of the factor."""
@@ -94,7 +98,7 @@ class EncodingWork:
     Args:
         tokenizer: with float32 weights, whose hash identifies the encoder; or a foreign encoder alone.
         source: see `shards.find_shards`.
-        out: folder, which all workers must see.
+        out: folder, which all workers must see, or a URL.
         how: settings.
 
     Raises:
@@ -104,7 +108,11 @@ class EncodingWork:
     suffix = "webp"
 
     def __init__(
-        self, tokenizer: Tokenizer | ForeignEncoder, source: str | Sequence[str], out: Path, how: BulkEncoding
+        self,
+        tokenizer: Tokenizer | ForeignEncoder,
+        source: str | Sequence[str],
+        out: Path | str,
+        how: BulkEncoding,
     ) -> None:
         encoder = tokenizer.encoder if isinstance(tokenizer, Tokenizer) else tokenizer
         config, crops = encoder.config, how.crops
@@ -114,7 +122,7 @@ class EncodingWork:
             raise UserError(f"size={crops.size} must be divisible by the encoder's factor {config.factor}")
         self.sha256 = weights_sha256(encoder)
         self.encoder: Encoder | ForeignEncoder = copy.deepcopy(encoder).to(how.dtype).eval()
-        self.out, self.how, self.threads = out.absolute(), how, how.threads
+        self.folder, self.how, self.threads = open_folder(out), how, how.threads
         self.whole = Crops(size=1, augment=False, max_pixels=how.max_pixels, min_side=how.min_side)
         self.crops = crops and replace(
             crops, scale=crops.scale or (crops.size, 2 * crops.size), max_pixels=how.max_pixels, min_side=how.min_side
@@ -125,7 +133,7 @@ class EncodingWork:
 
     def manifest(self) -> CacheFacts:
         how, crops, config = self.how, self.crops, self.encoder.config
-        names = [name for shard in self.shards for name in ([s.name for s in shard.samples] or [_base(shard.path)])]
+        names = [name for shard in self.shards for name in ([s.name for s in shard.samples] or [base_name(shard.path)])]
         return CacheFacts(
             encoder=encoder_facts(config),
             encoder_sha256=self.sha256,
@@ -151,7 +159,8 @@ class EncodingWork:
         )
 
     def read_manifest(self) -> CacheFacts | None:
-        found = read_facts(self.out)
+        (content,) = self.folder.read([FACTS_FILE])
+        found = None if content is None else parse_facts(content, self.folder.join(FACTS_FILE))
         # What was found out by doing it is no difference.
         return found if found is None or found.counts is None else replace(found, pictures=0, counts=[], labels=[])
 
@@ -161,35 +170,31 @@ class EncodingWork:
             counts = [report.pictures for report in reports]
             labels = sorted({label for report in reports for label in report.labels})
             facts = replace(facts, counts=counts, pictures=sum(counts), labels=labels, complete=True)
-        write_facts(self.out, facts)
+        self.folder.write_text(FACTS_FILE, json_text(plain_facts(facts)))
 
-    def path(self, number: int) -> Path:
-        return shard_path(self.out, number, self.how.layout)
+    def file(self, number: int) -> str:
+        return shard_path(Path(), number, self.how.layout).name
 
     def name(self, number: int) -> str:
-        return self.shards[number].path
+        return self.shards[number].name
 
     def to(self, device: str) -> None:
         self.encoder.to(device)
 
-    def samples(self, number: int, report: Report) -> Iterator[Stored]:
-        factor, crops = self.encoder.config.factor, self.crops
-        entries = self._entries(self.shards[number], report)
-        found: dict[int, Stored] = {}
-        for batch in in_buckets(entries, lambda entry: entry.sides(factor), self.how.batch):
-            with report.timed("network"):
-                images = torch.cat([entry.padded(factor) for _, entry in batch])
-                moments = encode_images(self.encoder, images, self.how.dtype).half().numpy()
-            with report.timed("write"):
-                for (place, entry), own in zip(batch, moments, strict=True):
-                    height, width = entry.pixels.shape[1:]
-                    facts: dict[str, Any] = {"picture": entry.name, "height": height, "width": width}
-                    facts |= {"copy": entry.copy} | ({} if entry.label is None else {"label": entry.label})
-                    picture = lossless(entry.pixels) if crops else None
-                    found[place] = Stored(key=entry.key, arrays=npy(own), picture=picture, facts=facts)
-        report.pictures = len(found) // self.how.copies
-        report.labels = sorted({stored.facts["label"] for stored in found.values() if "label" in stored.facts})
-        return iter([found[place] for place in range(len(found))])
+    def batches(self, number: int, report: Report) -> Iterator[list[tuple[int, Entry]]]:
+        factor = self.encoder.config.factor
+        return in_buckets(self._entries(self.shards[number], report), lambda e: e.sides(factor), self.how.batch)
+
+    def results(self, batch: list[tuple[int, Entry]], report: Report) -> Iterator[Stored]:
+        with report.timed("network"):
+            images = torch.cat([entry.padded(self.encoder.config.factor) for _, entry in batch])
+            moments = encode_images(self.encoder, images, self.how.dtype).half().numpy()
+        for (_, entry), own in zip(batch, moments, strict=True):
+            height, width = entry.pixels.shape[1:]
+            facts: dict[str, Any] = {"picture": entry.name, "height": height, "width": width}
+            facts |= {"copy": entry.copy} | ({} if entry.label is None else {"label": entry.label})
+            report.pictures += entry.copy == 0
+            yield Stored(key=entry.key, arrays=npy(own), picture=entry.kept, facts=facts)
 
     def _entries(self, shard: InputShard, report: Report) -> Iterator[Entry]:
         pictures = read_pictures(shard, labels=self.how.labels)
@@ -200,7 +205,7 @@ class EncodingWork:
             if found is None:
                 return
             if isinstance(found, dict):
-                report.skipped.append({"shard": _base(shard.path), **found})
+                report.skipped.append({"shard": base_name(shard.path), **found})
             else:
                 yield from found
 
@@ -215,13 +220,9 @@ class EncodingWork:
             return {"picture": raw.name, "reason": REASONS[code], "message": message}
         if self.crops is None:
             return [Entry(key=raw.key, name=raw.name, pixels=pil_to_tensor(image), label=raw.label)]
-        many = self.how.copies > 1
+        cuts = [(epoch, self.crops.cut(image, epoch, raw.number)) for epoch in range(self.how.copies)]
         return [
-            Entry(key=f"{raw.key}@{epoch}" if many else raw.key, name=raw.name, label=raw.label, copy=epoch,
-                  pixels=self.crops.cut(image, epoch, raw.number))
-            for epoch in range(self.how.copies)
+            Entry(key=f"{raw.key}@{epoch}" if len(cuts) > 1 else raw.key, name=raw.name, label=raw.label, copy=epoch,
+                  pixels=pixels, kept=lossless(pixels))
+            for epoch, pixels in cuts
         ]  # fmt: skip
-
-
-def _base(path: str) -> str:
-    return path.rstrip("/").rpartition("/")[2]

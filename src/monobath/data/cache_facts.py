@@ -102,10 +102,20 @@ def read_facts(folder: Path) -> CacheFacts | None:
         UserError: the file is corrupt or of another version.
     """
     file = folder / FACTS_FILE
-    if not file.is_file():
-        return None
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        return parse_facts(file.read_bytes(), str(file)) if file.is_file() else None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error}): write the cache anew") from None
+
+
+def parse_facts(content: bytes, name: str) -> CacheFacts:
+    """What a `latents.json` says.
+
+    Raises:
+        UserError: it is corrupt or of another version; the message names `name`.
+    """
+    try:
+        values = json.loads(content)
         if values.pop("format") != FORMAT:
             raise ValueError(f"not {FORMAT}")
         facts = check_types(CacheFacts(**values))
@@ -119,8 +129,8 @@ def read_facts(folder: Path) -> CacheFacts | None:
         if not right:
             raise ValueError(f"it cannot hold {facts.pictures} pictures")
         return facts
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file} is corrupt or of another version ({reason(error)}): write the cache anew") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{name} is corrupt or of another version ({reason(error)}): write the cache anew") from None
 
 
 def differences(one: Any, other: Any, *beside: str) -> str:

@@ -210,9 +210,14 @@ def lossless(crop: Tensor) -> bytes:
 
 def write_facts(folder: Path, facts: CacheFacts) -> None:
     """Write `latents.json`, atomically."""
+    write_json(folder / FACTS_FILE, plain_facts(facts))
+
+
+def plain_facts(facts: CacheFacts) -> dict[str, Any]:
+    """What `latents.json` holds."""
     plain = asdict(facts)
     own = {f.name for f in fields(facts) if f.name in BULK and plain[f.name] == f.default}
-    write_json(folder / FACTS_FILE, {"format": FORMAT} | {k: v for k, v in plain.items() if k not in own})
+    return {"format": FORMAT} | {k: v for k, v in plain.items() if k not in own}
 
 
 def write_shard(path: Path, samples: Iterable[tuple[int, Tensor, Tensor, dict[str, Any]]]) -> None:

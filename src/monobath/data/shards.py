@@ -8,7 +8,6 @@ behind a URL (s3://, gs://, hf://, https://, whatever fsspec opens) is fetched w
 from __future__ import annotations
 
 import glob
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -50,6 +49,11 @@ class InputShard:
     """Number of its first picture in the source, which decides its crops."""
     samples: tuple[Sample, ...] = ()
     """The pictures of a folder."""
+
+    @property
+    def name(self) -> str:
+        """What results call it."""
+        return without_query(self.path)
 
     @property
     def remote(self) -> bool:
@@ -131,8 +135,8 @@ def _listed(entry: str) -> Iterator[Sample]:
 
 
 def _listed_url(url: str, kinds: Sequence[str]) -> Iterator[Sample]:
-    if not glob.has_magic(url) and _suffix(url) in kinds:
-        yield Sample(url.rpartition("/")[2], url)
+    if not glob.has_magic(without_query(url)) and _suffix(url) in kinds:
+        yield Sample(base_name(url), url)
         return
     with _explained(url):
         from fsspec.core import url_to_fs
@@ -148,7 +152,7 @@ def _listed_url(url: str, kinds: Sequence[str]) -> Iterator[Sample]:
 
 
 def _suffix(name: str) -> str:
-    return name.rpartition(".")[2].lower()
+    return without_query(name).rpartition(".")[2].lower()
 
 
 def _kind(file: Sample) -> Literal["tar", "parquet"] | None:
@@ -212,7 +216,7 @@ def read_pictures(shard: InputShard, *, labels: bool = False) -> Iterator[RawPic
         if shard.kind == "files":
             yield from _from_files(shard)
         else:
-            with _local(shard.path) as path:
+            with fetched(shard.path) as path:
                 yield from (_from_tar if shard.kind == "tar" else _from_parquet)(shard, path, labels)
 
 
@@ -224,13 +228,13 @@ def _from_files(shard: InputShard) -> Iterator[RawPicture]:
             raise  # it was there when the source was listed: the source is going
         except OSError:
             data = None
-        yield RawPicture(split_key(sample.name)[0], sample.path, number, data, sample.label)
+        yield RawPicture(split_key(sample.name)[0], without_query(sample.path), number, data, sample.label)
 
 
 def _from_tar(shard: InputShard, path: Path, labels: bool) -> Iterator[RawPicture]:
     with open(path, "rb") as file:
         for number, sample in enumerate(shard_samples(path, labels, unique=True), shard.first):
-            name = f"{shard.path}:{sample.name}"
+            name = f"{shard.name}:{sample.name}"
             if labels and sample.label is None:
                 raise UserError(f"{name} has no label: each picture needs a .cls member that holds an integer")
             file.seek(sample.offset)
@@ -261,8 +265,8 @@ def _from_parquet(shard: InputShard, path: Path, labels: bool) -> Iterator[RawPi
         seen.add(key)
         value = row[pictures]
         data = value.get("bytes") if isinstance(value, dict) else value
-        label = parse_label(str(row[label_column]).encode(), f"{shard.path}:{key}") if labels else None
-        yield RawPicture(key, f"{shard.path}:{key}", shard.first + place, data, label)
+        label = parse_label(str(row[label_column]).encode(), f"{shard.name}:{key}") if labels else None
+        yield RawPicture(key, f"{shard.name}:{key}", shard.first + place, data, label)
 
 
 def _holds_bytes(kind: Any) -> bool:
@@ -296,18 +300,33 @@ def _bytes(path: str) -> bytes:
 
 
 @contextmanager
-def _local(path: str) -> Iterator[Path]:
-    """A file on this machine, fetched for the time of the block if it is behind a URL."""
+def fetched(path: str) -> Iterator[Path]:
+    """A file on this machine, fetched for the time of the block if it is behind a URL.
+
+    Raises:
+        UserError: it cannot be.
+    """
     if "://" not in path:
         yield Path(path)
         return
-    from fsspec.core import url_to_fs
-
-    system, name = url_to_fs(path)
     with tempfile.TemporaryDirectory(prefix="monobath-") as folder:
-        copy = Path(folder, os.path.basename(name))
-        system.get_file(name, str(copy))
+        copy = Path(folder, base_name(path))
+        with _explained(path):
+            from fsspec.core import url_to_fs
+
+            system, name = url_to_fs(path)
+            system.get_file(name, str(copy))
         yield copy
+
+
+def without_query(path: str) -> str:
+    """Of an https:// address, without what follows a `?`, such as a signature, which changes and is nobody's matter."""
+    return path.partition("?")[0] if path.startswith(("http://", "https://")) else path
+
+
+def base_name(path: str) -> str:
+    """The last part of a path or URL."""
+    return without_query(path).rstrip("/").rpartition("/")[2]
 
 
 @contextmanager
@@ -318,10 +337,13 @@ def _explained(path: str) -> Iterator[None]:
     except UserError:
         raise
     except FileNotFoundError as error:
-        gone = error.filename or path
+        gone = without_query(path) if "://" in path else error.filename or path
         raise UserError(f"{gone} is not there: check the source, and run the same command again") from None
     except ImportError as error:
         raise UserError(f"{path} cannot be opened ({error}): install the package that it names") from None
-    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+    except Exception as error:
+        # pyarrow's errors are ValueErrors; file systems behind URLs raise classes of their own.
+        if "://" not in path and not isinstance(error, (OSError, ValueError)):
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path} cannot be read ({reason}): fetch it again, or check the address") from None

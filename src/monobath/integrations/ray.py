@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import pickle
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,7 +70,8 @@ class EncodeImages:
 
     def __call__(self, rows: Rows) -> Rows:
         factor = self.tokenizer.factor
-        pictures = [_picture(value) for value in rows[self.column]]
+        _need(rows, self.column)
+        pictures = [images_to_tensor(_pixels(rows, self.column, i)) for i in range(len(rows[self.column]))]
         padded = [pad_to_multiple(picture, factor) for picture in pictures]
         found: dict[int, np.ndarray] = {}
         for batch in in_buckets(padded, lambda x: (x.shape[2], x.shape[3]), self.batch):
@@ -85,6 +87,8 @@ class EncodeImages:
 
 class DecodeLatents:
     """Latents → pictures: `latent` `(c, h, w)`, with `height` and `width`, becomes `image`, uint8 `(H, W, 3)`.
+
+    In place of `latent`, `moments`, as `monobath encode-dataset` writes them to Parquet, will do.
 
     Args:
         model: packaged name, folder or Hub id, or a tokenizer.
@@ -102,6 +106,10 @@ class DecodeLatents:
 
     def __call__(self, rows: Rows) -> Rows:
         factor = self.tokenizer.factor
+        if "latent" not in rows and "moments" in rows:  # Parquet of `encode-dataset`
+            moments = [np.load(io.BytesIO(value)) for value in rows["moments"]]
+            rows = _without(rows, "moments") | {"latent": [value[: len(value) // 2] for value in moments]}
+        _need(rows, "latent", "height", "width")
         latents = [torch.from_numpy(np.array(value, dtype=np.float32)) for value in rows["latent"]]
         found: dict[int, np.ndarray] = {}
         for batch in in_buckets(latents, lambda z: (z.shape[1] * factor, z.shape[2] * factor), self.batch):
@@ -139,11 +147,12 @@ class Measure:
 
     @torch.no_grad()
     def __call__(self, rows: Rows) -> Rows:
+        _need(rows, "output", "original")
         count = len(rows["output"])
         numbers = rows.get(self.index, np.zeros(count, dtype=np.int64)).tolist()
         found: dict[str, list[Any]] = {}
         for i in range(count):
-            output, original = (_pixels(rows[name][i]).to(self.device) for name in ("output", "original"))
+            output, original = (_pixels(rows, name, i).to(self.device) for name in ("output", "original"))
             for metric in self.metrics:
                 key = metric.info.key
                 if isinstance(metric, PictureMetric):
@@ -161,18 +170,38 @@ def _tokenizer(model: str | Tokenizer, device: str, threads: int) -> Tokenizer:
     return Tokenizer.from_pretrained(model, device=device) if isinstance(model, str) else model.to(device)
 
 
-def _pixels(value: Any) -> Tensor:
-    """uint8 `(1, 3, H, W)`."""
-    if isinstance(value, dict):  # as `datasets` stores pictures
-        value = value["bytes"]
-    if isinstance(value, bytes):
-        return pil_to_tensor(to_rgb(Image.open(io.BytesIO(value))))[None]
-    return torch.from_numpy(np.array(value, dtype=np.uint8)).permute(2, 0, 1)[None].contiguous()
+def _need(rows: Rows, *columns: str) -> None:
+    for name in columns:
+        if name not in rows:
+            raise UserError(f"there is no column {name}, but {', '.join(rows)}: rename one with Dataset.rename_columns")
 
 
-def _picture(value: Any) -> Tensor:
-    """Float `(1, 3, H, W)` in [-1, 1]."""
-    return images_to_tensor(_pixels(value))
+def _pixels(rows: Rows, column: str, place: int) -> Tensor:
+    """uint8 `(1, 3, H, W)`; grey and transparent arrays become RGB, as files do.
+
+    Raises:
+        UserError: no picture; the message names its row.
+    """
+    value = rows[column][place]
+    try:
+        if isinstance(value, dict):  # as `datasets` stores pictures
+            value = value["bytes"]
+        if value is None:
+            raise ValueError("there are no bytes; `datasets` keeps paths alone unless files are embedded")
+        if isinstance(value, bytes):
+            picture: Image.Image = Image.open(io.BytesIO(value))
+        else:
+            array = np.asarray(value)
+            if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (1,), (3,), (4,)):
+                raise ValueError(f"an array {array.shape} of {array.dtype}, not uint8 (H, W, 3), (H, W) or (H, W, 4)")
+            picture = Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
+        return pil_to_tensor(to_rgb(picture))[None]
+    except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
+        key = next((f", {name} {rows[name][place]}" for name in ("key", "__key__", "id") if name in rows), "")
+        raise UserError(
+            f"row {place} of a batch{key}: {column} is no picture ({error}); filter such rows out first, or use "
+            "monobath encode-dataset, which lists them"
+        ) from None
 
 
 def _ragged(values: list[np.ndarray]) -> np.ndarray:
@@ -271,28 +300,30 @@ def run(
 
 
 class _Worker:
-    """Does shards, one at a time, with a copy of the networks."""
+    """Does shards with a copy of the networks; two threads call it, of which one reads while the other computes."""
 
     def __init__(self, work: list[Any], gpu: bool) -> None:
         self.work: Work = ray.get(work[0])
+        self.turn = threading.Lock()
         torch.set_num_threads(self.work.threads)
         if gpu:
             self.work.to("cuda")
 
     def __call__(self, rows: Rows) -> Rows:
-        found = [json.dumps(vars(run_shard(self.work, int(number)))) for number in rows["number"]]
+        found = [json.dumps(vars(run_shard(self.work, int(number), self.turn))) for number in rows["number"]]
         return {"report": np.array(found, dtype=object)}
 
 
 def _reports(work: Work, missing: Sequence[int], workers: int, gpu: bool) -> Iterator[Report]:
     shared = [ray.put(work)]  # in a list: each actor fetches it, also one that takes another's place
-    for row in mapped([{"number": number} for number in missing], _Worker, (shared, gpu), workers, work.threads, gpu):
+    rows = [{"number": number} for number in missing]
+    for row in mapped(rows, _Worker, (shared, gpu), workers, work.threads, gpu, at_once=2):
         yield Report(**json.loads(row["report"]))
 
 
 def mapped(
     rows: list[Rows], worker: Callable[..., Any], arguments: tuple[Any, ...], workers: int, threads: int, gpu: bool,
-    *, in_order: bool = False,
+    *, in_order: bool = False, at_once: int = 1,
 ) -> Iterator[Rows]:  # fmt: skip
     """`map_batches` over an actor pool, one row a batch, results as they come.
 
@@ -300,6 +331,7 @@ def mapped(
         rows: a batch, and a block, each.
         worker, arguments: the callable class and what it is made with.
         in_order: results in the order of the rows.
+        at_once: threads that call a worker.
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -310,10 +342,14 @@ def mapped(
         fn_constructor_args=arguments,
         batch_size=1,
         # From one to so many: an actor that has nothing to do makes room for one whose machine was lost.
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers, initial_size=workers),
+        # Each has one row at work and one waiting: more would wait for it while others are idle.
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1, max_size=workers, initial_size=workers, max_tasks_in_flight_per_actor=2,
+            max_concurrent_calls_per_actor=at_once, enable_true_multi_threading=at_once > 1,
+        ),
         num_cpus=threads,
         num_gpus=1 if gpu else 0,
-    )
+    )  # fmt: skip
     for name in ("ray", "ray.data"):  # whose set-up of their loggers comes late
         logging.getLogger(name).setLevel(logging.ERROR)
     yield from data.iter_rows()

@@ -52,7 +52,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{path} is {found}: a recipe is a mapping such as 'training: {{steps: 1000}}'")
     overrides = _without_kl_decoder(content, overrides)
     kind = _kind(content, overrides)
-    schema = _schema(kind)
+    schema = _schema(kind)  # type: ignore[arg-type]  # a class has a hash, if its instances have none
     values: dict[str, Any] = {}
     for key, value in schema.flatten(_own(content, kind), f" in {path}"):
         values[key] = schema.convert(key, value, f" in {path}")
