@@ -47,8 +47,7 @@ from monobath.data import Crops, iterate_eval, make_dataset
 from monobath.data.encoding import Caching, cache_latents
 from monobath.devices import synchronize
 from monobath.evaluation.compare import half_sample_estimate
-from monobath.evaluation.features import CropFeatures
-from monobath.evaluation.frechet import Gaussian, HalfSampled, frechet_distance
+from monobath.evaluation.frechet import CropFeatures, Gaussian, HalfSampled, frechet_distance
 from monobath.evaluation.metrics import SetMetric, load_metrics
 from monobath.files import write_file, write_text
 from monobath.generation import Generator

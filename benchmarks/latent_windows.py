@@ -21,7 +21,7 @@ from torch import Tensor
 
 from monobath import Tokenizer
 from monobath.data import Crops, iterate_eval, make_dataset
-from monobath.evaluation.system import make_peer
+from monobath.evaluation.peers import make_peer
 from monobath.images import to_float
 
 SIDE, FACTOR = 256, 8

@@ -20,8 +20,7 @@ from trainings import device, markdown
 
 from monobath import UserError
 from monobath.data import Crops, iterate_eval, make_dataset
-from monobath.evaluation.features import CropFeatures
-from monobath.evaluation.frechet import HalfSampled, frechet_distance, half_members
+from monobath.evaluation.frechet import CropFeatures, HalfSampled, frechet_distance, half_members
 from monobath.evaluation.metrics import psnr
 from monobath.evaluation.system import TokenizerSystem
 from monobath.files import write_file, write_text

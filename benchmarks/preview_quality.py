@@ -23,8 +23,8 @@ from torch import Tensor
 
 from monobath import Tokenizer
 from monobath.data import Crops, PhotoDataset, iterate_eval
-from monobath.evaluation.codecs import Bicubic
 from monobath.evaluation.metrics import psnr
+from monobath.evaluation.peers import Bicubic
 from monobath.images import to_float, to_uint8
 from monobath.losses.perceptual import EffLiteDistance
 

@@ -45,8 +45,9 @@ from monobath import UserError
 from monobath.autoencoders import as_encoder, split_spec
 from monobath.data import Crops
 from monobath.data.encoding import Caching, cache_latents
+from monobath.evaluation.peers import make_peer
 from monobath.evaluation.speed import system_speeds
-from monobath.evaluation.system import System, TokenizerSystem, make_peer
+from monobath.evaluation.system import System, TokenizerSystem
 from monobath.files import write_text
 from monobath.training import load_recipe
 

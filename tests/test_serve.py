@@ -23,9 +23,15 @@ from serve_running import Running, picture, png, query, raw, requests, running, 
 from test_bad_input import bomb
 
 from monobath import Tokenizer
-from monobath.app.batching import Batcher, Full, Places
-from monobath.app.pictures import latent_picture
-from monobath.app.service import Job, Limits, Service, names_and_sources, packaged_names
+from monobath.app.protocol import latent_picture
+from monobath.app.service import (
+    Batcher,
+    Full,
+    Job,
+    Limits,
+    Service,
+    names_and_sources,
+)
 from monobath.cli import main
 from monobath.errors import UserError
 
@@ -71,7 +77,7 @@ def test_previews_come_coarsest_first(server, model, sizes):
     for image, expected in zip(images, tokenizer.decode_progressive(z, output="uint8"), strict=True):
         assert np.abs(np.asarray(image, dtype=int) - expected[0].permute(1, 2, 0).int().numpy()).max() <= 1
     assert server.post(f"/models/{model}/decode", raw(z)[4:], options).status_code == 400
-    wait_for(lambda: server.service.places.taken == 0)
+    wait_for(lambda: server.service.taken == 0)
 
 
 def test_latents_that_are_not_packed_are_cropped_to_the_picture(server):
@@ -198,7 +204,7 @@ def test_a_full_house_says_when_to_come_again(monkeypatch):
     with running(max_queue=2) as server, ThreadPoolExecutor(3) as pool:
         slow = Slow(server, monkeypatch)
         waiting = [pool.submit(server.post, "/decode", raw(z), query(z)) for _ in range(2)]
-        wait_for(lambda: server.service.places.taken == 2)
+        wait_for(lambda: server.service.taken == 2)
         reply = server.post("/decode", raw(z), query(z))
         assert reply.status_code == 503
         assert int(reply.headers["retry-after"]) >= 1
@@ -215,7 +221,7 @@ def test_a_client_that_leaves_frees_its_place(monkeypatch):
         wait_for(slow.begun.is_set)
         with pytest.raises(requests.exceptions.ReadTimeout):
             requests.post(server.url + "/decode", data=raw(z), params=query(z), timeout=0.3)
-        wait_for(lambda: server.service.places.taken == 1)
+        wait_for(lambda: server.service.taken == 1)
         slow.go.set()
         assert first.result().status_code == 200
     assert slow.calls == [1], "the work of a client that had left was done"
@@ -236,7 +242,7 @@ def test_requests_have_a_time(monkeypatch):
                 answer += connection.recv(10_000)
         assert answer.startswith(b"HTTP/1.1 408")
         assert b"did not arrive within timeout=0.3 s" in answer
-        wait_for(lambda: server.service.places.taken == 0)
+        wait_for(lambda: server.service.taken == 0)
 
 
 def test_batches_are_bounded_in_samples_and_pixels():
@@ -248,7 +254,7 @@ def test_batches_are_bounded_in_samples_and_pixels():
             await asyncio.sleep(0.01)
             return [job.samples for job in jobs]
 
-        batcher = Batcher(run, max_wait=0.05, expected=lambda answered: answered < len(sizes), **limits)
+        batcher = Batcher(run, Limits(max_wait_ms=50, **limits), lambda answered: answered < len(sizes))
         jobs = [Job(model="m", kind="decode", data=torch.zeros(n, 4, 1, 1), size=(8, 8)) for n in sizes]
         assert await asyncio.gather(*map(batcher.submit, jobs)) == sizes
         return seen
@@ -259,10 +265,10 @@ def test_batches_are_bounded_in_samples_and_pixels():
 
 
 def test_places():
-    places = Places(1)
-    with places.take(), pytest.raises(Full), places.take():
+    service = Service({}, Limits(max_queue=1))
+    with service.place(), pytest.raises(Full), service.place():
         pass
-    assert places.taken == 0
+    assert service.taken == 0
 
 
 # ---- who may come in --------------------------------------------------------------------------------------------
@@ -322,7 +328,7 @@ def test_names():
     assert names_and_sources(["default", "some/where", "mine=runs/x/model"]) == {
         "default": "default", "where": "some/where", "mine": "runs/x/model",
     }  # fmt: skip
-    assert packaged_names()[0] == "default"
+    assert next(iter(names_and_sources(None))) == "default"
 
 
 def test_sigterm_answers_what_is_open_and_leaves_nothing_behind(tmp_path):

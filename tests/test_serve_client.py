@@ -114,5 +114,5 @@ def test_errors_arrive_with_our_message():
             remote.remote_decode(url, randn(1, 4, 8, 9), do_scaling=False)
         with pytest.raises(RuntimeError, match="above max_bytes=3,000"):
             remote.remote_decode(url, randn(1, 4, 80, 90), do_scaling=False)
-        with server.service.places.take(), pytest.raises(RuntimeError, match="all 1 places are taken"):
+        with server.service.place(), pytest.raises(RuntimeError, match="all 1 places are taken"):
             remote.remote_decode(url, randn(1, 4, 2, 3), do_scaling=False)

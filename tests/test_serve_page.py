@@ -18,7 +18,7 @@ from serve_running import requests, running, wait_for
 from test_browser import Browser
 from test_browser import browser as browser  # the fixture
 
-from monobath.app.pictures import psnr
+from monobath.app.protocol import psnr
 from monobath.images import pil_to_tensor
 from monobath.tokenizer import Tokenizer
 

@@ -13,10 +13,18 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from monobath.errors import UserError
-from monobath.evaluation.codecs import FORMATS, Bicubic, FileCodec
-from monobath.evaluation.peers import ARCHITECTURES, TaesdSystem, random_autoencoder
+from monobath.evaluation.peers import (
+    ARCHITECTURES,
+    FORMATS,
+    PEERS,
+    Bicubic,
+    FileCodec,
+    TaesdSystem,
+    make_peer,
+    random_autoencoder,
+)
 from monobath.evaluation.speed import sample_images
-from monobath.evaluation.system import PEERS, TokenizerSystem, make_peer
+from monobath.evaluation.system import TokenizerSystem
 from monobath.images import to_float, to_uint8
 from monobath.models import taesd
 from monobath.tiles import pad_to_multiple

@@ -15,7 +15,7 @@ from torch import nn
 
 from monobath.errors import UserError
 from monobath.evaluation import bench as benchmark
-from monobath.evaluation.codecs import FileCodec
+from monobath.evaluation.peers import FileCodec
 from monobath.evaluation.speed import (
     Timing,
     conditions,
@@ -245,7 +245,7 @@ def test_bench_reports_itself(result):
     assert {"gflop", "gflop_per_second", "peak_mb", "speed_to_kl"} <= values["results"][0].keys()
     tables = found.rows()
     assert list(tables) == [16, 24]
-    assert all(len(row) == len(found.head) for rows in tables.values() for row in rows)
+    assert all(len(row) == len(benchmark.HEAD) for rows in tables.values() for row in rows)
     text = found.markdown()
     assert "monobath bench --sizes 16 24" in text
     assert text.count("| XS/4 |") == 2

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
 def count(number: int, what: str) -> str:
     """ "1 picture", "2 pictures"."""
     return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def numbered(name: str) -> Iterator[str]:
+    """name, name-2, name-3 …, for a first one that is free."""
+    yield name
+    yield from (f"{name}-{number}" for number in itertools.count(2))
 
 
 def in_words(value: Any) -> str:

@@ -16,19 +16,16 @@ import torch
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import generate_latest
 from pydantic import BaseModel
 from torch import Tensor
 
 from .. import __version__
 from ..errors import UserError
 from ..images import ImageTooLarge, to_float
-from .batching import Full
-from .drain import Drained
-from .guard import Guard
-from .metrics import Counted, Metrics
-from .pictures import bits_per_pixel, psnr
-from .protocol import DecodeQuery, EncodeQuery, ReconstructQuery, Reply, picture_of, picture_reply
-from .service import Service
+from .door import Door, Metrics
+from .protocol import DecodeQuery, EncodeQuery, ReconstructQuery, bits_per_pixel, picture_of, picture_reply, psnr
+from .service import Full, Service
 
 COME_AGAIN = {"Retry-After": "1"}
 GONE = 499
@@ -55,10 +52,7 @@ def build_api(service: Service, token: str = "") -> FastAPI:
     """
     api = FastAPI(title="monobath", version=__version__, description="Latents to pictures in one step, and back.")
     metrics = Metrics(service)
-    # The last is the outermost: refusals are drained, and count.
-    api.add_middleware(Guard, token=token)
-    api.add_middleware(Drained, timeout=service.limits.timeout)
-    api.add_middleware(Counted, metrics=metrics)
+    api.add_middleware(Door, token=token, timeout=service.limits.timeout, metrics=metrics)
     for kind in MISTAKES:
         api.add_exception_handler(kind, refusal)
     first = next(iter(service.models))
@@ -68,8 +62,20 @@ def build_api(service: Service, token: str = "") -> FastAPI:
 
     @api.get("/models")
     async def models() -> list[dict[str, Any]]:
-        """What is served; the short paths are the first one's."""
-        return [facts(service, name) for name in service.models]
+        """What is served, as a client must know it; the short paths are the first one's."""
+        return [
+            {
+                "name": name,
+                "latent_channels": tokenizer.config.encoder.latent_channels,
+                "factor": tokenizer.factor,
+                "scaling_factor": tokenizer.config.scaling_factor,
+                "shift_factor": tokenizer.config.shift_factor,
+                "steps": tokenizer.config.sampler.steps,
+                "previews": tokenizer.config.decoder.stages,
+                "max_pixels": service.limits.max_pixels,
+            }
+            for name, tokenizer in service.models.items()
+        ]
 
     @api.get("/health")
     async def health() -> dict[str, str]:
@@ -79,7 +85,7 @@ def build_api(service: Service, token: str = "") -> FastAPI:
     @api.get("/metrics", response_class=Response)
     async def prometheus() -> Response:
         """For Prometheus."""
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return api
 
@@ -90,15 +96,13 @@ def model_routes(service: Service, name: str) -> APIRouter:
 
     async def place() -> AsyncIterator[None]:
         try:
-            with service.places.take():
+            with service.place():
                 yield
         except Full:
             raise busy(f"all {limits.max_queue} places are taken: come again later") from None
 
     async def received(request: Request) -> bytes:
         too_large = HTTPException(413, f"the body is above max_bytes={limits.max_bytes:,}: send a smaller one")
-        if int(request.headers.get("content-length", 0)) > limits.max_bytes:
-            raise too_large
         body = bytearray()
         try:
             async with asyncio.timeout(limits.timeout):
@@ -142,7 +146,7 @@ def model_routes(service: Service, name: str) -> APIRouter:
 
         async def whole() -> Response:
             pictures = await service.decode(name, z, size, query.steps, query.seed)
-            return sent(await asyncio.to_thread(query.reply, pictures, accept))
+            return await asyncio.to_thread(query.reply, pictures, accept)
 
         async def progressive() -> Response:
             pictures = service.previews(name, z, size, query.steps, query.seed)
@@ -158,7 +162,7 @@ def model_routes(service: Service, name: str) -> APIRouter:
 
         async def work() -> Response:
             images = await asyncio.to_thread(query.images, body, limits.max_pixels)
-            return sent(query.reply(await service.encode(name, images)))
+            return query.reply(await service.encode(name, images))
 
         return await within(request, work())
 
@@ -172,49 +176,25 @@ def model_routes(service: Service, name: str) -> APIRouter:
             z, encode_ms = await service.timed(service.encode(name, to_float(pixels)[None]))
             pictures, decode_ms = await service.timed(service.decode(name, z, size, query.steps, query.seed))
             reply = await asyncio.to_thread(picture_reply, pictures[0], query.image_format)
-            reply.headers |= {
-                "psnr": f"{psnr(pixels, pictures[0]):.3f}",
-                "bits-per-pixel": f"{bits_per_pixel(z, size):.3f}",
-                "encode-ms": f"{encode_ms:.1f}",
-                "decode-ms": f"{decode_ms:.1f}",
-            }
-            return sent(reply)
+            reply.headers["psnr"] = f"{psnr(pixels, pictures[0]):.3f}"
+            reply.headers["bits-per-pixel"] = f"{bits_per_pixel(z, size):.3f}"
+            reply.headers["encode-ms"] = f"{encode_ms:.1f}"
+            reply.headers["decode-ms"] = f"{decode_ms:.1f}"
+            return reply
 
         return await within(request, work())
 
     return router
 
 
-def facts(service: Service, name: str) -> dict[str, Any]:
-    """What a client must know about a model; nothing about where it came from."""
-    tokenizer = service.models[name]
-    config = tokenizer.config
-    return {
-        "name": name,
-        "latent_channels": config.encoder.latent_channels,
-        "factor": tokenizer.factor,
-        "scaling_factor": config.scaling_factor,
-        "shift_factor": config.shift_factor,
-        "steps": config.sampler.steps,
-        "previews": config.decoder.stages,
-        "max_pixels": service.limits.max_pixels,
-    }
-
-
-def sent(reply: Reply) -> Response:
-    """A reply as a response."""
-    return Response(reply.body, media_type=reply.media_type, headers=reply.headers)
-
-
 async def multipart(
-    first: Tensor, rest: AsyncIterator[Tensor], reply: Callable[[Tensor], Reply]
+    first: Tensor, rest: AsyncIterator[Tensor], reply: Callable[[Tensor], Response]
 ) -> AsyncIterator[bytes]:
     """Pictures as parts of multipart/mixed, each sent as soon as it exists."""
     picture: Tensor | None = first
     while picture is not None:
         part = await asyncio.to_thread(reply, picture)
-        headers = {"Content-Type": part.media_type, "Content-Length": str(len(part.body)), **part.headers}
-        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        head = "".join(f"{name}: {value}\r\n" for name, value in part.headers.items())
         yield f"--{BOUNDARY}\r\n{head}\r\n".encode() + part.body + b"\r\n"
         picture = await anext(rest, None)
     yield f"--{BOUNDARY}--\r\n".encode()

@@ -19,17 +19,14 @@ from torch import Tensor
 from .. import resources
 from ..errors import UserError
 from ..images import open_image, pil_to_tensor, to_float
-from .batching import Full
-from .pictures import BITS, bits_per_pixel, latent_picture, psnr
-from .protocol import picture_reply
-from .service import Service
+from .protocol import BITS, bits_per_pixel, latent_picture, picture_reply, psnr
+from .service import Full, Service
 
 SIDE = 1024
 """Longest side that is worked on, in pixels: a photo from a phone would take a CPU many seconds."""
 AS_MADE = "as made"
+COMPARED = Path(__file__).with_name("compared.html").read_text(encoding="utf-8")
 STEPS = (AS_MADE, "1", "2", "4", "8")
-KEPT = (60, 600)
-"""Seconds: how often uploads are looked at, and from which age they are deleted."""
 FONTS = ("system-ui", "sans-serif")
 LOOK = {
     "theme": gr.themes.Base(primary_hue="orange", font=FONTS, font_mono=("ui-monospace", "monospace")),
@@ -51,23 +48,21 @@ def build_page(service: Service) -> gr.Blocks:
             yield "", None, ""
             return
         try:
-            with service.places.take():
+            with service.place():
                 async for shown in developed(service, photo, name, None if steps == AS_MADE else int(steps)):
                     yield shown
         except UserError as error:
-            yield "", None, said(str(error), role="alert")
+            yield "", None, said(str(error))
         except Full:
-            yield "", None, said("Many photos are being developed: try again in a moment.", role="alert")
+            yield "", None, said("Many photos are being developed: try again in a moment.")
 
     samples = [str(path) for path in resources.sample_paths()]
 
     def sample(event: gr.SelectData) -> str:
         return samples[event.index]
 
-    def uploaded(path: str) -> tuple[str, None]:
-        return path, None  # the field is free for the next one
-
-    with gr.Blocks(title="monobath", analytics_enabled=False, delete_cache=KEPT) as page:
+    # Every minute, uploads are deleted that are ten minutes old.
+    with gr.Blocks(title="monobath", analytics_enabled=False, delete_cache=(60, 600)) as page:
         chosen = gr.State()
         gr.Markdown("# monobath\nDrop a photo: it is turned into latents, and back into a picture in one step.")
         with gr.Row(equal_height=False):
@@ -89,7 +84,7 @@ def build_page(service: Service) -> gr.Blocks:
                     elem_id="latents",
                 )  # fmt: skip
         quietly: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        photo.upload(uploaded, photo, [chosen, photo], **quietly)
+        photo.upload(lambda path: (path, None), photo, [chosen, photo], **quietly)  # frees the field for the next one
         gallery.select(sample, None, chosen, **quietly)
         gr.on(
             [chosen.change, model.change, steps.change],
@@ -137,18 +132,12 @@ async def developed(
         yield compared(given, picture), latents, f'<p role="status">{words}</p>'
 
 
-def said(message: str, role: str) -> str:
+def said(message: str) -> str:
     """Words of ours, which may hold words of the user's."""
-    return f'<p role="{role}"><b>{html.escape(message)}</b></p>'
+    return f'<p role="alert"><b>{html.escape(message)}</b></p>'
 
 
 def compared(original: Tensor, output: Tensor) -> str:
     """Two pictures `(3, H, W)`, the second of any size, under one slider."""
     files = (base64.b64encode(picture_reply(picture, "jpg").body).decode() for picture in (original, output))
-    first, second = (f'src="data:image/jpeg;base64,{file}"' for file in files)
-    return (
-        f'<div class="compare"><img {first} alt="original"><img {second} alt="reconstruction"><i></i>'
-        "<span>original</span><span>reconstruction</span>"
-        '<input type="range" value="50" aria-label="Original to the left, reconstruction to the right" '
-        "oninput=\"this.parentElement.style.setProperty('--at', this.value + '%')\"></div>"
-    )
+    return COMPARED.format(*(f"data:image/jpeg;base64,{file}" for file in files))

@@ -12,27 +12,35 @@ import math
 from typing import Annotated, Literal, Self
 
 import torch
+import torch.nn.functional as F
+from fastapi import Response
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 from torch import Tensor
 
+from .. import images
 from ..errors import UserError
 from ..images import images_to_tensor, open_image, pil_to_tensor, tensor_to_pil, to_float, to_uint8
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "uint8": torch.uint8}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Side = Annotated[int, Field(ge=1, le=1 << 20)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 62)]
 Steps = Annotated[int, Field(ge=1, le=1000)]
 ImageFormat = Literal["png", "jpg"]
 BINARY = "tensor/binary"
+BITS = 16
+"""Of a stored number: latents are kept in half precision."""
 
 
-class Reply(BaseModel):
-    """What goes back: a body, its media type, and headers."""
+class ReconstructQuery(BaseModel):
+    """The query of a reconstruction, whose body is a picture file."""
 
-    body: bytes
-    media_type: str
-    headers: dict[str, str] = {}
+    model_config = ConfigDict(extra="forbid")
+    image_format: ImageFormat = "jpg"
+    steps: Steps | None = None
+    """Sampler steps; default: what the model was made for."""
+    seed: Seed = 0
+    """Noise seed, the same for every sample, so that a latent gives the same picture in any batch."""
 
 
 class Scaling(BaseModel):
@@ -55,15 +63,14 @@ class Scaling(BaseModel):
         return self.scaling_factor or otherwise[0], otherwise[1] if self.shift_factor is None else self.shift_factor
 
 
-class DecodeQuery(Scaling):
-    """The query of a decoding."""
+class DecodeQuery(Scaling, ReconstructQuery):
+    """The query of a decoding, which draws and sends pictures as a reconstruction does."""
 
     shape: Annotated[list[Side], Field(min_length=3, max_length=4)]
     """(B, c, h, w), or packed in squares of 2×2 positions, as FLUX pipelines do: (B, h·w / 4, 4·c)."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float32"
     output_type: Literal["pil", "pt"] = "pil"
     """pil: a picture file; pt: a tensor (B, 3, H, W) in [-1, 1] of the type that was sent."""
-    image_format: ImageFormat = "jpg"
     partial_postprocess: bool = False
     """With pt: a uint8 tensor (B, H, W, 3)."""
     do_scaling: bool = False
@@ -71,10 +78,6 @@ class DecodeQuery(Scaling):
     height: Side | None = None
     """Of the picture, with `width`: needed for packed latents; others are cropped to it."""
     width: Side | None = None
-    steps: Steps | None = None
-    """Sampler steps; default: what the model was made for."""
-    seed: Seed = 0
-    """Noise seed, the same for every sample, so that a latent gives the same picture in any batch."""
     progressive: bool = False
     """Previews as parts of multipart/mixed, coarsest first, the finished picture last."""
 
@@ -101,8 +104,8 @@ class DecodeQuery(Scaling):
         z = z / scaling + shift
         if z.ndim == 4:
             return z, (self.height or z.shape[2] * factor, self.width or z.shape[3] * factor)
-        assert self.height is not None
-        assert self.width is not None
+        assert self.height
+        assert self.width
         rows, columns = self.height // (2 * factor), self.width // (2 * factor)
         if z.shape[1] != rows * columns or z.shape[2] % 4:
             raise UserError(
@@ -110,11 +113,10 @@ class DecodeQuery(Scaling):
                 f"(B, {rows * columns}, 4·c) with this model"
             )
         # As FluxPipeline._unpack_latents: channels are (c, dy, dx).
-        z = z.unflatten(1, (rows, columns)).unflatten(3, (-1, 2, 2)).permute(0, 3, 1, 4, 2, 5)
-        z = z.flatten(4, 5).flatten(2, 3).contiguous()
+        z = F.pixel_shuffle(z.transpose(1, 2).unflatten(2, (rows, columns)), 2)
         return z, (z.shape[2] * factor, z.shape[3] * factor)
 
-    def reply(self, pictures: Tensor, accept: str) -> Reply:
+    def reply(self, pictures: Tensor, accept: str) -> Response:
         """Pictures `(B, 3, H, W)` in [-1, 1] as the client wants them.
 
         Args:
@@ -152,22 +154,11 @@ class EncodeQuery(Scaling):
             return to_float(picture_of(body, max_pixels))[None]
         return images_to_tensor(tensor_of(body, self.shape, self.dtype), max_pixels=max_pixels)
 
-    def reply(self, latents: Tensor) -> Reply:
+    def reply(self, latents: Tensor) -> Response:
         """Raw latents `(B, c, h, w)`, scaled as asked, in the type that was sent, float32 for a picture."""
         scaling, shift = self.factors()
         sent = torch.float32 if self.shape is None or self.dtype == "uint8" else DTYPES[self.dtype]
         return tensor_reply(((latents - shift) * scaling).to(sent))
-
-
-class ReconstructQuery(BaseModel):
-    """The query of a reconstruction, whose body is a picture file."""
-
-    model_config = ConfigDict(extra="forbid")
-    image_format: ImageFormat = "jpg"
-    steps: Steps | None = None
-    """As for a decoding."""
-    seed: Seed = 0
-    """As for a decoding."""
 
 
 def tensor_of(body: bytes, shape: list[int], dtype: str) -> Tensor:
@@ -192,16 +183,42 @@ def picture_of(body: bytes, max_pixels: int) -> Tensor:
     return pil_to_tensor(open_image(io.BytesIO(body), max_pixels=max_pixels, name="the body"))
 
 
-def tensor_reply(tensor: Tensor) -> Reply:
+def tensor_reply(tensor: Tensor) -> Response:
     """The storage, with shape and type as headers."""
     tensor = tensor.contiguous().cpu()
-    headers = {"shape": json.dumps(list(tensor.shape)), "dtype": NAMES[tensor.dtype]}
-    return Reply(body=tensor.view(torch.uint8).numpy().tobytes(), media_type=BINARY, headers=headers)
+    headers = {"shape": json.dumps(list(tensor.shape)), "dtype": str(tensor.dtype).removeprefix("torch.")}
+    return Response(tensor.view(torch.uint8).numpy().tobytes(), media_type=BINARY, headers=headers)
 
 
-def picture_reply(picture: Tensor, image_format: ImageFormat) -> Reply:
+def picture_reply(picture: Tensor, image_format: ImageFormat) -> Response:
     """A file of one picture `(3, H, W)` in [-1, 1]; a JPEG of quality 95, colour at full resolution."""
     file, kind = io.BytesIO(), image_format.replace("jpg", "jpeg")
     # Pillow ignores what is not the format's own.
     tensor_to_pil(picture).save(file, kind, compress_level=1, quality=95, subsampling=0)
-    return Reply(body=file.getvalue(), media_type=f"image/{kind}")
+    return Response(file.getvalue(), media_type=f"image/{kind}")
+
+
+# ---- figures of a reconstruction, and latents as a picture --------------------------------------------------------
+
+
+def psnr(original: Tensor, output: Tensor) -> float:
+    """Of an 8-bit picture uint8 `(3, H, W)` and one in [-1, 1], rounded to 8 bits, in dB; infinite if equal."""
+    return images.psnr(to_uint8(output)[None], original[None]).item()
+
+
+def bits_per_pixel(z: Tensor, size: tuple[int, int]) -> float:
+    """Of latents `(1, c, h, w)` in half precision, for a picture of (H, W)."""
+    return z.numel() * BITS / (size[0] * size[1])
+
+
+def latent_picture(z: Tensor, factor: int) -> Image.Image:
+    """Latents `(1, c, h, w)` as colours: three principal components; a position is a square of `factor` pixels."""
+    values = z[0].flatten(1).double()
+    values = values - values.mean(dim=1, keepdim=True)
+    _, directions = torch.linalg.eigh(values @ values.T)  # ascending
+    directions = directions * directions.sum(dim=0).sign()  # eigenvectors have no sign of their own
+    components = (directions[:, -3:].T @ values).flip(0)
+    components = components[torch.arange(3) % len(components)]
+    scale = components.abs().quantile(0.98, dim=1, keepdim=True).clamp(min=1e-6)
+    image = tensor_to_pil((components / scale).float().unflatten(1, z.shape[2:]))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

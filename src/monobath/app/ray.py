@@ -20,7 +20,7 @@ from torch import Tensor
 from ..tokenizer import Tokenizer
 from .api import build_api
 from .server import TOKEN
-from .service import Job, Limits, Service, names_and_sources, packaged_names
+from .service import Job, Limits, Service, names_and_sources
 
 
 class Settings(BaseModel):
@@ -56,7 +56,7 @@ def app(settings: Settings) -> Application:
 def build_replica(settings: Settings, token: str) -> FastAPI:
     """The API of one replica, with models of its own."""
     limits = settings.limits
-    sources = names_and_sources([name for name in settings.models.split(",") if name] or packaged_names())
+    sources = names_and_sources([name for name in settings.models.split(",") if name])
     models = {
         name: Tokenizer.from_pretrained(where, device=settings.device, dtype=getattr(torch, settings.dtype))
         for name, where in sources.items()

@@ -1,6 +1,8 @@
 """Models behind one thread of arithmetic: what a request may ask, how a batch is done, previews as they come.
 
-Results are those of `Tokenizer.encode` and `Tokenizer.decode` for each request alone, whatever shared its batch.
+`Service.place` bounds what is in the house, from the first byte of a request to the last of its reply: memory, and
+waiting time. `Batcher` is the queue of those who have arrived; while one batch is worked on, the next gathers. Results
+are those of `Tokenizer.encode` and `Tokenizer.decode` for each request alone, whatever shared its batch.
 """
 
 from __future__ import annotations
@@ -8,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,12 +22,13 @@ import torch
 from torch import Tensor
 
 from .. import resources
-from ..errors import UserError
+from ..errors import UserError, check_least
 from ..images import ImageTooLarge
 from ..tokenizer import Tokenizer
-from .batching import Batcher, Places
 
-Submit = Callable[["Job"], Awaitable[Tensor]]
+
+class Full(Exception):
+    """No place is free."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +36,7 @@ class Limits:
     """What one request, and all of them together, may take."""
 
     max_batch: int = 8
-    """Most samples decoded together."""
+    """Most samples decoded together; a request of more is a batch of its own."""
     max_wait_ms: float = 5.0
     """How long a request waits for others that are being received, in milliseconds."""
     max_queue: int = 64
@@ -45,11 +49,10 @@ class Limits:
     """Longest time for a body to arrive, and for the work on it, in seconds."""
 
     def __post_init__(self) -> None:
-        for name in ("max_batch", "max_queue", "max_bytes", "max_pixels", "timeout"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be above 0")
-        if self.max_wait_ms < 0:
-            raise UserError(f"max_wait_ms is {self.max_wait_ms}: it must be 0 or more")
+        check_least(0, {"max_wait_ms": self.max_wait_ms})
+        for name, value in vars(self).items():
+            if name != "max_wait_ms" and value <= 0:
+                raise UserError(f"{name} is {value}: it must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,6 +82,70 @@ class Job:
         return len(self.data) * self.size[0] * self.size[1] * (self.steps or 1)
 
 
+class Batcher:
+    """Gathers jobs, oldest first, and works on one batch at a time.
+
+    Args:
+        run: a batch of jobs of one key → a result or an exception for each.
+        limits: of a batch, and how long its first job waits while `expected` says that others may come.
+        expected: whether a request has arrived whose job is not here yet. A lone client never waits.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[list[Any]], Awaitable[list[Any]]],
+        limits: Limits,
+        expected: Callable[[int], bool],
+    ) -> None:
+        self._run, self._limits, self._expected = run, limits, expected
+        self._waiting: list[tuple[Job, asyncio.Future[Any]]] = []
+        self._working: asyncio.Task[None] | None = None
+        self._unanswered = 0
+
+    async def submit(self, job: Job) -> Any:
+        """The job's result. Cancelled while it waits, the job is not worked on.
+
+        Raises:
+            Exception: whatever `run` found for this job.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
+        self._waiting.append((job, future))
+        self._unanswered += 1
+        if self._working is None or self._working.done():
+            self._working = loop.create_task(self._work())
+        try:
+            return await future
+        finally:
+            self._unanswered -= 1
+
+    async def _work(self) -> None:
+        loop, wait = asyncio.get_running_loop(), self._limits.max_wait_ms / 1000
+        while self._waiting:
+            until = loop.time() + wait
+            while self._expected(self._unanswered) and loop.time() < until and not self._batch()[1]:
+                await asyncio.sleep(wait / 10)
+            batch, _ = self._batch()
+            self._waiting = [entry for entry in self._waiting if entry not in batch and not entry[1].done()]
+            if batch:
+                results = await self._run([job for job, _ in batch])
+                for (_, future), result in zip(batch, results, strict=True):
+                    if not future.done():  # its client may have left
+                        future.set_exception(result) if isinstance(result, Exception) else future.set_result(result)
+
+    def _batch(self) -> tuple[list[tuple[Job, asyncio.Future[Any]]], bool]:
+        """The oldest job with others of its key that still fit, and whether no more do."""
+        here = [entry for entry in self._waiting if not entry[1].done()]
+        batch, samples, pixels = here[:1], 0, 0
+        for entry in here:
+            if entry[0].key == here[0][0].key:
+                samples, pixels = samples + entry[0].samples, pixels + entry[0].pixels
+                if samples > self._limits.max_batch or pixels > self._limits.max_pixels:
+                    return batch, True
+                batch += [entry] if entry is not here[0] else []
+        return batch, samples == self._limits.max_batch
+
+
 class Service:
     """Tokenizers by name, the first being the default.
 
@@ -88,22 +155,31 @@ class Service:
         submit: how a job gets its result; default: a `Batcher` of this process's own.
     """
 
-    def __init__(self, models: Mapping[str, Tokenizer], limits: Limits, submit: Submit | None = None) -> None:
+    def __init__(
+        self, models: Mapping[str, Tokenizer], limits: Limits, submit: Callable[[Job], Awaitable[Tensor]] | None = None
+    ) -> None:
         self.models = dict(models)
         self.limits = limits
-        self.places = Places(limits.max_queue)
+        self.taken = 0
+        """Requests that hold a place."""
         self.observe: Callable[[int], None] = lambda samples: None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="arithmetic")
-        self._submit = (
-            submit
-            or Batcher(
-                self.run,
-                max_batch=limits.max_batch,
-                max_pixels=limits.max_pixels,
-                max_wait=limits.max_wait_ms / 1000,
-                expected=lambda answered: self.places.taken > answered,
-            ).submit
-        )
+        self._submit = submit or Batcher(self.run, limits, lambda answered: self.taken > answered).submit
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Hold one of `max_queue` places.
+
+        Raises:
+            Full: there is none.
+        """
+        if self.taken >= self.limits.max_queue:
+            raise Full
+        self.taken += 1
+        try:
+            yield
+        finally:
+            self.taken -= 1
 
     async def encode(self, model: str, images: Tensor) -> Tensor:
         """Pictures `(B, 3, H, W)` in [-1, 1] → raw latents, the posterior's mode, `(B, c, ceil(H/f), ceil(W/f))`.
@@ -170,19 +246,16 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
 
 
-def packaged_names() -> list[str]:
-    """What is served where nothing is named: the short names of the packaged weights, default first."""
-    return resources.short_names() or resources.weights_names()
-
-
-def names_and_sources(given: list[str]) -> dict[str, str]:
+def names_and_sources(given: list[str] | None) -> dict[str, str]:
     """`NAME=WHERE`, or WHERE alone, whose last part is the name: {name: where}, in order.
+
+    Where nothing is named, the short names of the packaged weights, default first.
 
     Raises:
         UserError: two of one name.
     """
     found: dict[str, str] = {}
-    for text in given:
+    for text in given or resources.short_names() or resources.weights_names():
         name, equals, where = text.partition("=")
         where = where if equals else text
         name = name if equals else Path(where).name

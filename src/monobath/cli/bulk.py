@@ -176,13 +176,11 @@ def _kind_of_device(device: str) -> str:
 
 
 def _run(work: Work, workers: int | None, address: str | None) -> None:
-    from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
-
     from ..integrations.ray import Cluster, run
 
     done: list[Report] = []
     start = time.monotonic()
-    with shared.progress(BarColumn, MofNCompleteColumn, TimeRemainingColumn) as update:
+    with shared.progress() as update:
 
         def tell(report: Report, total: int) -> None:
             done.append(report)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..errors import UserError
-from .exporting import EngineName
+from ..export import Engine as EngineName
 from .shared import DType, check_options, out_folder, print_table, progress, write_lines
 
 if TYPE_CHECKING:
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from ..evaluation.compare import Engine
     from ..evaluation.results import Evaluation
     from ..evaluation.system import System
-
-WIDTH = 140
-"""Of tables, in columns, where stdout is not a terminal."""
 
 
 def eval_(
@@ -89,22 +86,21 @@ def eval_(
     check_options(1, batch=batch, speed_batches=min(speed_batches or [1]))
     check_options(0, workers=workers, repeats=repeats)
     import torch
-    from rich.progress import SpinnerColumn
 
     from ..devices import usable_device
     from ..evaluation import processes
-    from ..evaluation.closeups import shown_systems
+    from ..evaluation.closeups import PICTURES, shown_systems, write_gallery
     from ..evaluation.compare import Settings, evaluate
-    from ..evaluation.gallery import PICTURES, write_gallery
+    from ..evaluation.peers import make_baselines, make_peer
     from ..evaluation.report import write_evaluation
     from ..evaluation.speed import add_speeds
-    from ..evaluation.system import make_baselines, make_models, make_peer
+    from ..evaluation.system import make_models
 
     kind = getattr(torch, dtype)
-    with progress(SpinnerColumn) as update:
+    with progress() as update:
 
         def counted(system: str, done: int, total: int | None) -> None:
-            update(description=f"{system}: {done}{'' if total is None else f' of {total}'} pictures")
+            update(description=system, completed=done, total=total)
 
         with processes.group(torch.device(usable_device(device))) as place:
             systems: list[System] = [*make_models(model or ["default"], steps, place, kind, encoder)]
@@ -113,13 +109,13 @@ def eval_(
                 systems += make_baselines(systems, sides[-1], bits_per_pixel, rates or [])
             settings = Settings(
                 size=sides[-1], short_side=sides[-1], metrics=metrics, limit=limit, batch_size=batch,
-                num_workers=workers, seed=seed, progress=counted, command=command,
+                num_workers=workers, seed=seed, keep=PICTURES if gallery else Settings.keep, progress=counted,
+                command=command,
             )  # fmt: skip
-            settings = replace(settings, keep=PICTURES) if gallery else settings
             with _engine(engine, workers, place) as measure:
                 found = [evaluate(systems, data, replace(settings, size=side, engine=measure)) for side in sides]
-            is_main = processes.is_main()
-        if not is_main:
+            rank = processes.rank()
+        if rank:
             return
         evaluations = [evaluation for evaluation, _ in found]
         if repeats:
@@ -169,44 +165,39 @@ def bench(
     if engine and not (cpu or device == "cpu"):
         raise UserError(f"--engine {' '.join(engine)} is timed on the CPU: add --cpu")
     folder = out_folder(out)
-    from rich.progress import SpinnerColumn
 
     from ..devices import usable_device
-    from ..evaluation.bench import Plan, run_bench
+    from ..evaluation.bench import HEAD, Plan, run_bench
     from ..evaluation.report import write_bench
 
-    given: dict[str, Any] = {"sizes": sizes, "decoders": decoders, "models": model}
     plan = Plan(
         device=usable_device("cpu" if cpu else device), dtype=dtype, repeats=repeats, batch=batch,
-        **{name: value for name, value in given.items() if value is not None},
+        sizes=sizes or Plan.sizes, decoders=decoders or Plan.decoders, models=model or Plan.models,
     )  # fmt: skip
-    with progress(SpinnerColumn) as update:
+    with progress() as update:
         extra = None
         if engine:
-            from ..export.timing import engine_networks
+            from ..export.running import engine_networks
 
             extra = engine_networks(model or [], engine, decoders or [])
         result = run_bench(plan, extra=extra, progress=lambda text: update(description=text), command=command)
     files = write_bench(folder, result)
     for size, rows in result.rows().items():
-        print_table(result.head, rows, title=f"{size} × {size}", width=WIDTH)
+        print_table(HEAD, rows, title=f"{size} × {size}")
     write_lines([*result.notes, *files])
 
 
-@contextmanager
-def _engine(name: str | None, workers: int, device: torch.device) -> Iterator[Engine | None]:
+def _engine(name: str | None, workers: int, device: torch.device) -> AbstractContextManager[Engine | None]:
     """Within: what measures batches elsewhere."""
     if name is None:
-        yield None
-        return
+        return nullcontext()
     from ..evaluation import processes
     from ..integrations.ray import Cluster
     from ..integrations.ray import engine as ray_engine
 
     if device.type != "cpu" or processes.world_size() > 1:
         raise UserError(f"--engine {name} measures on CPUs, from one process: add --device cpu, or use torchrun alone")
-    with ray_engine(Cluster(workers=workers or None)) as measure:
-        yield measure
+    return ray_engine(Cluster(workers=workers or None))
 
 
 # ---- what is printed ----------------------------------------------------------------------------------------------
@@ -219,13 +210,13 @@ def _print_tables(evaluations: Sequence[Evaluation]) -> None:
         return [["\n".join(filter(None, cell[:2])) for cell in line] for line in lines]
 
     joined = tables.side_by_side(evaluations)
-    print_table(tables.head(joined), text(tables.rows(joined)), width=WIDTH)
+    print_table(tables.head(joined), text(tables.rows(joined)))
     said: list[str] = []
     for evaluation in evaluations:
         at = f"at {evaluation.size}²" if len(evaluations) > 1 else ""
         if len(evaluation.systems) > 1:
             head = ["system", *(metric.label for metric in tables.measured(evaluation))]
             title = ", ".join(filter(None, [f"differences to {evaluation.systems[0].name}", "paired", at]))
-            print_table(head, text(tables.difference_rows(evaluation)), title=title, width=WIDTH)
+            print_table(head, text(tables.difference_rows(evaluation)), title=title)
         said += [f"{at.capitalize()}: {line}" if at else line for line in tables.verdict(evaluation)]
     write_lines([*said, *tables.absent(joined), *tables.footnotes(evaluations)])

@@ -80,14 +80,12 @@ def stats(
     folder = None if out is None else shared.out_folder(out)
     if folder is not None and (folder / "model.safetensors").exists():
         raise UserError(f"--out {out} holds a model already: choose a new folder, or --in_place for the model's own")
-    from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
-
     from ..data.statistics import check_writable, latent_statistics, store_statistics
 
     if in_place:
         folder = check_writable(model)
     tokenizer = shared.load_tokenizer(model, device, "float32", encoder)
-    with shared.progress(BarColumn, MofNCompleteColumn, TimeRemainingColumn) as update:
+    with shared.progress() as update:
         statistics = latent_statistics(
             tokenizer, data, size=size, limit=limit, batch_size=batch, workers=workers, max_pixels=max_pixels,
             progress=lambda done, total: update(description="pictures", completed=done, total=total),
@@ -157,7 +155,6 @@ def cache_latents(
         raise UserError(f"--scale is {' '.join(map(str, scale))}: give two lengths, LOW HIGH")
     folder = shared.out_folder(out)
     import torch
-    from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
     from ..autoencoders import as_encoder
     from ..data import Crops
@@ -171,7 +168,7 @@ def cache_latents(
     else:
         name = model or "default"
         source = shared.load_tokenizer(name, device, "float32", encoder)
-    with shared.progress(BarColumn, MofNCompleteColumn, TimeRemainingColumn) as update:
+    with shared.progress() as update:
         crops = Crops(
             size=size, scale=None if scale is None else (scale[0], scale[1]), flip=not no_flip, seed=seed,
             max_pixels=max_pixels, min_side=min_side,

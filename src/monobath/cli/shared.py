@@ -7,16 +7,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..errors import UserError, check_least
+from ..words import numbered
 
 if TYPE_CHECKING:
     import torch
-    from rich.progress import ProgressColumn
 
     from ..tokenizer import Tokenizer
 
+WIDTH = 140
+"""Of tables, in columns, where stdout is not a terminal."""
 DType = Literal["float32", "bfloat16", "float16"]
 MAX_PIXELS = 64_000_000  # images.MAX_PIXELS, which costs an import of torch (a test compares them)
 
@@ -90,10 +92,8 @@ def target_paths(out: str, sources: Sequence[Path], suffix: str) -> list[Path]:
     folder, used, targets = out_folder(out), set(), []
     inputs = {source.resolve() for source in sources}
     for source in sources:
-        name, number = source.stem, 1
-        while name.casefold() in used:  # some file systems do not tell A from a
-            number += 1
-            name = f"{source.stem}-{number}"
+        # some file systems do not tell A from a
+        name = next(name for name in numbered(source.stem) if name.casefold() not in used)
         used.add(name.casefold())
         target = folder / f"{name}{suffix}"
         if target.resolve() in inputs:
@@ -107,8 +107,7 @@ def open_pixels(path: Path, size: int | None, max_pixels: int) -> torch.Tensor:
     from ..data.transforms import center_crop
     from ..images import check_pixels, open_image, pil_to_tensor
 
-    if size is not None and size < 1:
-        raise UserError(f"--size is {size}: it must be at least 1 pixel")
+    check_options(1, size=size)
     image = open_image(path, max_pixels=max_pixels)
     if size is None:
         return pil_to_tensor(image)
@@ -124,20 +123,12 @@ def lasting_name(model: str) -> str:
     return packaged or (str(Path(model).resolve()) if Path(model).exists() else model)
 
 
-def plain(text: str) -> Any:
-    """Text for a table, safe from markup: a file may be called [bold].png."""
-    from rich.text import Text
-
-    return Text(text, overflow="fold")
-
-
 def print_table(
     head: Sequence[str],
     rows: Iterable[Sequence[str]],
     *,
     title: str | None = None,
     foot: Sequence[str] = (),
-    width: int | None = None,
 ) -> None:
     """Print a table, its first column left-aligned text, the others figures.
 
@@ -146,31 +137,30 @@ def print_table(
         rows: cells.
         title: above the table.
         foot: cells of a last line.
-        width: in columns, where stdout is not a terminal.
     """
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title and plain(title), show_header=bool(head), show_footer=bool(foot))
+    table = Table(title=title, show_header=bool(head), show_footer=bool(foot))
     for number, words in enumerate(head):
-        footer = plain(foot[number]) if foot else ""
-        table.add_column(plain(words), footer, justify="right" if number else "left")
+        footer = foot[number] if foot else ""
+        table.add_column(words, footer, justify="right" if number else "left")
     for row in rows:
-        table.add_row(*map(plain, row))
-    Console(width=None if sys.stdout.isatty() else width).print(table)
+        table.add_row(*row)
+    for column in table.columns:
+        column.overflow = "fold"
+    # No markup: a file may be called [bold].png.
+    console = Console(width=None if sys.stdout.isatty() else WIDTH, markup=False, emoji=False, highlight=False)
+    console.print(table)
 
 
 @contextmanager
-def progress(*more: type[ProgressColumn]) -> Iterator[Callable[..., None]]:
-    """Within: a line on stderr where that is a terminal; what is yielded takes description, completed and total.
-
-    Args:
-        more: columns beside the description.
-    """
+def progress() -> Iterator[Callable[..., None]]:
+    """Within: a bar on stderr where that is a terminal; what is yielded takes description, completed and total."""
     from rich.console import Console
-    from rich.progress import Progress, TextColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}", markup=False), *(column() for column in more))
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     stderr = Console(stderr=True)
     with Progress(*columns, console=stderr, transient=True, disable=not sys.stderr.isatty()) as shown:
         yield partial(shown.update, shown.add_task("", total=None))

@@ -9,9 +9,9 @@ from json import dumps
 from typing import Literal
 
 from ..errors import UserError
+from ..export import Engine
 from ..words import count, in_words
 from . import shared
-from .exporting import EngineName
 from .shared import MAX_PIXELS, DType
 
 
@@ -37,7 +37,7 @@ def train(
         run: Run folder; default: runs/NAME.
         print_config: Print the resolved recipe as YAML and exit.
     """
-    _train(recipe, data, run, print_config, [*_of_encoder(encoder), *overrides])
+    _train(recipe, data, encoder, run, print_config, overrides)
 
 
 def distill(
@@ -65,31 +65,27 @@ def distill(
         print_config: Print the resolved recipe as YAML and exit.
     """
     given = [] if teacher is None else [f"distill.teacher={teacher}"]
-    _train(recipe, data, run, print_config, [*_of_encoder(encoder), *overrides, *given], distillation=True)
-
-
-def _of_encoder(encoder: str | None) -> list[str]:
-    """Recipe overrides for --encoder."""
-    if encoder is None:
-        return []
-    from ..autoencoders import split_spec
-
-    family, source = split_spec(encoder)
-    return [f"model.encoder.family={family}", f"model.encoder.source={source}"]
+    _train(recipe, data, encoder, run, print_config, [*overrides, *given], distillation=True)
 
 
 def _train(
     recipe: str,
     data: list[str] | None,
+    encoder: str | None,
     run: str | None,
     print_config: bool,
-    overrides: Sequence[str],
+    given: Sequence[str],
     distillation: bool = False,
 ) -> None:
     from ..training import dump_recipe, load_recipe
     from ..training.recipe import DistillationRecipe, TokenizerRecipe
 
-    overrides = list(overrides)
+    overrides = list(given)
+    if encoder is not None:
+        from ..autoencoders import split_spec
+
+        family, source = split_spec(encoder)
+        overrides = [f"model.encoder.family={family}", f"model.encoder.source={source}", *given]
     if data:
         overrides.append(f"data.source={dumps(data, ensure_ascii=False)}")
     if run is not None:
@@ -133,7 +129,7 @@ def reconstruct(
     noise: Literal["gaussian", "zero"] | None = None,
     tile: int | None = None,
     progressive: bool = False,
-    engine: EngineName | None = None,
+    engine: Engine | None = None,
     max_pixels: int = MAX_PIXELS,
     device: str = "auto",
     dtype: DType = "float32",
@@ -161,9 +157,8 @@ def reconstruct(
     """
     pictures = shared.find_pictures(photo)
     targets = shared.target_paths(out, pictures, ".png")
+    from ..evaluation.demo import HEAD, cells, check_progressive, with_previews
     from ..evaluation.demo import reconstruct as reconstructed
-    from ..evaluation.previews import check_progressive, with_previews
-    from ..evaluation.tables import decibels
     from ..files import write_file
     from ..images import tensor_to_pil
 
@@ -185,12 +180,10 @@ def reconstruct(
             with shared.explained(picture):
                 row = reconstructed(tokenizer, pixels, target.name, tile=tile, decode=decode, max_pixels=max_pixels)
             write_file(target, tensor_to_pil(row.output).save)
-            h, w = row.size
-            figures = (f"{w}×{h}", decibels(row.psnr), f"{row.encode_ms:.1f}", f"{row.decode_ms:.1f}")
-            rows.append((target.name, *figures))
+            rows.append(cells(row)[:-1])
     finally:
         if rows:
-            shared.print_table(("picture", "size", "PSNR", "encode ms", "decode ms"), rows)
+            shared.print_table(HEAD[:-1], rows)
             shared.write(f"{count(len(rows), 'picture')} in {out}\n")
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -50,11 +50,11 @@ class BenchRow(Cost):
     """Median time of `AutoencoderKL` over this one's: above 1 is faster."""
     speed_to_tiny: float
     """Median time of `AutoencoderTiny` over this one's."""
+    gflop_per_second: float | None = field(init=False)
+    """Operations a second that were achieved, in 10⁹."""
 
-    @property
-    def gflop_per_second(self) -> float | None:
-        """Operations a second that were achieved, in 10⁹."""
-        return None if self.gflop is None else 1000 * self.gflop / self.ms
+    def __post_init__(self) -> None:
+        self.gflop_per_second = None if self.gflop is None else 1000 * self.gflop / self.ms
 
 
 def _text(value: float | None, form: str) -> str:
@@ -73,11 +73,12 @@ _COLUMNS: dict[str, Callable[[BenchRow], str]] = {
     f"speed ÷ {TINY}": lambda row: f"{row.speed_to_tiny:.3g}×",
 }
 """The table: headings, and what stands below them."""
+HEAD = list(_COLUMNS)
 
 
 @dataclass(kw_only=True)
 class Bench:
-    """A whole benchmark; `rows()` under `head` are its tables, one a size."""
+    """A whole benchmark; `rows()` under `HEAD` are its tables, one a size."""
 
     command: str
     batch: int
@@ -87,22 +88,12 @@ class Bench:
     results: list[BenchRow]
     seconds: float
 
-    @property
-    def head(self) -> list[str]:
-        """Column headings."""
-        return list(_COLUMNS)
-
-    @property
-    def sizes(self) -> list[int]:
-        """Sides of the decoded squares, in the order given."""
-        return list(dict.fromkeys(row.size for row in self.results))
-
     def rows(self) -> dict[int, list[list[str]]]:
-        """By size: the table's rows, peers first."""
-        return {
-            size: [[cell(row) for cell in _COLUMNS.values()] for row in self.results if row.size == size]
-            for size in self.sizes
-        }
+        """By size, in the order given: the table's rows under `HEAD`, peers first."""
+        found: dict[int, list[list[str]]] = {}
+        for row in self.results:
+            found.setdefault(row.size, []).append([cell(row) for cell in _COLUMNS.values()])
+        return found
 
     @property
     def notes(self) -> list[str]:
@@ -120,16 +111,13 @@ class Bench:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        values = dataclasses.asdict(self)
-        for value, row in zip(values["results"], self.results, strict=True):
-            value["gflop_per_second"] = row.gflop_per_second
-        return values | {"notes": self.notes}
+        return dataclasses.asdict(self) | {"notes": self.notes}
 
     def markdown(self) -> str:
         """Command, conditions and tables for a document."""
         parts = [f"```bash\n{self.command}\n```", "\n".join(f"- {note}" for note in self.notes)]
         for size, rows in self.rows().items():
-            lines = [self.head, ["---"] + ["---:"] * (len(self.head) - 1), *rows]
+            lines = [HEAD, ["---"] + ["---:"] * (len(HEAD) - 1), *rows]
             parts.append(f"### {size} × {size}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
         return "\n\n".join(parts) + "\n"
 
@@ -186,7 +174,7 @@ def run_bench(
     """
     start = time.perf_counter()
     place, kind = torch.device(plan.device), getattr(torch, plan.dtype)
-    networks = _networks(plan.decoders, plan.models, place, kind) | dict(extra or {})
+    networks = _networks(plan, place, kind) | dict(extra or {})
     results: list[BenchRow] = []
     for size in plan.sizes:
         works = {name: (make(plan.batch, size), place) for name, (_, make) in networks.items()}
@@ -206,20 +194,18 @@ def run_bench(
     )
 
 
-def _networks(
-    decoders: Sequence[str], models: Sequence[str], device: torch.device, dtype: torch.dtype
-) -> dict[str, tuple[nn.Module, Maker]]:
+def _networks(plan: Plan, device: torch.device, dtype: torch.dtype) -> dict[str, tuple[nn.Module, Maker]]:
     """Each network whose parameters count, and how it is called; peers first."""
     found: dict[str, tuple[nn.Module, Maker]] = {}
     for name, kind in ((KL, "kl"), (TINY, "tiny")):
         peer = placed(random_autoencoder(kind), device, dtype)
         decode = partial(peer.decode, return_dict=False)
         found[name] = (coding_parts(peer)[1], maker(decode, device=device, dtype=dtype))
-    for name in decoders:
+    for name in plan.decoders:
         config = decoder_config({"size": name, "factor": FACTOR, "latent_channels": CHANNELS})
         decoder = make_decoder(config).to(device, dtype).eval()
         found[name] = (decoder, maker(partial(_one_step, decoder), device=device, dtype=dtype))
-    for name in models:
+    for name in plan.models:
         if name in found:
             raise UserError(f"{name!r} names two of the benchmark's decoders: give each once")
         tokenizer = Tokenizer.from_pretrained(name, device=device, dtype=dtype)
@@ -256,10 +242,5 @@ def maker(decode: Callable[[Tensor], object], **latents: Any) -> Maker:
 
 def tokenizer_maker(tokenizer: Tokenizer) -> Maker:
     """Decoding by the public `Tokenizer.decode`."""
-
-    def make(batch: int, side: int) -> Work:
-        channels, factor = tokenizer.config.encoder.latent_channels, tokenizer.factor
-        z = random_latents(batch, side, channels, factor, tokenizer.device, tokenizer.dtype)
-        return partial(tokenizer.decode, z, size=(side, side))
-
-    return make
+    channels, place = tokenizer.config.encoder.latent_channels, {"device": tokenizer.device, "dtype": tokenizer.dtype}
+    return maker(tokenizer.decode, channels=channels, factor=tokenizer.factor, **place)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..files import write_folder
 from ..images import psnr, tensor_to_pil
-from .page import picture_uri, sheet
+from ..words import count
+from .compare import Kept
+from .page import picture_uri, render, sheet
 from .plots import group_of
 from .results import Evaluation, SystemResult
 from .tables import decibels
@@ -65,47 +69,36 @@ def place_of_difference(outputs: Tensor, side: int = SIDE, box: int = BOX) -> tu
 
 def shown_systems(evaluation: Evaluation, limit: int = 9) -> list[SystemResult]:
     """The systems for pictures and crowded plots: of a codec at several rates, the one nearest to the first's rate."""
-    target = evaluation.systems[0].bits_per_pixel
-    chosen: list[SystemResult] = []
-    for system in evaluation.systems:
-        rivals = [s for s in evaluation.systems if s.family == system.family] if system.family else []
-        if group_of(system.kind) == "codec" and len(rivals) > 1 and target is not None:
-            nearest = min(rivals, key=lambda s: abs((s.bits_per_pixel or 0) - target))
-            if system is not nearest:
-                continue
-        chosen.append(system)
-    return chosen[:limit]
+    target = evaluation.systems[0].bits_per_pixel or 0
+
+    def nearest(system: SystemResult) -> bool:
+        rivals = [s for s in evaluation.systems if s.family == system.family]
+        return system is min(rivals, key=lambda s: abs((s.bits_per_pixel or 0) - target))
+
+    return [s for s in evaluation.systems if group_of(s.kind) != "codec" or nearest(s)][:limit]
 
 
-def choose(
-    names: Sequence[str],
-    originals: Tensor,
-    outputs: dict[str, Tensor],
-    systems: Sequence[SystemResult],
-    count: int = 4,
-) -> list[Closeup]:
+def choose(kept: Kept, systems: Sequence[SystemResult], most: int = 4) -> list[Closeup]:
     """The pictures that the systems differ most on. Plain resampling is shown, but does not vote: it blurs everywhere.
 
     Args:
-        names: of the n pictures.
-        originals: uint8 `(n, 3, H, W)`.
-        outputs: by system, uint8 `(n, 3, H, W)`.
+        kept: the pictures to choose from, and what became of them.
         systems: those to show, in order.
-        count: of pictures.
+        most: how many pictures, at most.
     """
     voters = [s for s in systems if group_of(s.kind) != "resampling"]
     voters = voters if len(voters) > 1 else list(systems)
     found = []
-    side = min(SIDE, *originals.shape[2:])
-    for index, name in enumerate(names):
-        versions = torch.stack([outputs[s.name][index] for s in voters])
+    side = min(SIDE, *kept.originals.shape[2:])
+    for index, name in enumerate(kept.names):
+        versions = torch.stack([kept.outputs[s.name][index] for s in voters])
         if len(voters) == 1:  # a lone system is compared with the original
-            versions = torch.cat([versions, originals[index : index + 1]])
+            versions = torch.cat([versions, kept.originals[index : index + 1]])
         top, left, score = place_of_difference(versions, side)
-        shown = {s.name: outputs[s.name][index] for s in systems}
+        shown = {s.name: kept.outputs[s.name][index] for s in systems}
         place = {"top": top, "left": left, "side": side}
-        found.append(Closeup(name=name, original=originals[index], outputs=shown, score=score, **place))
-    return sorted(found, key=lambda c: -c.score)[:count]
+        found.append(Closeup(name=name, original=kept.originals[index], outputs=shown, score=score, **place))
+    return sorted(found, key=lambda c: -c.score)[:most]
 
 
 def affordable(closeups: Sequence[Closeup], budget: int = 5_000_000) -> list[tuple[Closeup, list[Card]]]:
@@ -152,3 +145,44 @@ def comparison_sheet(closeups: Sequence[Closeup]) -> Image.Image:
             line.append((f"{system}\n{caption}" if line else f"{closeup.name}, {system}\n{caption}", both))
         lines.append(line)
     return sheet(lines, label=36, gap=GAP)
+
+
+# ---- the gallery --------------------------------------------------------------------------------------------------
+
+
+PICTURES = 24
+"""How many pictures a gallery shows, at most."""
+
+
+def write_gallery(folder: Path, evaluation: Evaluation, kept: Kept, systems: Sequence[SystemResult]) -> Path:
+    """Write `index.html` and its pictures into a folder, atomically; returns the page's path.
+
+    Args:
+        folder: of the gallery alone.
+        kept: the pictures and what became of them.
+        systems: those to show, in order.
+    """
+
+    def files(partial: Path) -> None:
+        pictures = []
+        for index, name in enumerate(kept.names):
+            original, versions = kept.originals[index], []
+            for number, system in enumerate(systems):
+                pixels = kept.outputs[system.name][index]
+                quality = psnr(pixels[None], original[None]).item()
+                shown = _save(pixels, partial, f"{index:02d}-{number}.webp")
+                versions.append((system.name, shown, quality, *pixels.shape[1:]))
+            pictures.append((name, _save(original, partial, f"{index:02d}-original.webp"), versions))
+        title = f"monobath: {count(len(pictures), 'picture')} by {count(len(systems), 'system')}"
+        text = render(
+            "gallery.html", title=title, pictures=pictures, command=evaluation.command, machine=evaluation.machine
+        )
+        (partial / "index.html").write_text(text, encoding="utf-8")
+
+    write_folder(folder, files)
+    return folder / "index.html"
+
+
+def _save(pixels: Tensor, folder: Path, name: str) -> str:
+    tensor_to_pil(pixels).save(folder / name, lossless=True)
+    return name

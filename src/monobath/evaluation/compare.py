@@ -19,18 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Crops, PhotoDataset, Source, StreamDataset, iterate_eval, make_dataset
-from ..data.pictures import Item
 from ..data.transforms import mix_seed
-from ..errors import UserError
+from ..errors import UserError, check_least
 from . import processes
 from .facts import machine
 from .frechet import Gaussian, HalfSampled, frechet_distance
-from .measuring import Measured, Measuring
-from .metrics import CHANNELS, RESAMPLES, Metric, PictureMetric, SetMetric, load_metrics
+from .measuring import Measuring, Row
+from .metrics import CHANNELS, RESAMPLES, Metric, SetMetric, load_metrics
 from .results import Channel, Estimate, Evaluation, SystemResult
 from .system import System
 
-Engine = Callable[[Callable[[list[int]], Measured], Sequence[list[int]]], Iterator[Measured]]
+Found = tuple[list[Row], dict[int, int]]
+Engine = Callable[[Callable[[list[int]], Found], Sequence[list[int]]], Iterator[Found]]
 """`map` by other processes: (function, pictures' numbers by batch) → its results, in order."""
 Progress = Callable[[str, int, int | None], None]
 """(system's name, pictures done, pictures there are or None), after every batch that the main process has seen."""
@@ -77,8 +77,7 @@ class Settings:
     """Measures batches elsewhere (`integrations.ray.engine`); None: here."""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.keep < 1 or (self.limit is not None and self.limit < 1):
-            raise UserError(f"batch_size={self.batch_size}, keep={self.keep} and limit={self.limit} must be at least 1")
+        check_least(1, {"batch_size": self.batch_size, "keep": self.keep, "limit": self.limit})
         if self.resized < self.size:
             raise UserError(
                 f"short_side={self.resized} holds no square of size={self.size}: it must be at least as long"
@@ -147,25 +146,10 @@ def _pictures(found: _Pass, which: Literal[0, 1]) -> Tensor:
 
 
 @dataclass(kw_only=True)
-class _Row:
-    """What is found about one picture."""
-
-    position: int
-    name: str
-    bits: int
-    figures: dict[str, float | list[float]]
-    """By metric key; a list where the metric is of channels."""
-    draw: int
-    """The pictures with the lowest ones are kept."""
-    pair: tuple[Tensor, Tensor] | None
-    """Original and output, uint8 `(3, H, W)`, on the CPU; None: not kept."""
-
-
-@dataclass(kw_only=True)
 class _Pass:
     """What is found about one system."""
 
-    rows: list[_Row]
+    rows: list[Row]
     distances: dict[str, np.ndarray]
     """By metric key: Fréchet distances of the whole set, then of its half-samples."""
 
@@ -176,32 +160,34 @@ class _Comparison:
     def __init__(
         self, dataset: PhotoDataset | StreamDataset, settings: Settings, metrics: Sequence[Metric], device: torch.device
     ) -> None:
-        self.dataset, self.settings, self.device = dataset, settings, device
-        self.of_pictures = [metric for metric in metrics if isinstance(metric, PictureMetric)]
+        self.dataset, self.settings, self.metrics, self.device = dataset, settings, metrics, device
         self.of_sets = [metric for metric in metrics if isinstance(metric, SetMetric)]
+        self.total = min(len(dataset), settings.limit or len(dataset)) if isinstance(dataset, PhotoDataset) else None
         self.originals: dict[str, list[Gaussian]] = {}
         """By key of a set's metric: features of the originals, whole set and half-samples; found in the first pass."""
 
     def measure(self, system: System) -> _Pass:
         """One system, over all pictures and processes."""
-        rows: list[_Row] = []
-        seed = self.settings.seed
+        rows: list[Row] = []
         outputs = {metric.info.key: self._statistics(metric) for metric in self.of_sets}
         references = {} if self.originals else {metric.info.key: self._statistics(metric) for metric in self.of_sets}
-        for start, part in self._parts(system, bool(references)):
-            positions = range(start, start + len(part.names))
-            for key, (features, others) in part.features.items():
-                outputs[key].update(features, positions)
-                if others is not None:
-                    references[key].update(others, positions)
-            for i, name in enumerate(part.names):
-                row = {key: values[i] for key, values in part.figures.items()}
-                draw = mix_seed(5, seed, part.indices[i])
-                pair = (part.original[i].to("cpu", copy=True), part.output[i].to("cpu", copy=True))
-                rows.append(
-                    _Row(position=positions[i], name=name, bits=part.bits[i], figures=row, draw=draw, pair=pair)
-                )
+        measuring = Measuring(
+            system=system, metrics=self.metrics, size=self.settings.size, seed=self.settings.seed,
+            references=bool(references), device=self.device, dataset=self.dataset,
+        )  # fmt: skip
+        for start, part, seen in self._parts(measuring):
+            positions = range(start, start + len(part))
+            for row, position in zip(part, positions, strict=True):
+                row.position = position
+            if part:
+                for key, statistics in outputs.items():
+                    statistics.update(torch.stack([row.features.pop(key) for row in part]), positions)
+                for key, statistics in references.items():
+                    statistics.update(torch.stack([row.references.pop(key) for row in part]), positions)
+            rows += part
             self._keep_lowest(rows)
+            if self.settings.progress and processes.rank() == 0:
+                self.settings.progress(system.name, seen, self.total)
 
         rows = sorted(itertools.chain(*processes.gather(rows)), key=lambda row: row.position)
         self._keep_lowest(rows)
@@ -226,53 +212,39 @@ class _Comparison:
             f"over half-samples: {spreads}"
         )
 
-    def _parts(self, system: System, references: bool) -> Iterator[tuple[int, Measured]]:
-        """What this process finds, or another for it, each with the position of its first picture."""
-        settings, engine = self.settings, self.settings.engine
-        measuring = Measuring(
-            system=system, metrics=[*self.of_pictures, *self.of_sets], size=settings.size, seed=settings.seed,
-            references=references, device=self.device,
-        )  # fmt: skip
-        if engine is None:
-            for start, batch in self._batches(system):
-                yield start, measuring(batch)
+    def _parts(self, measuring: Measuring) -> Iterator[tuple[int, list[Row], int]]:
+        """What this process finds, or another for it, batch by batch: the position of its first picture among the
+        usable ones, its rows, and how many pictures have been seen.
+        """
+        settings, dataset, size = self.settings, self.dataset, self.settings.batch_size
+        if settings.engine is None:
+            batches = iterate_eval(dataset, batch_size=size, num_workers=settings.num_workers, limit=settings.limit)
+            for number, batch in enumerate(batches):
+                mine = number % processes.world_size() == processes.rank()
+                start, rows = number * size, measuring.measured(batch) if mine else []
+                yield start, rows, start + len(batch["name"])
             return
-        if not isinstance(self.dataset, PhotoDataset):
-            raise UserError(f"{self.dataset.source}: streamed shards are measured here only; leave --engine out")
-        measuring.dataset = self.dataset
-        numbers, size = range(len(self.dataset)), settings.batch_size
+        if not isinstance(dataset, PhotoDataset):
+            raise UserError(f"{dataset.source}: streamed shards are measured here only; leave --engine out")
+        numbers = range(len(dataset))
         start, limit = 0, settings.limit or len(numbers)
-        for part in engine(measuring, [list(numbers[i : i + size]) for i in numbers[::size]]):
-            self.dataset.unusable = self.dataset.unusable | part.skipped
-            part = part.first(limit - start)
-            yield start, part
-            start += len(part.names)
-            if settings.progress:
-                settings.progress(system.name, start, limit)
+        for rows, skipped in settings.engine(measuring, [list(numbers[i : i + size]) for i in numbers[::size]]):
+            dataset.unusable = dataset.unusable | skipped
+            rows = rows[: limit - start]
+            yield start, rows, start + len(rows)
+            start += len(rows)
             if start == limit:
                 return
-
-    def _batches(self, system: System) -> Iterator[tuple[int, Item]]:
-        """This process's batches, each with the position of its first picture among the usable ones."""
-        limit, size = self.settings.limit, self.settings.batch_size
-        total = len(self.dataset) if isinstance(self.dataset, PhotoDataset) else None
-        if total is not None and limit is not None:
-            total = min(total, limit)
-        stream = iterate_eval(self.dataset, batch_size=size, num_workers=self.settings.num_workers, limit=limit)
-        for number, batch in enumerate(stream):
-            start = number * size
-            if number % processes.world_size() == processes.rank():
-                yield start, batch
-            if self.settings.progress and processes.is_main():
-                self.settings.progress(system.name, start + len(batch["name"]), total)
 
     def _statistics(self, metric: SetMetric) -> HalfSampled:
         device = self.device if self.device.type == "cuda" else torch.device("cpu")  # others may lack float64
         return HalfSampled(metric.dim, seed=self.settings.seed, device=device)
 
-    def _keep_lowest(self, rows: list[_Row]) -> None:
+    def _keep_lowest(self, rows: list[Row]) -> None:
         """Let go of the pictures that will not be kept."""
-        candidates = sorted((row for row in rows if row.pair), key=lambda row: (row.draw, row.position))
+        seed = self.settings.seed
+        candidates = [row for row in rows if row.pair]
+        candidates.sort(key=lambda row: (mix_seed(5, seed, row.index), row.position))
         for row in candidates[self.settings.keep :]:
             row.pair = None
 

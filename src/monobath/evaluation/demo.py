@@ -19,9 +19,11 @@ from PIL import Image
 from torch import Tensor
 
 from .. import resources
+from ..errors import UserError
+from ..files import write_file
 from ..images import MAX_PIXELS, open_image, pil_to_tensor, psnr, tensor_to_pil
 from ..tokenizer import Tokenizer
-from ..words import in_words
+from ..words import in_words, numbered
 from .facts import describe, machine
 from .page import render, sheet, write_all
 from .results import plain
@@ -150,10 +152,7 @@ def run_demo(out: Path, model: str = "default", *, pictures: Sequence[Path] | No
     """
     began = time.perf_counter()
     tokenizer = Tokenizer.from_pretrained(model, device="cuda" if torch.cuda.is_available() else "cpu")
-    photos = [
-        (path.stem, pil_to_tensor(open_image(path)))
-        for path in (resources.sample_paths() if pictures is None else pictures)
-    ]
+    photos = [(path.stem, pil_to_tensor(open_image(path))) for path in pictures or resources.sample_paths()]
     reconstruct(tokenizer, photos[0][1], "warm-up")
     rows = [reconstruct(tokenizer, photo, name, repeats=REPEATS) for name, photo in photos]
     command = shlex.join(["monobath", "demo", "--model", model, "--out", str(out)])
@@ -210,6 +209,7 @@ def _report(rows: Sequence[Reconstruction], facts: dict[str, Any]) -> str:
     model = dict(facts["model"])
     training = model.pop("training", {})
     model |= {f"training: {key}": value for key, value in training.items() if value is not None}
+    shown = facts | {"model": {key: in_words(value) for key, value in model.items()}}
     return render(
         "demo.html",
         title=f"monobath demo: {model['name']}",
@@ -217,9 +217,49 @@ def _report(rows: Sequence[Reconstruction], facts: dict[str, Any]) -> str:
         head=HEAD,
         lines=[cells(row) for row in rows],
         foot=mean_line(rows),
-        timing=facts["timing"],
         rows=rows,
-        model={key: in_words(value) for key, value in model.items()},
-        command=facts["command"],
-        machine=facts["machine"],
+        **shown,
     )
+
+
+# ---- previews of a multi-scale decoder -----------------------------------------------------------------------------
+
+
+def check_progressive(tokenizer: Tokenizer, model: str) -> None:
+    """Refuse what previews cannot be had with.
+
+    Raises:
+        UserError: the model has one stage, or --engine is given.
+    """
+    if tokenizer.config.decoder.stages == 1:
+        raise UserError(f"--progressive needs a multi-scale model, and {model} has one stage: leave it out")
+    if tokenizer.decoder.fixed is not None:
+        raise UserError("--engine with --progressive: engines run one step at full resolution; leave one of them out")
+
+
+def with_previews(tokenizer: Tokenizer, target: Path, taken: set[Path]) -> Callable[..., Tensor]:
+    """`Tokenizer.decode` that writes previews beside `target` while it works.
+
+    Args:
+        taken: resolved paths that no preview may have: the inputs, all finished pictures, and previews so far, to
+            which this picture's are added.
+    """
+
+    def decode(z: Tensor, **options: Any) -> Tensor:
+        last = tokenizer.config.decoder.stages - 1
+        for stage, image in enumerate(tokenizer.decode_progressive(z, **options)):
+            if stage < last:
+                path = _preview_path(target, image.shape[-2], image.shape[-1], taken)
+                write_file(path, tensor_to_pil(image[0].cpu()).save)
+        return image
+
+    return decode
+
+
+def _preview_path(target: Path, height: int, width: int, used: set[Path]) -> Path:
+    """TARGET.64.png or TARGET.64x48.png, with -2, -3 … where that name is used; it counts as used from then on."""
+    label = str(width) if width == height else f"{width}x{height}"
+    paths = (target.with_name(f"{name}{target.suffix}") for name in numbered(f"{target.stem}.{label}"))
+    path = next(path for path in paths if path.resolve() not in used)
+    used.add(path.resolve())
+    return path

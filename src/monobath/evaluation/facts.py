@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import platform
+import re
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ from ..config import PACKED
 from ..models.encoder import FAMILIES
 from ..tokenizer import Tokenizer
 from ..training.recipe import only_times
+
+OPTIONAL = ("torchvision", "torchmetrics", "scipy", "diffusers")
+"""Packages that figures depend on, where they are installed."""
 
 
 def describe(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
@@ -71,11 +76,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "monobath": __version__,
         "torch": torch.__version__,
         "pillow": metadata.version("pillow"),
-        **{
-            name: version
-            for name in ("torchvision", "torchmetrics", "scipy", "diffusers")
-            if (version := _version(name))
-        },
+        **{name: metadata.version(name) for name in OPTIONAL if find_spec(name)},
         "python": platform.python_version(),
         "system": platform.platform(),
         "cpu": _cpu_name(),
@@ -88,18 +89,8 @@ def machine(device: torch.device) -> dict[str, Any]:
     return facts
 
 
-def _version(package: str) -> str:
-    """Of an installed package; "" if it is not."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
-
-
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    text = info.read_text(encoding="utf-8", errors="replace") if info.is_file() else ""
+    found = re.search(r"^model name\s*:\s*(.+)", text, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()

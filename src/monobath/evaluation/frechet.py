@@ -27,6 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.transforms import mix_seed
+from ..images import to_float
+from ..losses.perceptual import SIDES, load_efficientnet_lite, pooled_features
 from .processes import sum_over_processes
 
 HALVES = 20
@@ -73,13 +76,10 @@ class FeatureStatistics:
         self.total += features.sum(0)
         self.outer.addmm_(features.T, features)
 
-    def all_reduce(self) -> None:
-        """Add up what all processes have seen."""
+    def gaussian(self) -> Gaussian:
+        """Mean and unbiased covariance of what all processes have seen, at least two vectors. Call it once."""
         for tensor in (self.count, self.total, self.outer):
             sum_over_processes(tensor)
-
-    def gaussian(self) -> Gaussian:
-        """Mean and unbiased covariance of what was seen, at least two vectors."""
         assert self.count >= 2, self.count
         mean = self.total / self.count
         covariance = (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
@@ -111,7 +111,6 @@ class HalfSampled:
         """The whole set's, then one for each half-sample, over all processes. Uses the sums up: call it once."""
         found = []
         for statistics in (self.whole, *self.halves):
-            statistics.all_reduce()
             found.append(statistics.gaussian())
             del statistics.outer  # the larger part of the memory
         return found
@@ -147,3 +146,51 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     cross = torch.linalg.eigvalsh((middle + middle.T) / 2).clamp(min=0).sqrt().sum()
     distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
     return max(0.0, distance.item())  # below 0 only by rounding
+
+
+# ---- features -----------------------------------------------------------------------------------------------------
+
+
+CROPS, CROP_SIDE = 8, 128
+"""Random crops a picture, and their side in pixels."""
+
+
+def random_crops(images: Tensor, indices: Sequence[int], *, seed: int = 0) -> Tensor:
+    """`CROPS` crops of each picture: `(B, 3, H, W)` → `(B, CROPS, 3, side, side)`, side = min(CROP_SIDE, H, W).
+
+    Where they lie depends on (seed, index, H, W) alone: an output is cropped as its original is.
+    """
+    height, width = images.shape[2:]
+    side = min(CROP_SIDE, height, width)
+    crops = []
+    for image, index in zip(images, indices, strict=True):
+        generator = np.random.default_rng(mix_seed(4, seed, index))
+        tops = generator.integers(0, height - side + 1, CROPS)
+        lefts = generator.integers(0, width - side + 1, CROPS)
+        crops += [image[:, y : y + side, x : x + side] for y, x in zip(tops, lefts, strict=True)]
+    return torch.stack(crops).unflatten(0, (len(images), CROPS))
+
+
+class CropFeatures:
+    """Pooled features of ImageNet-trained EfficientNet-Lite2 of random crops, for FD-EffLite."""
+
+    dim = 1280
+
+    def __init__(self, device: torch.device, seed: int = 0) -> None:
+        self.network = load_efficientnet_lite("lite2").to(device, memory_format=torch.channels_last)
+        for module in self.network.modules():
+            if isinstance(module, torch.nn.ReLU6):
+                module.inplace = True  # the same numbers, less memory
+        self.chunk = 8 if device.type == "cpu" else 128  # crops at once: on a CPU, what its caches hold
+        self.seed = seed
+
+    def __call__(self, images: Tensor, indices: Sequence[int]) -> Tensor:
+        """uint8 `(B, 3, H, W)` → float32 `(B, CROPS, 1280)`."""
+        crops = random_crops(images, indices, seed=self.seed).flatten(0, 1)
+        found = [self.pooled(part) for part in crops.split(self.chunk)]
+        return torch.cat(found).unflatten(0, (len(images), CROPS))
+
+    @torch.no_grad()
+    def pooled(self, crops: Tensor) -> Tensor:
+        """uint8 `(B, 3, H, W)`, taken whole → float32 `(B, 1280)`."""
+        return pooled_features(self.network, to_float(crops), SIDES["lite2"])

@@ -2,51 +2,41 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from ..data import PhotoDataset
+from ..data import PhotoDataset, StreamDataset
 from ..data.pictures import Item
 from ..data.transforms import centre
 from ..errors import UserError
 from ..images import to_float, to_uint8
-from .metrics import Metric, PictureMetric, SetMetric
+from .metrics import Metric, PictureMetric
 from .system import System
 
 
 @dataclass(kw_only=True)
-class Measured:
-    """What is found about one batch of usable pictures."""
+class Row:
+    """What is found about one usable picture."""
 
-    names: list[str]
-    indices: list[int]
-    bits: list[int]
-    original: Tensor
-    """uint8 `(B, 3, H, W)`; `output` likewise."""
-    output: Tensor
-    figures: dict[str, list[Any]]
-    """By key of a metric of pictures: one a picture."""
-    features: dict[str, tuple[Tensor, Tensor | None]]
-    """By key of a metric of sets: features `(B, n, dim)` of outputs and, if wanted, of originals."""
-    skipped: dict[int, int] = field(default_factory=dict)
-    """Pictures that cannot be used, where another process looked for them: see `PhotoDataset.unusable`."""
-
-    def first(self, count: int) -> Measured:
-        """The same of the first pictures."""
-        if len(self.names) <= count:
-            return self
-        cut = slice(count)
-        return dataclasses.replace(
-            self, names=self.names[cut], indices=self.indices[cut], bits=self.bits[cut], original=self.original[cut],
-            output=self.output[cut], figures={key: values[cut] for key, values in self.figures.items()},
-            features={k: (a[cut], None if b is None else b[cut]) for k, (a, b) in self.features.items()},
-        )  # fmt: skip
+    position: int = 0
+    """In `Evaluation.names`."""
+    index: int
+    """In the data set."""
+    name: str
+    bits: int
+    figures: dict[str, Any]
+    """By key of a metric of pictures; a list where the metric is of channels."""
+    features: dict[str, Tensor]
+    """By key of a metric of sets: `(n, dim)` of the output."""
+    references: dict[str, Tensor]
+    """Likewise of the original, where wanted."""
+    pair: tuple[Tensor, Tensor] | None
+    """Original and output, uint8 `(3, H, W)`, on the CPU; None: not kept."""
 
 
 @dataclass(kw_only=True)
@@ -60,43 +50,42 @@ class Measuring:
     references: bool
     """Features of the originals are wanted too."""
     device: torch.device
-    dataset: PhotoDataset | None = None
-    """For numbers in place of a batch."""
+    dataset: PhotoDataset | StreamDataset
 
     @torch.no_grad()
-    def __call__(self, given: Item | list[int]) -> Measured:
-        dataset = self.dataset
-        if isinstance(given, dict):
-            return self.measured(given)
-        assert dataset is not None
-        items = [item for item in (dataset[index] for index in given) if item is not None]
-        if items:
-            found = self.measured(default_collate(items))
-            found.original, found.output = found.original.cpu(), found.output.cpu()
-        else:
-            none = torch.zeros(0, dtype=torch.uint8)
-            found = Measured(names=[], indices=[], bits=[], original=none, output=none, figures={}, features={})
-        found.skipped = {index: code for index, code in dataset.unusable.items() if index in given}
-        return found
+    def __call__(self, numbers: list[int]) -> tuple[list[Row], dict[int, int]]:
+        """Rows of pictures of the data set, by number; and which cannot be used: see `PhotoDataset.unusable`."""
+        assert isinstance(self.dataset, PhotoDataset)
+        items = [item for item in (self.dataset[index] for index in numbers) if item is not None]
+        rows = self.measured(default_collate(items)) if items else []
+        return rows, {index: code for index, code in self.dataset.unusable.items() if index in numbers}
 
-    def measured(self, batch: Item) -> Measured:
-        """A batch of `iterate_eval`."""
+    @torch.no_grad()
+    def measured(self, batch: Item) -> list[Row]:
+        """What is found about a batch of `iterate_eval`."""
         names, indices = batch["name"], batch["index"].tolist()
         images = centre(batch["image"], self.size)
         output, bits = reconstruct(self.system, images, names, [self.seed + index for index in indices])
         original, output = images.to(self.device), output.to(self.device)
-        figures: dict[str, list[Any]] = {}
-        features: dict[str, tuple[Tensor, Tensor | None]] = {}
+        figures, features, references = {}, {}, {}
         for metric in self.metrics:
+            key = metric.info.key
             if isinstance(metric, PictureMetric):
-                figures[metric.info.key] = metric.measure(output, original).tolist()
-            elif isinstance(metric, SetMetric):
-                others = metric.features(original, indices) if self.references else None
-                features[metric.info.key] = metric.features(output, indices), others
-        return Measured(
-            names=names, indices=indices, bits=bits, original=original, output=output, figures=figures,
-            features=features,
-        )  # fmt: skip
+                figures[key] = metric.measure(output, original).tolist()
+                continue
+            features[key] = metric.features(output, indices)
+            if self.references:
+                references[key] = metric.features(original, indices)
+        return [
+            Row(
+                index=index, name=names[i], bits=bits[i],
+                figures={key: values[i] for key, values in figures.items()},
+                features={key: values[i].clone() for key, values in features.items()},  # or all would travel
+                references={key: values[i].clone() for key, values in references.items()},
+                pair=(original[i].to("cpu", copy=True), output[i].to("cpu", copy=True)),
+            )
+            for i, index in enumerate(indices)
+        ]  # fmt: skip
 
 
 def reconstruct(system: System, images: Tensor, names: list[str], seeds: list[int]) -> tuple[Tensor, list[int]]:

@@ -27,8 +27,7 @@ from ..images import tensor_to_pil, to_float
 from ..losses.grid import grid_energy
 from ..losses.perceptual import SIDES, EffLiteDistance, LpipsDistance
 from ..words import did_you_mean
-from .features import CROP_SIDE, CROPS, CropFeatures
-from .frechet import HALVES
+from .frechet import CROP_SIDE, CROPS, HALVES, CropFeatures
 from .results import MetricInfo
 
 logger = logging.getLogger(__name__)
@@ -141,18 +140,13 @@ _INTERVALS = {
 }
 
 
-def _metric(
-    key: str,
-    label: str,
-    details: str,
-    better: Literal["higher", "lower"] = "lower",
-    kind: Literal["picture", "channels", "set"] = "picture",
-) -> Callable[[Loader], Loader]:
+def _metric(**of_info: Any) -> Callable[[Loader], Loader]:
     """Enter the decorated function into `METRICS`; arguments as in `MetricInfo`."""
-    info = MetricInfo(key=key, label=label, details=details, better=better, kind=kind, interval=_INTERVALS[kind])
+    info = MetricInfo(**of_info)
+    info.interval = _INTERVALS[info.kind]
 
     def enter(load: Loader) -> Loader:
-        METRICS[key] = (info, load)
+        METRICS[info.key] = (info, load)
         return load
 
     return enter

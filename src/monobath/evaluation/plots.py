@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import io
 import itertools
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +31,9 @@ GROUPS = {
     "resampling": ("D", "◆", "resampling"),
 }
 """Matplotlib's marker, the same as a character, and what it stands for."""
+
+KINDS = {"monobath": "ours", "JPEG": "codec", "WebP": "codec", "AVIF": "codec", "bicubic": "resampling"}
+"""Which of them a kind of systems belongs to; others are networks."""
 
 Place = tuple[float, float]
 """x, y in the units of the axes."""
@@ -68,12 +70,7 @@ class Axis:
 
 def group_of(kind: str) -> str:
     """Which of `GROUPS` a system of a kind belongs to."""
-    lower = kind.lower()
-    if lower == "monobath":
-        return "ours"
-    if lower in ("jpeg", "webp", "avif"):
-        return "codec"
-    return "resampling" if "bicubic" in lower else "network"
+    return KINDS.get(kind, "network")
 
 
 def pareto_front(points: Sequence[Point], *, lower_is_better: bool) -> list[Point]:
@@ -111,6 +108,12 @@ def plot(points: Sequence[Point], x: Axis, y: Axis, *, front: bool = False) -> s
         figure = Figure(figsize=(370 / 72, 280 / 72), dpi=72, layout="constrained")
         FigureCanvasAgg(figure)  # measures the labels
         axes = figure.add_subplot()
+        for point in points:
+            colour, edge = COLOURS[point.group], COLOURS["paper"]
+            if point.interval:
+                axes.vlines(point.x, *point.interval, color=colour, linewidth=1.2, alpha=0.7)
+            marker = GROUPS[point.group][0]
+            axes.plot(point.x, point.y, marker, color=colour, markersize=7, markeredgecolor=edge, zorder=3)
         _prepare(axes, points, x, y)
         lines = []
         if front:
@@ -122,12 +125,6 @@ def plot(points: Sequence[Point], x: Axis, y: Axis, *, front: bool = False) -> s
             lines.append([(p.x, p.y) for p in joined])
             colour = COLOURS[joined[0].group]
             axes.plot(*zip(*lines[-1], strict=True), color=colour, linewidth=1.4, alpha=0.6)
-        for point in points:
-            colour, edge = COLOURS[point.group], COLOURS["paper"]
-            if point.interval:
-                axes.vlines(point.x, *point.interval, color=colour, linewidth=1.2, alpha=0.7)
-            marker = GROUPS[point.group][0]
-            axes.plot(point.x, point.y, marker, color=colour, markersize=7, markeredgecolor=edge, zorder=3)
         _place_labels(figure, axes, points, lines)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -139,23 +136,16 @@ def _prepare(axes: Axes, points: Sequence[Point], x: Axis, y: Axis) -> None:
     """Scales, limits with room for labels, ticks with plain numbers, a light grid."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-    ends = [end for p in points for end in (p.interval or ())]
-    for name, given, values, room in (
-        ("x", x, [p.x for p in points], 0.14),
-        ("y", y, [*(p.y for p in points), *ends], 0.12),
-    ):
-        axis = getattr(axes, f"{name}axis")
-        shown = [math.log10(v) for v in values if v > 0] if given.log else values
-        low, high = min(shown), max(shown)
-        margin = room * (high - low) or (0.3 if given.log else 0.05 * abs(high) or 1)
-        low, high = low - margin, high + margin
-        limits = (10**low, 10**high) if given.log else (low, high)
-        axes.set(**{f"{name}scale": "log" if given.log else "linear", f"{name}lim": limits})
+    axes.set(xscale="log" if x.log else "linear", yscale="log" if y.log else "linear")
+    axes.margins(0.14, 0.12)
+    axes.autoscale_view()
+    axes.autoscale(False)  # lines that lead to the edges are still to come
+    for axis, given, values in ((axes.xaxis, x, [p.x for p in points]), (axes.yaxis, y, [p.y for p in points])):
         if given.at_points:
             axis.set_major_locator(FixedLocator(sorted(set(values))))
         elif given.log:
-            wide = high - low > 2.5
-            axis.set_major_locator(LogLocator(subs=(1, 3) if wide else (1, 2, 5), numticks=99))
+            low, high = axis.get_view_interval()
+            axis.set_major_locator(LogLocator(subs=(1, 3) if high > 300 * low else (1, 2, 5), numticks=99))
         else:
             axis.set_major_locator(MaxNLocator(5))
         axis.set_minor_locator(NullLocator())

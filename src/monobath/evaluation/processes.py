@@ -37,18 +37,13 @@ def group(device: torch.device) -> Iterator[torch.device]:
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
+    """Number of this process, from 0: the one that writes files and shows progress."""
     return dist.get_rank() if _joined() else 0
 
 
 def world_size() -> int:
     """How many processes there are."""
     return dist.get_world_size() if _joined() else 1
-
-
-def is_main() -> bool:
-    """Whether this is the process that writes files and shows progress."""
-    return rank() == 0
 
 
 def sum_over_processes(tensor: Tensor) -> None:

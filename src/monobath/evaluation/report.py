@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..words import count
 from . import closeups, tables
+from .bench import HEAD, Bench
 from .closeups import Closeup, shown_systems
 from .page import render, write_all
 from .plots import Axis, Point, group_of, plot
 from .results import Evaluation, MetricInfo, SystemResult
 
 if TYPE_CHECKING:
-    from .bench import Bench
     from .compare import Kept
 
 
@@ -53,7 +53,7 @@ def eval_page(evaluations: Sequence[Evaluation], pictures: Sequence[Closeup]) ->
 
 def _main_rows(evaluations: Sequence[Evaluation], joined: Evaluation) -> list[list[tuple[str, str, str]]]:
     """`tables.rows` of all sizes, with the class "best" on the best figures at each size."""
-    winners = [["", "", *(tables.best(e, m).name for m in tables.measured(e)), "", ""] for e in evaluations]
+    winners = [["", "", *(tables.best(e.systems, m).name for m in tables.measured(e)), "", ""] for e in evaluations]
     names = [(system.name, best) for system in evaluations[0].systems for best in winners]
     return [
         [(*cell, "best" if winner == name else "") for cell, winner in zip(row, best, strict=True)]
@@ -117,15 +117,13 @@ def _by_speed(evaluation: Evaluation, metric: MetricInfo) -> list[Point]:
 
 
 def _by_steps(evaluation: Evaluation, metric: MetricInfo) -> list[Point]:
-    families: dict[str, list[SystemResult]] = {}
-    for system in sorted(_finite(evaluation.systems, metric), key=lambda s: s.steps or 0):
-        if system.steps is not None:
-            families.setdefault(system.family, []).append(system)
+    systems = sorted((s for s in _finite(evaluation.systems, metric) if s.steps), key=lambda s: s.steps or 0)
+    most = {s.family: s for s in systems}
+    several = {s.family for s in systems if s.steps != most[s.family].steps}
     return [
-        _mark(system, metric, system.steps or 0, family if system is members[-1] else "", family)
-        for family, members in families.items()
-        if len({s.steps for s in members}) > 1
-        for system in members
+        _mark(s, metric, s.steps or 0, s.family if s is most[s.family] else "", s.family)
+        for s in systems
+        if s.family in several
     ]
 
 
@@ -150,7 +148,7 @@ def write_evaluation(folder: Path, evaluations: Sequence[Evaluation], kept: Kept
         by_size: results.json holds all sizes, by size; else those of the only one.
     """
     evaluation = evaluations[-1]
-    chosen = closeups.choose(kept.names, kept.originals, kept.outputs, shown_systems(evaluation))
+    chosen = closeups.choose(kept, shown_systems(evaluation))
     results = {"sizes": {str(e.size): e.as_dict() for e in evaluations}} if by_size else evaluation.as_dict()
     page, sheet = eval_page(evaluations, chosen), closeups.comparison_sheet(chosen)
     return write_all(folder, {"results.json": results, "comparison.png": sheet, "report.html": page})
@@ -164,9 +162,8 @@ def write_bench(folder: Path, bench: Bench) -> list[Path]:
 
 def bench_page(bench: Bench) -> str:
     """The whole page of a benchmark: a table and two plots a size."""
-    drawings: dict[int, list[Drawing]] = {}
-    for size in bench.sizes:
-        drawings[size] = []
+    drawings: dict[int, list[Drawing]] = {size: [] for size in bench.rows()}
+    for size, shown in drawings.items():
         for title, value in (("speed ÷ AutoencoderKL", "speed_to_kl"), ("speed ÷ AutoencoderTiny", "speed_to_tiny")):
             points = [
                 Point(name=row.name, label=row.name, x=row.gflop, y=getattr(row, value), group=group)
@@ -176,8 +173,8 @@ def bench_page(bench: Bench) -> str:
             ]
             if points:
                 svg = plot(points, Axis(label="GFLOP a call", log=True), Axis(label=title, log=True))
-                drawings[size].append(Drawing(title, "higher is faster", svg))
+                shown.append(Drawing(title, "higher is faster", svg))
     return render(
-        "bench.html", title="monobath bench: decoding speed", bench=bench, plots=drawings, command=bench.command,
-        machine=bench.machine,
+        "bench.html", title="monobath bench: decoding speed", head=HEAD, bench=bench, plots=drawings,
+        command=bench.command, machine=bench.machine,
     )  # fmt: skip

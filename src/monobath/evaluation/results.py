@@ -27,13 +27,13 @@ class MetricInfo:
     dreamsim."""
     label: str
     """Heading with unit and network, such as "LPIPS (VGG)"."""
-    better: Literal["higher", "lower"]
-    kind: Literal["picture", "channels", "set"]
+    better: Literal["higher", "lower"] = "lower"
+    kind: Literal["picture", "channels", "set"] = "picture"
     """picture: a figure for each picture, averaged. channels: signed figures of each picture's channels, averaged; the
     mean farthest from 0 counts. set: one figure for all pictures (a Fréchet distance)."""
     details: str
     """Data range, network, features, sample size: everything needed to compare the figure with another's."""
-    interval: str
+    interval: str = ""
     """What `Estimate.low` and `.high` are, such as "95 % bootstrap interval of the mean"."""
     absent: str = ""
     """Why the metric could not be measured; then no system has a figure for it."""

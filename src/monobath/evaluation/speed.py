@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .. import resources
 from ..devices import synchronize
-from ..errors import UserError
+from ..errors import check_least
 from ..images import open_image, pil_to_tensor, to_float
 from .results import Evaluation, Speed
 from .system import System
@@ -71,8 +71,7 @@ def measure(
     Raises:
         UserError: repeats below 1.
     """
-    if repeats < 1:
-        raise UserError(f"repeats is {repeats}: at least one timed round is needed")
+    check_least(1, {"repeats": repeats})
     names = list(works)
     times: dict[str, list[float]] = {name: [] for name in names}
     with torch.no_grad():
@@ -205,7 +204,6 @@ def system_speeds(
     """
     systems = list(systems)
     found: dict[str, list[Speed]] = {system.name: [] for system in systems}
-    assert len(found) == len(systems), "two systems of one name"
     images = sample_images(size)
     for batch, part in itertools.product(batches, parts):
         x = images[torch.arange(batch) % len(images)]

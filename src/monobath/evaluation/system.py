@@ -1,15 +1,14 @@
-"""What is compared: a system that turns images into codes and back. Ours, and, by name, the peers."""
+"""What is compared: a system that turns images into codes and back. Ours; `peers` has the others."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from PIL import features
 from torch import Tensor, nn
 
 from ..autoencoders import Foreign, as_encoder
@@ -18,10 +17,8 @@ from ..models.frozen import ForeignEncoder
 from ..sampling import Noise
 from ..tiles import pad_to_multiple
 from ..tokenizer import Tokenizer
-from ..words import count, did_you_mean
+from ..words import count
 from .facts import full_name
-
-T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
@@ -94,6 +91,7 @@ class TokenizerSystem(System):
         steps: Euler steps; default: what the checkpoint was made for.
         noise: "gaussian" or "zero"; default: what the checkpoint was made for.
         encoder: of a model of foreign latents: what makes them; see `Tokenizer.attach_encoder`.
+        label: what tables call it; default: `name`.
     """
 
     kind = "monobath"
@@ -105,6 +103,7 @@ class TokenizerSystem(System):
         steps: int | None = None,
         noise: Noise | None = None,
         encoder: Foreign | None = None,
+        label: str | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -116,14 +115,11 @@ class TokenizerSystem(System):
         self.noise: Noise = sampler.noise if noise is None else noise
         self.weights = full_name(name)
         # A curve over steps joins what differs in nothing else.
-        self.family = name if noise in (None, sampler.noise) else f"{name}, {noise} noise"
+        label = label or name
+        self.family = label if noise in (None, sampler.noise) else f"{label}, {noise} noise"
         self.name = self.family if steps in (None, sampler.steps) else f"{self.family}, {count(steps, 'step')}"
         self.encoder = _network(self.tokenizer)
         self.decoder, self.device = self.tokenizer.decoder, self.tokenizer.device
-
-    def attach_encoder(self, encoder: Foreign) -> None:
-        """See `Tokenizer.attach_encoder`."""
-        self.encoder = _network(self.tokenizer.attach_encoder(encoder))
 
     def encode(self, images: Tensor) -> Code:
         """Float images `(B, 3, H, W)` in [-1, 1] → the posterior's mode."""
@@ -168,12 +164,10 @@ def make_models(
     systems: list[TokenizerSystem] = []
     for name, label in zip(names, labels, strict=True):
         for number in dict.fromkeys(steps) if steps else [None]:
-            system = TokenizerSystem(name, steps=number, device=device, dtype=dtype)
+            short = label if labels.count(label) == 1 else None
+            system = TokenizerSystem(name, steps=number, label=short, device=device, dtype=dtype)
             if shared is not None and system.tokenizer.config.encoder.family:
-                system.attach_encoder(shared)
-            if labels.count(label) == 1:
-                system.name = system.name.replace(name, label, 1)
-                system.family = system.family.replace(name, label, 1)
+                system.encoder = _network(system.tokenizer.attach_encoder(shared))
             systems.append(system)
     if shared is not None and not any(system.tokenizer.config.encoder.family for system in systems):
         raise UserError(f"--encoder {encoder}: {', '.join(names)} has an encoder of its own; leave it out")
@@ -187,72 +181,3 @@ def _label(name: str) -> str:
         return name
     path = path.resolve()
     return path.parent.name if path.name == "model" and path.parent.name else path.name
-
-
-@torch.no_grad()
-def make_baselines(systems: Sequence[System], size: int, bits: float | None, rates: Sequence[float]) -> list[System]:
-    """Bicubic, and the codecs at the first system's bits a pixel and at further rates; none that is there already.
-
-    Args:
-        systems: what is compared.
-        size: side of the pictures, in pixels.
-        bits: a pixel; None: the first system's.
-        rates: more of them.
-    """
-    if bits is None:
-        bits = systems[0].encode(torch.zeros(1, 3, size, size, device=systems[0].device)).bits[0] / size**2
-    from .codecs import FORMATS  # it imports this module
-
-    codecs = [codec for codec, found in FORMATS.items() if features.check(found.feature)]
-    specs = ["bicubic=8"] + [f"{codec}={rate:g}" for codec in codecs for rate in dict.fromkeys([bits, *rates])]
-    found = {system.name: system for system in (make_peer(spec, systems[0].device) for spec in specs)}
-    return [found[name] for name in found if name not in {system.name for system in systems}]
-
-
-PEERS = {
-    "kl": "diffusers' AutoencoderKL: a folder, a Hub id, or random",
-    "tiny": "diffusers' AutoencoderTiny: likewise",
-    "dc": "diffusers' AutoencoderDC: likewise",
-    "consistency": "diffusers' ConsistencyDecoderVAE: likewise",
-    "flux2": "diffusers' AutoencoderKLFlux2: likewise",
-    "taef2": "TAEF2: the folder with taef2_encoder.safetensors and taef2_decoder.safetensors",
-    "jpeg": "JPEG: bits a pixel",
-    "webp": "WebP: bits a pixel",
-    "avif": "AVIF: bits a pixel",
-    "bicubic": "scaling down and up: the factor",
-}
-"""Kinds of peers, and what follows the equals sign."""
-
-
-def make_peer(spec: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> System:
-    """`KIND=WHERE` → a system: `taef2=FOLDER`, `kl=FOLDER`, `kl=user/repository`, `kl=random`, `jpeg=1.0`, ….
-
-    Raises:
-        UserError: an unknown kind (the message names the nearest), or what the kind says about the rest.
-    """
-    # They import this module.
-    from .codecs import FORMATS, Bicubic, FileCodec
-    from .peers import DiffusersSystem, TaesdSystem
-
-    kind, _, where = spec.partition("=")
-    kind, where = kind.strip(), where.strip()
-    if kind not in PEERS:
-        hint = did_you_mean(kind, PEERS, f"choose {', '.join(PEERS)}", most=2)
-        raise UserError(f"peer {spec!r} is of an unknown kind: {hint}")
-    if not where:
-        raise UserError(f"peer {spec!r} lacks what follows {kind}=: {PEERS[kind]}")
-    if kind in FORMATS:
-        return FileCodec(kind, _number(float, spec))
-    if kind == "bicubic":
-        return Bicubic(_number(int, spec), device)
-    if kind == "taef2":
-        return TaesdSystem(kind, where, device, dtype)
-    return DiffusersSystem(kind, where, device, dtype)
-
-
-def _number(kind: Callable[[str], T], spec: str) -> T:
-    name, _, value = spec.partition("=")
-    try:
-        return kind(value.strip())
-    except ValueError:
-        raise UserError(f"peer {spec!r}: {value!r} is not a number as it should be ({PEERS[name.strip()]})") from None

@@ -114,15 +114,11 @@ def standing(difference: Estimate | None, metric: MetricInfo) -> int:
     return 1 if (difference.low > 0) == (metric.better == "higher") else -1
 
 
-def best(evaluation: Evaluation, metric: MetricInfo, among: Sequence[SystemResult] | None = None) -> SystemResult:
+def best(systems: Sequence[SystemResult], metric: MetricInfo) -> SystemResult:
     """The system with the best figure; the first of equals. Those without a finite figure take no part."""
-    systems = [
-        s
-        for s in (evaluation.systems if among is None else among)
-        if metric.key in s.figures and not math.isnan(s.figures[metric.key].value)
-    ]
+    found = [s for s in systems if metric.key in s.figures and not math.isnan(s.figures[metric.key].value)]
     sign = 1 if metric.better == "higher" else -1
-    return max(systems, key=lambda s: sign * s.figures[metric.key].value)
+    return max(found, key=lambda s: sign * s.figures[metric.key].value)
 
 
 def verdict(evaluation: Evaluation) -> list[str]:
@@ -146,8 +142,7 @@ def verdict(evaluation: Evaluation) -> list[str]:
         (speed.ms / speed.batch, s) for s in evaluation.systems if (speed := speed_of(s, "decode")) and speed.gflop
     ]
     if len(timed) > 1:
-        order = sorted(timed, key=lambda pair: pair[0])
-        times = "; ".join(f"{s.name} {number(ms)} ms" for ms, s in order)
+        times = "; ".join(f"{s.name} {number(ms)} ms" for ms, s in sorted(timed, key=lambda pair: pair[0]))
         said.append(f"Networks by the time to decode a picture: {times}.")
     return said
 
@@ -159,16 +154,12 @@ def _winners(evaluation: Evaluation, among: Sequence[SystemResult]) -> str:
     for metric in measured(evaluation):
         if not any(metric.key in s.figures for s in among):
             continue
-        winner = best(evaluation, metric, among)
+        winner = best(among, metric)
         places = decimals([s.figures[metric.key] for s in evaluation.systems if metric.key in s.figures])
         inside = list(filter(None, estimate_cell(winner.figures[metric.key], places)))
-        rivals = [first] if winner is not first else [s for s in among if s is not first]
-        level = [
-            rival.name
-            for rival in rivals
-            if metric.key in (gap := (rival if winner is first else winner).differences)
-            and standing(gap[metric.key], metric) == 0
-        ]
+        rivals = {first.name: winner} if winner is not first else {s.name: s for s in among if s is not first}
+        gaps = {name: s.differences[metric.key] for name, s in rivals.items() if metric.key in s.differences}
+        level = [name for name, gap in gaps.items() if standing(gap, metric) == 0]
         inside += [f"level with {' and '.join(level)}"] if level else []
         won.setdefault(winner.name, []).append(f"{metric.label.partition(' (')[0]} ({', '.join(inside)})")
     return "; ".join(f"{name} is best in {_and(entries)}" for name, entries in won.items())

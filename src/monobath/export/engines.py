@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -30,28 +30,14 @@ from torch import Tensor, nn
 from ..decoders import Features, PixelDecoder
 from ..decoders.base import Interval
 from ..decoders.folded import OneStepCall, folded
-from ..errors import UserError, imported
+from ..errors import UserError, explained_as, imported
 from ..files import write_file
 from ..sampling import Noise, draw_noise
 from ..tokenizer import Tokenizer
+from . import FILES, Engine
 
 Run = Callable[[dict[str, np.ndarray]], np.ndarray]
 """Arrays by input name → image array."""
-
-Engine = Literal[
-    "torch", "compile", "torch-export", "aotinductor", "onnxruntime", "openvino", "openvino-bf16", "openvino-int8"
-]
-"""torch: the folded decoder, eager. openvino-int8: int8 weights and activations, calibrated on latents."""
-
-FILES: dict[str, str] = {
-    "torch-export": "decoder.pt2",
-    "aotinductor": "decoder-aotinductor.pt2",
-    "onnxruntime": "decoder.onnx",
-    "openvino": "decoder.xml",
-    "openvino-bf16": "decoder.xml",
-    "openvino-int8": "decoder-int8.xml",
-}
-"""File of each engine's export. OpenVINO keeps its weights beside it, in a .bin file of the same name."""
 
 
 class EngineDecoder(PixelDecoder):
@@ -104,12 +90,12 @@ def with_engine(
         return tokenizer.optimize(compile=engine == "compile")
     if not tokenizer.decoder.trains:
         raise UserError("this tokenizer is optimized already: give the original one to an engine")
-    noise = tokenizer.config.sampler.noise
-    if folder is not None and (folder / FILES[engine]).is_file():
-        return tokenizer.with_decoder(EngineDecoder(tokenizer.decoder, noise, _runner(engine, folder / FILES[engine])))
     with tempfile.TemporaryDirectory() as temporary:
-        file = write_export(tokenizer, engine, Path(temporary), calibration=calibration)
-        return tokenizer.with_decoder(EngineDecoder(tokenizer.decoder, noise, _runner(engine, file)))
+        file = Path(temporary if folder is None else folder) / FILES[engine]
+        if not file.is_file():
+            file = write_export(tokenizer, engine, Path(temporary), calibration=calibration)
+        run = _runner(engine, file)
+    return tokenizer.with_decoder(EngineDecoder(tokenizer.decoder, tokenizer.config.sampler.noise, run))
 
 
 def write_export(
@@ -142,10 +128,7 @@ def write_export(
             samples[-1]["noise"] = draw_noise(shape, [index]).numpy()
     if engine == "openvino-int8" and not samples:
         raise UserError("int8 needs latents to calibrate on: give some photos")
-    target = folder / FILES[engine]
-    if engine in ("torch-export", "aotinductor"):
-        return _write_torch(_exported(*_folded(tokenizer)), engine, target)
-    return _write(program or onnx_bytes(tokenizer), engine, target, samples)
+    return _write(*_folded(tokenizer), engine, folder / FILES[engine], samples, program)
 
 
 def onnx_bytes(tokenizer: Tokenizer) -> bytes:
@@ -206,10 +189,7 @@ def engine_call(
     if engine in ("torch", "compile"):
         return _torch_call(torch.compile(module) if engine == "compile" else module)
     with tempfile.TemporaryDirectory() as temporary:
-        target = Path(temporary) / FILES[engine]
-        if engine in ("torch-export", "aotinductor"):
-            return _runner(engine, _write_torch(_exported(module, inputs), engine, target))
-        return _runner(engine, _write(module_to_onnx(module, inputs), engine, target, samples))
+        return _runner(engine, _write(module, inputs, engine, Path(temporary) / FILES[engine], samples))
 
 
 def _free(inputs: dict[str, Tensor]) -> tuple[dict[int, Any], ...]:
@@ -231,24 +211,26 @@ def _exported(module: nn.Module, inputs: dict[str, Tensor]) -> torch.export.Expo
     return program
 
 
-def _write_torch(program: torch.export.ExportedProgram, engine: Engine, target: Path) -> Path:
+def _write(
+    module: nn.Module,
+    inputs: dict[str, Tensor],
+    engine: Engine,
+    target: Path,
+    samples: Sequence[dict[str, np.ndarray]],
+    program: bytes | None = None,
+) -> Path:
+    """Write an engine's file; arguments as `engine_call` and `write_export`."""
     if engine == "torch-export":
-        write_file(target, lambda path: torch.export.save(program, path))
+        write_file(target, partial(torch.export.save, _exported(module, inputs)))
         return target
-    from torch._inductor import aoti_compile_and_package
+    if engine == "aotinductor":
+        from torch._inductor import aoti_compile_and_package
 
-    with tempfile.TemporaryDirectory() as temporary:
-        file = Path(temporary) / target.name
-        try:
-            aoti_compile_and_package(program, package_path=str(file))
-        except Exception as error:  # any compiler's, of any kind
-            reason = str(error).strip().partition("\n")[0]
-            raise UserError(f"AOTInductor could not compile the decoder ({reason}): it needs a C++ compiler") from None
-        write_file(target, partial(shutil.copyfile, file))
-    return target
-
-
-def _write(program: bytes, engine: Engine, target: Path, samples: Sequence[dict[str, np.ndarray]]) -> Path:
+        exported = _exported(module, inputs)
+        with explained_as("AOTInductor, which needs a C++ compiler, could not compile the decoder"):
+            write_file(target, lambda path: aoti_compile_and_package(exported, package_path=str(path)))
+        return target
+    program = program or module_to_onnx(module, inputs)
     if engine == "onnxruntime":
         write_file(target, lambda path: path.write_bytes(program))
         return target
@@ -325,11 +307,7 @@ def _runner(engine: Engine, file: Path) -> Run:
 
 
 def _torch_call(module: Callable[..., Tensor]) -> Run:
-    @torch.no_grad()
-    def run(arrays: dict[str, np.ndarray]) -> np.ndarray:
-        return module(*(torch.from_numpy(array) for array in arrays.values())).numpy()
-
-    return run
+    return torch.no_grad()(lambda arrays: module(*map(torch.from_numpy, arrays.values())).numpy())
 
 
 def _package(name: str) -> Any:

@@ -8,7 +8,7 @@ two is left out, by least squares, as long as the pictures stay the same.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,6 @@ def write_for(tokenizer: Tokenizer, program: Program, folder: Path) -> tuple[Pat
     Raises:
         UserError: the decoder is not of that shape, and the message says why; or the folder cannot be written.
     """
-    assert program in get_args(Program)
     state, fidelity = taef2_state(tokenizer, program)
     if program == "sdcpp":
         split = {name: name.partition(".") for name in state}

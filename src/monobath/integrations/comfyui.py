@@ -8,8 +8,6 @@ in [0, 1]. Latents are raw, `(B, c, H/f, W/f)`, as here, but FLUX.2's packed and
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +81,10 @@ class MonobathVAE(comfy.sd.VAE):
     """A monobath model as ComfyUI's own type, for every node that takes a VAE."""
 
     def __init__(self, tokenizer: Tokenizer, dtype: torch.dtype | None = None) -> None:
-        with _without("No VAE weights"):  # all defaults are set, and no network is made
-            super().__init__(sd={})
+        shown = logging.root.manager.disable
+        logging.disable()  # it warns that there are no weights
+        super().__init__(sd={})  # all defaults are set, and no network is made
+        logging.disable(shown)
         self.first_stage_model = network = Network(tokenizer).eval()
         self.latent_channels = network.channels
         self.downscale_ratio = self.upscale_ratio = network.ratio
@@ -176,32 +176,24 @@ class Decode:
 
     def decode(self, samples: dict[str, Any], vae: Any, tile: int = 0, steps: int = 0, seed: int = 0) -> tuple[Tensor]:
         network = ours(vae).on_device()
-        z = samples["samples"]
-        images = network.decode(z, size=size_of(samples, network), tile=tile or None, steps=steps or None, seed=seed)
-        return (as_image(images, vae),)
+        options = {"size": size_of(samples, network), "tile": tile or None, "steps": steps or None, "seed": seed}
+        return (as_image(self.images(network, samples["samples"], options), vae),)
+
+    def images(self, network: Network, z: Tensor, options: dict[str, Any]) -> Tensor:
+        return network.decode(z, **options)
 
 
-class DecodeProgressive:
+class DecodeProgressive(Decode):
     """Latents → image, each stage shown as soon as it exists."""
 
-    CATEGORY, FUNCTION, RETURN_TYPES = "monobath", "decode", ("IMAGE",)
     DESCRIPTION = "Decodes through the stages of a multi-scale model, such as progressive, and shows each as a preview."
 
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return Decode.INPUT_TYPES()
-
-    def decode(self, samples: dict[str, Any], vae: Any, tile: int = 0, steps: int = 0, seed: int = 0) -> tuple[Tensor]:
-        network = ours(vae).on_device()
-        size, stages = size_of(samples, network), network.tokenizer.decoder.stages
-        bar, images = comfy.utils.ProgressBar(stages), None
-        found = network.tokenizer.decode_progressive(
-            network.raw(samples["samples"]), size=size, tile=tile or None, steps=steps or None, seed=seed
-        )
-        for number, images in enumerate(found, start=1):
+    def images(self, network: Network, z: Tensor, options: dict[str, Any]) -> Tensor:
+        stages = network.tokenizer.decoder.stages
+        bar = comfy.utils.ProgressBar(stages)
+        for number, images in enumerate(network.tokenizer.decode_progressive(network.raw(z), **options), start=1):
             bar.update_absolute(number, stages, ("JPEG", tensor_to_pil(images[0]), PREVIEW))
-        assert images is not None
-        return (as_image(images, vae),)
+        return images
 
 
 class Encode:
@@ -251,26 +243,11 @@ def as_image(images: Tensor, vae: MonobathVAE) -> Tensor:
     return vae.process_output(images.to(vae.output_device)).movedim(1, -1)
 
 
-@contextmanager
-def _without(message: str) -> Iterator[None]:
-    """Within: log records of that text are not shown."""
-    root, silent = logging.getLogger(), lambda record: message not in record.getMessage()
-    root.addFilter(silent)
-    try:
-        yield
-    finally:
-        root.removeFilter(silent)
-
-
-NODE_CLASS_MAPPINGS = {
-    "MonobathLoad": LoadDecoder,
-    "MonobathDecode": Decode,
-    "MonobathDecodeProgressive": DecodeProgressive,
-    "MonobathEncode": Encode,
+NODES = {
+    "MonobathLoad": (LoadDecoder, "Load monobath decoder"),
+    "MonobathDecode": (Decode, "Decode (monobath)"),
+    "MonobathDecodeProgressive": (DecodeProgressive, "Decode coarse to fine"),
+    "MonobathEncode": (Encode, "Encode (monobath)"),
 }
-NODE_DISPLAY_NAME_MAPPINGS = {
-    "MonobathLoad": "Load monobath decoder",
-    "MonobathDecode": "Decode (monobath)",
-    "MonobathDecodeProgressive": "Decode coarse to fine",
-    "MonobathEncode": "Encode (monobath)",
-}
+NODE_CLASS_MAPPINGS = {name: node for name, (node, _) in NODES.items()}
+NODE_DISPLAY_NAME_MAPPINGS = {name: title for name, (_, title) in NODES.items()}

@@ -8,6 +8,7 @@ under those of latent diffusion, which the published SSDD checkpoints use (`enco
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
 from collections.abc import Mapping
@@ -25,22 +26,16 @@ if TYPE_CHECKING:
     from .autoencoder import AutoencoderMonobath as AutoencoderMonobath
     from .previews import LatentPreviews as LatentPreviews
 
-# (foreign name, our name), applied in order. diffusers first, then latent diffusion.
+# (foreign name, our name), applied in order; diffusers' | latent diffusion's
 _ENCODER_NAMES: list[tuple[str, str]] = [
-    (r"^down_blocks\.(\d+)\.resnets\.", r"levels.\1.blocks."),
-    (r"^down_blocks\.(\d+)\.downsamplers\.0\.", r"levels.\1.down."),
-    (r"^mid_block\.resnets\.0\.", "middle_in."),
-    (r"^mid_block\.resnets\.1\.", "middle_out."),
-    (r"^mid_block\.attentions\.0\.", "middle_attention."),
+    (r"^(?:down_blocks\.(\d+)\.resnets|down\.(\d+)\.block)\.", r"levels.\1\2.blocks."),
+    (r"^(?:down_blocks\.(\d+)\.downsamplers\.0|down\.(\d+)\.downsample)\.", r"levels.\1\2.down."),
+    (r"^(?:mid_block\.resnets\.0|mid\.block_1)\.", "middle_in."),
+    (r"^(?:mid_block\.resnets\.1|mid\.block_2)\.", "middle_out."),
+    (r"^(?:mid_block\.attentions\.0|mid\.attn_1)\.", "middle_attention."),
     (r"^conv_norm_out\.", "norm_out."),
-    (r"\.conv_shortcut\.", ".shortcut."),
-    (r"^down\.(\d+)\.block\.", r"levels.\1.blocks."),
-    (r"^down\.(\d+)\.downsample\.", r"levels.\1.down."),
-    (r"^mid\.block_1\.", "middle_in."),
-    (r"^mid\.block_2\.", "middle_out."),
-    (r"^mid\.attn_1\.", "middle_attention."),
     (r"^out_proj\.", "moments."),
-    (r"\.nin_shortcut\.", ".shortcut."),
+    (r"\.(?:conv_shortcut|nin_shortcut)\.", ".shortcut."),
     (r"^middle_attention\.group_norm\.", "middle_attention.norm."),
     (r"^middle_attention\.(?:to_q|query)\.", "middle_attention.q."),
     (r"^middle_attention\.(?:to_k|key)\.", "middle_attention.k."),
@@ -51,15 +46,10 @@ _NOT_OURS = "not an AutoencoderKL encoder"
 
 
 def __getattr__(name: str) -> Any:
-    if name == "LatentPreviews":
-        from .previews import LatentPreviews
-
-        return LatentPreviews
-    if name != "AutoencoderMonobath":
+    modules = {"AutoencoderMonobath": ".autoencoder", "LatentPreviews": ".previews"}  # diffusers is an extra
+    if name not in modules:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .autoencoder import AutoencoderMonobath  # diffusers is an extra
-
-    return AutoencoderMonobath
+    return getattr(importlib.import_module(modules[name], __package__), name)
 
 
 def encoder_from_diffusers(source: nn.Module | Mapping[str, Tensor]) -> Encoder:
@@ -86,10 +76,8 @@ def load_encoder(encoder: Encoder, source: nn.Module | Mapping[str, Tensor]) -> 
     Raises:
         UserError: another architecture or another shape than `encoder`'s; the message says what does not fit.
     """
-    if isinstance(source, nn.Module):
-        _check_module(source)
+    _check_config(getattr(source, "config", None), encoder.config)
     state = _renamed(source)
-    _check_groups(encoder.config, getattr(getattr(source, "config", None), "norm_num_groups", 32))
     load_strictly(encoder, state, f"{_NOT_OURS}: the state dict")
 
 
@@ -135,20 +123,16 @@ def _config(state: Mapping[str, Tensor]) -> EncoderConfig:
     )
 
 
-def _check_module(vae: nn.Module) -> None:
-    """What weights cannot tell: the activation and the kinds of blocks."""
-    config = getattr(vae, "config", None)
-    activation = getattr(config, "act_fn", "silu")
+def _check_config(theirs: Any, ours: EncoderConfig) -> None:
+    """What weights cannot tell: activation, kinds of blocks, groups; a state dict is taken to have the usual ones."""
+    activation = getattr(theirs, "act_fn", "silu")
     if activation not in ("silu", "swish"):
         raise UserError(f"{_NOT_OURS}: act_fn is {activation!r}, and ours is silu")
-    kinds = set(getattr(config, "down_block_types", ())) - {"DownEncoderBlock2D"}
+    kinds = set(getattr(theirs, "down_block_types", ())) - {"DownEncoderBlock2D"}
     if kinds:
         raise UserError(f"{_NOT_OURS}: it has blocks of type {', '.join(sorted(kinds))}")
-
-
-def _check_groups(config: EncoderConfig, groups: int) -> None:
-    """Group counts are not in the weights either: a state dict is taken to use the usual 32."""
-    for width in (config.base * m for m in config.multipliers):
+    groups = getattr(theirs, "norm_num_groups", 32)
+    for width in (ours.base * m for m in ours.multipliers):
         if norm_groups(width) != groups:
             raise UserError(
                 f"{_NOT_OURS}: normalisation over {width} channels in {groups} groups, where ours uses "

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.utils import is_notebook
 from PIL import Image
 from torch import Tensor
 
@@ -56,7 +57,7 @@ class LatentPreviews:
         check_least(1, {"every": every})
         self.tokenizer = decoder if isinstance(decoder, Tokenizer) else Tokenizer.from_pretrained(decoder)
         self.out, self.every, self.size = Path(out), every, size
-        self.notebook = in_notebook() if notebook is None else notebook
+        self.notebook = is_notebook() if notebook is None else notebook
         self.latest: Image.Image | None = None
         self._shown: Any = None
 
@@ -65,7 +66,7 @@ class LatentPreviews:
         if step % self.every == 0:
             pictures = self.tokenizer.decode(self.raw(callback_kwargs["latents"]), output="uint8")
             self.latest = tensor_to_pil(torch.cat(list(pictures), dim=2))
-            self._show(step)
+            self._show(step, self.latest)
         return {}
 
     def raw(self, latents: Tensor) -> Tensor:
@@ -99,9 +100,7 @@ class LatentPreviews:
                             "give size=(height, width)")  # fmt: skip
         return height, width
 
-    def _show(self, step: int) -> None:
-        picture = self.latest
-        assert picture is not None
+    def _show(self, step: int, picture: Image.Image) -> None:
         if not self.notebook:
             write_file(self.out / f"step-{step:03d}.png", picture.save)
             return
@@ -111,12 +110,3 @@ class LatentPreviews:
             self._shown = display(picture, display_id=True)
         else:
             self._shown.update(picture)
-
-
-def in_notebook() -> bool:
-    """Whether a Jupyter kernel runs this process."""
-    try:
-        from IPython import get_ipython
-    except ImportError:
-        return False
-    return getattr(get_ipython(), "kernel", None) is not None

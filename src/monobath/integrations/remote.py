@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import json
 from pathlib import Path
 
 from .._version import __version__
@@ -36,7 +35,6 @@ from types import SimpleNamespace
 from diffusers import ModelMixin  # pipelines look for it here
 
 '''
-FOOTER = "AutoencoderMonobath = _integrations_vae.AutoencoderMonobath\n"
 
 
 def write_remote(tokenizer: Tokenizer, folder: Path) -> Path:
@@ -49,11 +47,10 @@ def write_remote(tokenizer: Tokenizer, folder: Path) -> Path:
     # diffusers keeps the modules of all models in one place: another text needs another name
     name = f"monobath_{hashlib.sha256(source.encode()).hexdigest()[:12]}"
 
+    model.register_to_config(auto_map={"AutoModel": f"{name}.{AutoencoderMonobath.__name__}"})
+
     def files(partial: Path) -> None:
         model.save_pretrained(partial)
-        config = json.loads((partial / "config.json").read_text(encoding="utf-8"))
-        config["auto_map"] = {"AutoModel": f"{name}.{AutoencoderMonobath.__name__}"}
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (partial / f"{name}.py").write_text(source, encoding="utf-8")
 
     write_folder(folder, files)
@@ -65,19 +62,15 @@ def one_module() -> str:
     sections: dict[str, str] = {}
 
     def add(module: str) -> None:
-        if module in sections:
-            return
-        text = STANDINS.get(module)
-        if text is None:
-            file = _file(module)
-            text = file.read_text(encoding="utf-8")
-            for needed in _needed(text, file):
-                add(needed)
-            text = _without_relative_imports(text, file)
-        sections[module] = _section(module, text)
+        if module not in sections:
+            text, needed = (STANDINS[module], []) if module in STANDINS else _without_relative_imports(_file(module))
+            for other in needed:
+                add(other)
+            sections[module] = _section(module, text)
 
     add(MODULE)
-    return "\n".join([HEADER.format(version=__version__), *sections.values(), FOOTER])
+    whole = f"AutoencoderMonobath = {_name(MODULE)}.AutoencoderMonobath\n"
+    return "\n".join([HEADER.format(version=__version__), *sections.values(), whole])
 
 
 def _file(module: str) -> Path:
@@ -85,36 +78,24 @@ def _file(module: str) -> Path:
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
-def _imports(text: str, file: Path) -> list[tuple[ast.ImportFrom, list[tuple[str, str, str]]]]:
-    """Relative imports: the statement, and (module, name in it or "" for the module itself, name here) of each name."""
-    found = []
-    for node in ast.walk(ast.parse(text)):
-        if not isinstance(node, ast.ImportFrom) or not node.level:
-            continue
-        package = file.relative_to(ROOT).parts[:-1]
-        base = (*package[: len(package) - node.level + 1], *(node.module.split(".") if node.module else ()))
-        names = []
+def _without_relative_imports(file: Path) -> tuple[str, list[str]]:
+    """A file's text with assignments for relative imports, and without `from __future__`, which must begin a file; and
+    the modules that it needs.
+    """
+    text, package = file.read_text(encoding="utf-8"), file.relative_to(ROOT).parts[:-1]
+    lines, needed = text.splitlines(), []
+    found = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom) and node.level]
+    for node in sorted(found, key=lambda node: -node.lineno):
+        base = [*package[: len(package) - node.level + 1], *(node.module.split(".") if node.module else ())]
+        wanted = []
         for alias in node.names:
-            inside = ".".join((*base, alias.name))
+            inside, here = ".".join([*base, alias.name]), alias.asname or alias.name
             is_module = _file(inside).is_file()
-            names.append((inside if is_module else ".".join(base), "" if is_module else alias.name,
-                          alias.asname or alias.name))  # fmt: skip
-        found.append((node, names))
-    return found
-
-
-def _needed(text: str, file: Path) -> list[str]:
-    return [module for _, names in _imports(text, file) for module, _, _ in names]
-
-
-def _without_relative_imports(text: str, file: Path) -> str:
-    """The text with assignments for relative imports, and without `from __future__`, which must begin a file."""
-    lines = text.splitlines()
-    for node, names in sorted(_imports(text, file), key=lambda found: -found[0].lineno):
-        indent = " " * node.col_offset
-        wanted = [f"{indent}{here} = {_name(module)}{f'.{name}' if name else ''}" for module, name, here in names]
+            needed.append(inside if is_module else ".".join(base))
+            value = _name(needed[-1]) if is_module else f"{_name(needed[-1])}.{alias.name}"
+            wanted.append(f"{' ' * node.col_offset}{here} = {value}")
         lines[node.lineno - 1 : node.end_lineno] = wanted
-    return "\n".join(line for line in lines if not line.startswith("from __future__"))
+    return "\n".join(line for line in lines if not line.startswith("from __future__")), needed
 
 
 def _section(module: str, text: str) -> str:

@@ -23,7 +23,7 @@ from ..decoders.uvit import SIZES, UViT, UViTConfig
 from ..decoding import SamplerConfig
 from ..errors import UserError
 from ..models.encoder import EncoderConfig
-from ..models.loading import load_strictly
+from ..models.loading import check_fit
 from ..tokenizer import Tokenizer
 
 NOTICE = (
@@ -90,7 +90,7 @@ def decoder_from_ssdd(state: Mapping[str, Tensor], *, prefix: str = "", factor: 
     what = "not a published SSDD decoder"
     own = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
     decoder = UViT(_decoder_config(_Shapes(own, "", what), factor))
-    load_strictly(_Published(decoder, lambda name: _renamed(name, _DECODER_NAMES)), own, f"{what}: the state dict")
+    _load(decoder, own, lambda name: _renamed(name, _DECODER_NAMES), f"{what}: the state dict")
     return decoder.eval()
 
 
@@ -121,7 +121,7 @@ def tokenizer_from_ssdd(state: Mapping[str, Tensor], *, steps: int = 1, power: f
         raise UserError(f"{what}: encoder.out_proj.weight is for {c} latent channels, decoder.ada_ctx_proj for {d}")
     sampler = SamplerConfig(steps=steps, power=power)
     tokenizer = Tokenizer(TokenizerConfig(encoder=encoder, decoder=decoder, sampler=sampler))
-    load_strictly(_Published(tokenizer, published_name), state, f"{what}: it")
+    _load(tokenizer, state, published_name, f"{what}: it")
     return tokenizer.eval()
 
 
@@ -154,10 +154,8 @@ def read_ssdd(path: Path) -> dict[str, Tensor]:
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{path} is not a checkpoint by its name: expected one of {', '.join(SUFFIXES)}")
     try:
-        if path.suffix.lower() == ".safetensors":
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        pickled = path.suffix.lower() != ".safetensors"
+        content: Any = torch.load(path, map_location="cpu", weights_only=True) if pickled else load_file(path)
     except Exception as error:  # broken and foreign pickles make torch.load raise nearly anything
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(
@@ -196,25 +194,17 @@ def _renamed(name: str, rules: list[tuple[str, str]]) -> str:
     return name
 
 
-class _Published(nn.Module):
-    """A network as `load_strictly` sees it, under its published names and with the published shapes."""
-
-    def __init__(self, network: nn.Module, rename: Callable[[str], str]) -> None:
-        super().__init__()
-        self.network = network
-        self.names = {rename(name): name for name in network.state_dict()}
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
-        own = self.network.state_dict()
-        shown = {name: own[ours] for name, ours in self.names.items()}
-        # The attention's linear maps are 1×1 convolutions there.
-        return {n: t[:, :, None, None] if ".mid.attn_1." in n and t.ndim == 2 else t for n, t in shown.items()}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        own = self.network.state_dict()
-        return self.network.load_state_dict(
-            {ours: state_dict[name].float().reshape(own[ours].shape) for name, ours in self.names.items()}
-        )
+def _load(network: nn.Module, state: Mapping[str, Tensor], rename: Callable[[str], str], what: str) -> None:
+    """Strictly, under the published names; messages show those, and the published shapes."""
+    own = network.state_dict()
+    names = {rename(name): name for name in own}
+    # The attention's linear maps are 1×1 convolutions there.
+    expected = {
+        theirs: own[ours][:, :, None, None] if ".mid.attn_1." in theirs and own[ours].ndim == 2 else own[ours]
+        for theirs, ours in names.items()
+    }
+    check_fit(expected, state, what)
+    network.load_state_dict({ours: state[theirs].float().reshape(own[ours].shape) for theirs, ours in names.items()})
 
 
 class _Shapes:

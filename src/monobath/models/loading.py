@@ -28,7 +28,7 @@ def built(make: Callable[[], M], state: Mapping[str, Tensor], what: str) -> M:
     """
     with explained_as(f"{what} describes no model that can be built"):
         with torch.device("meta"), _NoFirstWeights(), _at_most(sum(v.numel() for v in state.values()), what):
-            check_fit(make(), state, what)
+            check_fit(make().state_dict(), state, what)
         model = make()
     load_strictly(model, state, what)
     return model
@@ -64,17 +64,16 @@ def _at_most(numbers: int, what: str) -> Iterator[None]:
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
     """Copy `state` into `model` (cast to the model's dtype); raises as `check_fit`."""
-    check_fit(model, state, what)
+    check_fit(model.state_dict(), state, what)
     model.load_state_dict(dict(state))
 
 
-def check_fit(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Raise unless `state` has what `model` has.
+def check_fit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
+    """Raise unless `state` has what is expected.
 
     Raises:
         UserError: names are missing, unexpected or misshapen; the message starts with `what` and lists them.
     """
-    expected = model.state_dict()
     problems = {
         "missing": sorted(expected.keys() - state.keys()),
         "unexpected": sorted(state.keys() - expected.keys()),
