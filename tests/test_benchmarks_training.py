@@ -16,7 +16,7 @@ from test_training import tiny_recipe
 from test_union import union_recipe
 
 from monobath import Tokenizer, UserError
-from monobath.evaluation import features, frechet
+from monobath.evaluation import frechet
 from monobath.evaluation.compare import Settings, evaluate
 from monobath.evaluation.system import TokenizerSystem
 from monobath.training import Run, train
@@ -30,7 +30,7 @@ SMALL = ["--size", "32", "--batch", "2", "--precision", "fp32"]
 def benchmark(monkeypatch):
     """Imports a benchmark by name. One crop a picture and few half-samples: a Fréchet distance in a second."""
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "benchmarks"))
-    monkeypatch.setattr(features, "CROPS", 1)
+    monkeypatch.setattr(frechet, "CROPS", 1)
     monkeypatch.setattr(frechet, "HALVES", 3)
     return importlib.import_module
 

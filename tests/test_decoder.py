@@ -216,7 +216,7 @@ def test_linear_skips_start_as_a_low_pass(channels, factor):
         ({"size": "S/2", "norm": "batch"}, ["norm", "'batch'", "local"]),
         ({"size": "S/2", "reach": -1}, ["reach"]),
         ({"size": "S/2", "down_blocks": 0}, ["down_blocks"]),
-        ({"size": "S/2", "down": [1]}, ["decoder.down", "[1]", "3 levels"]),
+        ({"size": "S/2", "down": [1]}, ["decoder.down", "[1]", "3 numbers"]),
         ({"size": "S/2", "up": [1, 0, 1]}, ["decoder.up", "[1, 0, 1]", "at least 1"]),
     ],
 )

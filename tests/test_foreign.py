@@ -518,10 +518,10 @@ def test_the_benchmark_of_windows(folders, photos, monkeypatch, capsys, kind):
 
 def test_the_benchmark(folders, photos, tmp_path, monkeypatch, capsys):
     """At tiny size: its rows, and that what is done is not done again."""
-    from monobath.evaluation import features, frechet
+    from monobath.evaluation import frechet
 
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "benchmarks"))
-    monkeypatch.setattr(features, "CROPS", 1)
+    monkeypatch.setattr(frechet, "CROPS", 1)
     monkeypatch.setattr(frechet, "HALVES", 3)
     run = importlib.import_module("retrofit").main
     out, given = ["--out", str(tmp_path / "out")], ["--encoder", spec(folders, "tiny"), "--data", str(photos)]

@@ -113,7 +113,7 @@ def test_a_run_begun_when_tables_decayed_goes_on_so(tmp_path, photos, monkeypatc
         return make_optimizer(module, config, groups)
 
     with monkeypatch.context() as patch:
-        patch.setattr("monobath.training.run.make_optimizer", old)
+        patch.setattr("monobath.training.optimizers.make_optimizer", old)
         train(recipe("run", 6))
         whole = train(recipe("whole", 8))
     gone_on = weights(train(recipe("run", 8)))
