@@ -122,14 +122,14 @@ def flat_and_noisy(batch: int, height: int, width: int, seed: int) -> Tensor:
     return (0.8 * colours + 0.1 * (1 + amount) * randn(batch, 3, height, width, seed=seed + 2)).clamp(-1, 1)
 
 
-def error_after_training(padding: str) -> Tensor:
-    """Of 128×160 pictures, after 200 steps on crops of 32²."""
+def error_after_training(padding: str, steps: int) -> Tensor:
+    """Of 128×160 pictures, after training on crops of 32²."""
     torch.manual_seed(0)
     encoder = {"patch": 4, "multipliers": [2, 3], "linear_skip": True, "padding": padding}
     shape = TokenizerConfig(
         encoder=tiny_encoder_config(**encoder), decoder=tiny_decoder_config(padding=padding, **CONVOLUTIONS)
     )
-    tokenizer, steps, batch = Tokenizer(shape), 200, 4
+    tokenizer, batch = Tokenizer(shape), 4
     objective = AutoencoderObjective(tokenizer, LossConfig(perceptual=0.0), train_encoder=True)
     optimizer = torch.optim.Adam(tokenizer.parameters(), lr=5e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
@@ -149,14 +149,14 @@ def error_after_training(padding: str) -> Tensor:
 
 def test_what_learned_on_crops_neither_shifts_nor_patterns_large_pictures():
     found = {}
-    for padding in ("zeros", "replicate"):
-        error = error_after_training(padding)
+    for padding, steps in (("zeros", 200), ("replicate", 600)):
+        error = error_after_training(padding, steps)
         offset = error.mean((0, 2, 3)).abs().max().item()
         # White noise has about 1.
         patterns = [(grid_energy(error, period).mean() / error.square().mean()).item() for period in (4, 8)]
         found[padding] = (offset, *patterns)
-    assert found["replicate"][0] < 0.01
-    assert max(found["replicate"][1:]) < 4
+    assert found["replicate"][0] < 0.005
+    assert max(found["replicate"][1:]) < 2  # 2.6 after 200 steps: what is left dies out
     # What it was about: the same with zero padding.
     assert found["zeros"][0] > 0.03
     assert min(found["zeros"][1:]) > 8
