@@ -278,5 +278,30 @@ def test_traces_without_breaks(backend: str) -> None:
     torch.testing.assert_close(exported, eager, rtol=1e-5, atol=1e-5)
 
 
+Q = (1, 2, 12, 8)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "grid", "backend", "message"),
+    [
+        ((Q, Q, Q, (3, 3, 2)), (3, 4), "fast", r"'fast': choose one of auto, dense, blocked$"),
+        ((Q, (1, 2, 11, 8), Q, (3, 3, 2)), (3, 4), "auto", r"\(1, 2, 12, 8\), \(1, 2, 11, 8\)"),
+        (((2, 12, 8),) * 3 + ((3, 3, 2),), (3, 4), "auto", r"one shape .* got \(2, 12, 8\)"),
+        ((Q, Q, Q, (3, 3, 2)), (3, 5), "auto", r"3×5 grid has 15 tokens, but q is \(1, 2, 12, 8\)"),
+        ((Q, Q, Q, (3, 3, 2)), (-3, -4), "auto", r"-3×-4 grid"),
+        ((Q, Q, Q, (4, 4, 2)), (3, 4), "auto", r"odd sides; got \(4, 4, 2\)"),
+        ((Q, Q, Q, (3, 5, 2)), (3, 4), "auto", r"square with odd sides; got \(3, 5, 2\)"),
+        ((Q, Q, Q, (3, 3)), (3, 4), "auto", r"heads\), square with odd sides; got \(3, 3\)"),
+        ((Q, Q, Q, (3, 3, 4)), (3, 4), "auto", r"for 4 heads, but q \(1, 2, 12, 8\) has 2"),
+    ],
+)
+def test_mistakes_are_named(
+    shapes: tuple[tuple[int, ...], ...], grid: tuple[int, int], backend: str, message: str
+) -> None:
+    q, k, v, bias = (torch.zeros(s) for s in shapes)
+    with pytest.raises(ValueError, match=message):
+        windowed_attention(q, k, v, bias, grid, backend=backend)
+
+
 def test_an_old_config_of_the_backend_that_is_gone_loads_as_auto() -> None:
     assert UViTConfig(size="XS/4", attention="flex").attention == "auto"

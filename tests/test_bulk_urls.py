@@ -79,7 +79,7 @@ def test_a_lock_outlives_its_process_only_where_nobody_can_tell(tokenizer, photo
 
 @pytest.mark.parametrize(("out", "message"), [
     ("https://x.org/latents", "write to a folder, and upload it"), ("hf://datasets/a/b", "upload it"),
-    ("nowhere://x", "could not write to nowhere://x"),
+    ("nowhere://x", "nowhere://x cannot be used"),
 ])  # fmt: skip
 def test_urls_that_cannot_be_written_to(tokenizer, photos, out, message):  # noqa: F811
     with pytest.raises(UserError, match=message):

@@ -78,8 +78,12 @@ def test_a_sample_depends_on_its_own_inputs_only():
 
 def test_without_classes():
     dit = tiny_dit(classes=0)
-    x, t, _ = inputs()
+    x, t, labels = inputs()
     assert dit(x, t).shape == x.shape
+    with pytest.raises(ValueError, match=r"labels are \(3,\): this network has 0 classes"):
+        dit(x, t, labels)
+    with pytest.raises(ValueError, match=r"labels are None: this network has 3 classes"):
+        tiny_dit()(x, t)
 
 
 def test_checkpointing_changes_nothing():
@@ -116,6 +120,15 @@ def test_published_sizes(size, millions):
 def test_shapes_that_cannot_be(changes, words):
     with pytest.raises(UserError, match=words):
         tiny_config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("shape", "times", "words"),
+    [((2, 3, 4, 4), 2, r"expected \(B, 4, h, w\)"), ((2, 4, 5, 4), 2, "divisible by 2"), ((2, 4, 4, 4), 1, "one time")],
+)
+def test_inputs_that_cannot_be(shape, times, words):
+    with pytest.raises(ValueError, match=words):
+        tiny_dit()(torch.zeros(shape), torch.zeros(times), torch.zeros(2, dtype=torch.long))
 
 
 # ---- guidance -------------------------------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ from monobath.losses.perceptual import (
     load_efficientnet_lite,
     perceptual_distance,
 )
-from monobath.training.config import LossConfig
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +159,7 @@ def test_distance_by_name(lite0):
     a, b = picture(1, 32, 48), picture(1, 32, 48).flip(3)
     assert torch.equal(perceptual_distance("efflite")(a, b), lite0(a, b))
     with pytest.raises(UserError, match="vgg-ish"):
-        LossConfig(perceptual_backbone="vgg-ish")
+        perceptual_distance("vgg-ish")
 
 
 class TinyLpips(torch.nn.Module):

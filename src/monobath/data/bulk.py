@@ -60,6 +60,8 @@ class Work(Protocol):
     """One command on many shards. It travels to the workers, with its networks."""
 
     folder: Folder
+    suffix: str
+    """Format of the pictures in the results."""
     shards: Sequence[Any]
     threads: int
 
@@ -216,7 +218,6 @@ def run_shard(work: Work, number: int, turn: contextlib.AbstractContextManager[A
     if before is not None:
         return replace(before, again=True)
     report = Report(number=number)
-    suffix = getattr(work, "suffix", "webp")
     try:
         batches, found = work.batches(number, report), dict[int, Stored]()
         first = list(islice(batches, AHEAD))
@@ -227,7 +228,9 @@ def run_shard(work: Work, number: int, turn: contextlib.AbstractContextManager[A
         samples = [found[place] for place in range(len(found))]
         report.labels = sorted({sample.facts["label"] for sample in samples if "label" in sample.facts})
         with report.timed("write"):
-            report.bytes = work.folder.write(work.file(number), lambda own: write_samples(own, samples, suffix=suffix))
+            report.bytes = work.folder.write(
+                work.file(number), lambda own: write_samples(own, samples, suffix=work.suffix)
+            )
             work.folder.write_text(f"{DONE}/{_done(number)}", json_text(vars(report)))
     except UserError as error:
         return Report(number=number, error=str(error))

@@ -107,6 +107,8 @@ class EncodingWork:
 
     suffix = "webp"
 
+    suffix = "webp"
+
     def __init__(
         self,
         tokenizer: Tokenizer | ForeignEncoder,

@@ -222,7 +222,7 @@ class RemoteFolder(Folder):
             raise UserError(f"{self} cannot be opened ({error}): install the package that it names") from None
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"could not write to {self} ({reason}): check the address and your credentials") from None
+            raise UserError(f"{self} cannot be used ({reason}): check the address and your credentials") from None
 
 
 _held: set[str] = set()

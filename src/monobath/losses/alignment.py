@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -115,13 +115,17 @@ class DinoFeatures(Features):
         return tokens[:, -h * w :].transpose(1, 2).unflatten(2, (h, w))
 
 
-def alignment_features(name: Literal["efflite", "dinov2"], model: str = "facebook/dinov2-base") -> Features:
+def alignment_features(name: str, model: str = "facebook/dinov2-base") -> Features:
     """The frozen network of that name: `efflite` (Lite0, offline) or `dinov2` (SSDD's), loaded from `model`.
 
     Raises:
-        UserError: what it needs is not there.
+        UserError: the name is unknown, or what it needs is not there.
     """
-    return EffLiteFeatures() if name == "efflite" else DinoFeatures(model)
+    if name == "efflite":
+        return EffLiteFeatures()
+    if name == "dinov2":
+        return DinoFeatures(model)
+    raise UserError(f"loss.repa_features {name!r} is unknown: choose efflite or dinov2")
 
 
 def tapped_block(decoder: PixelDecoder, number: int = 0) -> nn.Module:

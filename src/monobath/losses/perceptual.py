@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..errors import explained_as, imported
+from ..errors import UserError, explained_as, imported
 
 Network = Literal["lite0", "lite2"]
 SIDES: dict[Network, int] = {"lite0": 224, "lite2": 260}
@@ -137,13 +137,17 @@ class LpipsDistance(Frozen):
             return self.model(a.float(), b.float()).flatten()
 
 
-def perceptual_distance(name: Literal["efflite", "lpips-vgg"]) -> nn.Module:
+def perceptual_distance(name: str) -> nn.Module:
     """The distance of that name: `efflite` (Lite0, offline) or `lpips-vgg` (SSDD's).
 
     Raises:
-        UserError: what it needs is not installed.
+        UserError: the name is unknown, or what it needs is not installed.
     """
-    return EffLiteDistance("lite0") if name == "efflite" else LpipsDistance("vgg")
+    if name == "efflite":
+        return EffLiteDistance("lite0")
+    if name == "lpips-vgg":
+        return LpipsDistance("vgg")
+    raise UserError(f"perceptual backbone {name!r} is unknown: choose efflite or lpips-vgg")
 
 
 def efficientnet_input(images: Tensor) -> Tensor:

@@ -18,11 +18,13 @@ square grids only, and none smaller than the window.
 """
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..errors import UserError
 
 Backend = Literal["auto", "dense", "blocked"]
 
@@ -42,10 +44,7 @@ def windowed_attention(
     Returns:
         (B, heads, H·W, d), in autocast's dtype where autocast is on.
     """
-    assert q.ndim == 4, q.shape
-    assert q.shape == k.shape == v.shape, (q.shape, k.shape, v.shape)
-    assert q.shape[2] == grid[0] * grid[1], (q.shape, grid)
-    assert bias.shape == (2 * reach(bias) + 1, 2 * reach(bias) + 1, q.shape[1]), (bias.shape, q.shape)
+    _check(q, k, v, bias, grid, backend)
     if _autocasts(q):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)  # before the halo copies, not after
@@ -61,11 +60,31 @@ def reach(bias: Tensor) -> int:
     return (bias.shape[0] - 1) // 2
 
 
+def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, grid: tuple[int, int], backend: str) -> None:
+    if backend not in get_args(Backend):
+        raise UserError(f"unknown attention backend {backend!r}: choose one of {', '.join(get_args(Backend))}")
+    if q.ndim != 4 or q.shape != k.shape or q.shape != v.shape:
+        raise UserError(
+            f"q, k and v must share one shape (B, heads, H·W, d); got {_sizes(q)}, {_sizes(k)}, {_sizes(v)}"
+        )
+    height, width = grid
+    if height < 1 or width < 1 or q.shape[2] != height * width:
+        raise UserError(f"a {height}×{width} grid has {height * width} tokens, but q is {_sizes(q)}")
+    if bias.ndim != 3 or bias.shape[0] != bias.shape[1] or bias.shape[0] % 2 == 0:
+        raise UserError(f"bias must be (2r+1, 2r+1, heads), square with odd sides; got {_sizes(bias)}")
+    if bias.shape[2] != q.shape[1]:
+        raise UserError(f"bias {_sizes(bias)} is for {bias.shape[2]} heads, but q {_sizes(q)} has {q.shape[1]}")
+
+
 def _autocasts(x: Tensor) -> bool:
     device = x.device.type
     if not torch.amp.is_autocast_available(device):  # asking such a device raises
         return False
     return torch.is_autocast_enabled(device) and x.dtype != torch.float64  # which autocast leaves alone
+
+
+def _sizes(x: Tensor) -> str:
+    return str(tuple(x.shape))
 
 
 def _bias_mask(

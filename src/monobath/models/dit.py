@@ -138,8 +138,7 @@ class DiT(Checkpointed):
         return self.config.classes
 
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        assert t.shape == (len(x_t),), (t.shape, x_t.shape)
-        assert (labels is None) == (self.classes is None), (labels, self.config.classes)
+        self._check(x_t, t, labels)
         patch, grid = self.config.patch, (x_t.shape[2] // self.config.patch, x_t.shape[3] // self.config.patch)
         x = self.patches(F.pixel_unshuffle(x_t, patch).flatten(2).transpose(1, 2))
         x = x + positions(*grid, self.config.width, x.device).to(x.dtype)
@@ -152,3 +151,13 @@ class DiT(Checkpointed):
         shift, scale = self.modulation_out(condition)[:, None].chunk(2, dim=-1)
         x = self.out(torch.addcmul(shift, self.norm_out(x), 1 + scale))
         return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, grid), patch)
+
+    def _check(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> None:
+        c, patch = self.config.latent_channels, self.config.patch
+        if x_t.ndim != 4 or x_t.shape[1] != c or x_t.shape[2] % patch or x_t.shape[3] % patch:
+            raise ValueError(f"x_t is {tuple(x_t.shape)}: expected (B, {c}, h, w) with sides divisible by {patch}")
+        if t.shape != (len(x_t),):
+            raise ValueError(f"t is {tuple(t.shape)}: expected ({len(x_t)},), one time a sample")
+        if (labels is None) != (self.classes is None) or (labels is not None and labels.shape != t.shape):
+            found = None if labels is None else tuple(labels.shape)
+            raise ValueError(f"labels are {found}: this network has {self.config.classes} classes, one label a sample")

@@ -34,8 +34,8 @@ from .objectives.base import Losses
 UNIT = 2**18
 """Blocks with at least so many parameters are gathered by themselves; what is smaller, with what holds it."""
 
-ANY = (Exception, dcp.CheckpointException)
-"""What reading and writing may raise."""
+DAMAGED = (OSError, ValueError, KeyError, RuntimeError, dcp.CheckpointException)
+"""What reading a checkpoint may raise."""
 torch.export.register_dataclass(Losses)  # FSDP2 looks for the loss in what the objective returns
 
 
@@ -129,7 +129,9 @@ class Sharding:
         if self.accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        with explained_as(f"could not write {path}", "free some space or choose another folder", ANY):
+        with explained_as(
+            f"could not write {path}", "free some space or choose another folder", (OSError, dcp.CheckpointException)
+        ):
             dcp.save(self._state(optimizer, losses), checkpoint_id=partial)
         if self.accelerator.is_main_process:
             facts = {"step": step, "ema_updates": self.ema.updates, "recipe": self.recipe.to_dict(), "anew": anew}
@@ -148,7 +150,7 @@ class Sharding:
             raise UserError(f"checkpoint {path} is not sharded: leave training.shard out, or choose another --run")
         state = self._state(optimizer, losses)
         remedy = "choose another --run, or delete it to go on from the one before"
-        with explained_as(f"checkpoint {path} does not fit this recipe or is damaged", remedy, ANY):
+        with explained_as(f"checkpoint {path} does not fit this recipe or is damaged", remedy, DAMAGED):
             facts = json.loads((path / "state.json").read_text(encoding="utf-8"))
             dcp.load(state, checkpoint_id=path)
             self.ema.updates = facts["ema_updates"]
