@@ -126,9 +126,9 @@ class Decoding:
                 )
             made["stages"] = 1
         if made["guidance"] != 1 and not config.null_latent:
-            raise UserError(f"guidance={made['guidance']}: this tokenizer has no decoder.null_latent, so leave it out")
+            raise UserError(f"guidance={made['guidance']}: trained without a null latent (decoder.null_latent)")
         if made["guidance"] != 1 and made["stages"] == 1:
-            raise UserError(f"guidance={made['guidance']}: this tokenizer decodes at once, without guidance")
+            raise UserError(f"guidance={made['guidance']}: this decodes at full resolution at once, without guidance")
         time_grid(made["steps"], made["power"])
         return dataclasses.replace(self, size=size, seed=seeds_for(self.seed, len(z)), **made)
 
