@@ -21,13 +21,16 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import mechanism_scores as scores
 import numpy as np
 import torch
+from energy import energy_losses
 from mechanism_rows import (
     BEST,
     CROPS,
@@ -54,6 +57,7 @@ from monobath import Tokenizer, UserError
 from monobath.data import Crops, make_dataset
 from monobath.files import write_file, write_json
 from monobath.training import Run, checkpoints
+from monobath.training.objectives.base import AutoencoderObjective
 
 STEPS = (1, 2, 4, 8, 12)
 """Of decoders that take several, per stage."""
@@ -126,7 +130,9 @@ def perform(item: Item, args: argparse.Namespace) -> None:
     name = chosen(args.out, name) if name == FAVOURED else name
     recipe = recipe_for(name, seed, args)
     crops = recipe.training.steps * args.batch
-    run = trained(recipe, by=lambda recipe: CropRun(recipe).train(), row=name, seed=seed, crops=crops)
+    patch = mock.patch.object(AutoencoderObjective, "_decoder_losses", energy_losses())
+    with patch if ROWS[name].energy else nullcontext():
+        run = trained(recipe, by=lambda recipe: CropRun(recipe).train(), row=name, seed=seed, crops=crops)
     early = run / "checkpoints" / f"step-{recipe.training.steps // 3:08d}"
     if early.is_dir():  # kept at a third
         tokenizer = Tokenizer(recipe.model)

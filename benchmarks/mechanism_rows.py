@@ -47,6 +47,8 @@ class Row:
     steps: int | None = None
     """Of the teacher, `init`; 0: its best number; None: no distillation."""
     stages: int = 1
+    energy: bool = False
+    """One step by an energy score (`energy.py`), whose feature maps weigh `perceptual`."""
     kl: bool = False
     adversarial: float = 0.0
     encoder: bool = False
@@ -62,6 +64,7 @@ ROWS = {
     "teacher-p": Row(what="the same, perceptual", crops=CROPS, perceptual=P),
     "ones": Row(what="XS/1 at t = 1 only", ones=1.0),
     "ones-p": Row(what="the same, perceptual", ones=1.0, perceptual=P),
+    "energy": Row(what="XS/1 at t = 1 only, an energy score", ones=1.0, perceptual=0.1, energy=True),
     "student-12": dataclasses.replace(STUDENT, steps=12),
     "student-best": STUDENT,
     "student-12-p": dataclasses.replace(STUDENT, steps=12, perceptual=P),
@@ -82,9 +85,11 @@ BEST, FAVOURED = "best-of-", "favoured"
 PLAN = [
     ("encoder", 0), ("teacher", 0), ("ones", 0), ("ones", 1), ("ones", 2), (f"{BEST}teacher", 0),
     *((name, 0) for name in STUDENTS), (FAVOURED, 0), (FAVOURED, 1), (FAVOURED, 2),
-    ("kl-gan", 0), ("kl", 0), ("ones-p", 0), ("continued", 0), ("multi", 0), ("multi-student", 0),
+    ("kl-gan", 0), ("kl", 0), ("ones-p", 0), ("continued", 0), ("energy", 0), ("multi", 0),
+    ("multi-student", 0),
     ("teacher-p", 0), (f"{BEST}teacher-p", 0), ("student-of-p", 0),
-    ("continued", 1), ("continued", 2), ("ones-p", 1), ("ones-p", 2), ("multi-student", 1), ("multi-student", 2),
+    ("continued", 1), ("continued", 2), ("ones-p", 1), ("ones-p", 2), ("energy", 1), ("energy", 2),
+    ("multi-student", 1), ("multi-student", 2),
     ("student-of-p", 1), ("student-of-p", 2), ("kl-gan", 1), ("kl-gan", 2), ("kl", 1), ("kl", 2),
     ("f16-encoder", 0), ("f16-teacher", 0), ("f16-ones", 0), (f"{BEST}f16-teacher", 0), ("f16-student-best-p", 0),
 ]  # fmt: skip
@@ -198,7 +203,7 @@ def flops(name: str) -> float:
     if row.encoder:
         return 3.0 * (encoder + sum(parts))
     if row.steps is None:
-        return encoder + 3.0 * sum(parts) / row.stages
+        return encoder + 3.0 * (1 + row.energy) * sum(parts) / row.stages
     return float(encoder + (3 + (row.steps or 8)) * sum(parts))
 
 

@@ -252,8 +252,9 @@ def verdicts(table: Table, out: Path) -> list[str]:
     ask(third, "below", ("ones", 1), table.below)
     ask(table.best("teacher-p", (4, 8, 12)), "below", ("teacher-p", 1), table.below)
     ask(("student-of-p", 1), "no worse than", table.best("teacher-p", (4, 8, 12)), table.no_worse)
-    for other in ("ones-p", "continued", "kl", "kl-gan"):
+    for other in ("ones-p", "continued", "energy", "kl", "kl-gan"):
         ask(student, "below", (other, 1), table.below)
+    ask(("energy", 1), "below", ("ones-p", 1), table.below)
     ask(("student-of-p", 1), "below", ("ones-p", 1), table.below)
     ask(("student-of-p", 1), "below", ("kl-gan", 1), table.below)
     return found

@@ -10,11 +10,9 @@ each seed, one step at full resolution.
 - plain: squared error, perceptual distance, grid; from zero noise.
 - pooled-S: the same, and the distance of pooled features, its weight set at each step so that its gradient at the last
   layer has S times the norm of the others' (as VQGAN weighs its discriminator, equation 7).
-- energy, energy-latent: two pictures x̂₁, x̂₂ from different noise for each latent, ½(d(x̂₁, x) + d(x̂₂, x)) −
-  ½ d(x̂₁, x̂₂), a strictly proper scoring rule (Gneiting and Raftery 2007; "engression", Shen and Meinshausen 2023). d is
-  the unsquared distance of patches of 4, 8 and 16 pixels, plus --energy-features times that of EfficientNet-Lite0's
-  maps, averaged over places. energy-latent's noise has the latent's resolution. Both are scored with all of their
-  noise, half of it, and none: one checkpoint from texture to fidelity.
+- energy, energy-latent: the energy score of `energy.py`, feature maps weighing --energy-features. energy-latent's noise
+  is the same in blocks of 8×8 pixels. Both are scored with all of their noise, half of it, and none: one checkpoint
+  from texture to fidelity.
 
 What would count as success, stated before it is run: FD-EffLite below plain's in every seed, PSNR at most 0.3 dB below
 it for pooled, 1.5 dB for an energy score.
@@ -26,14 +24,14 @@ import argparse
 import dataclasses
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
+from energy import energy_losses, noise_like
 from torch import Tensor
 from trainings import (
     FIGURES,
@@ -59,7 +57,6 @@ from monobath.training.objectives.base import Batch, Losses
 from monobath.training.objectives.staged import UnionObjective
 from monobath.training.recipe import DecoderRecipe
 
-PATCHES = (4, 8, 16)
 SCALES = (0.0, 0.5, 1.0)
 """Of the noise, that energy rows are scored with."""
 
@@ -71,49 +68,26 @@ class Row:
     pooled: float = 0.0
     """Its gradient's norm, in multiples of the others'."""
     energy: bool = False
-    latent: bool = False
-    """Noise of latent resolution, else of pixels."""
+    latent_step: int = 1
+    """Noise is the same in so many pixels each way."""
 
 
 ROWS = {
     "plain": Row(),
     **{f"pooled-{share:g}": Row(pooled=share) for share in (0.1, 0.2, 0.3)},
     "energy": Row(energy=True),
-    "energy-latent": Row(energy=True, latent=True),
+    "energy-latent": Row(energy=True, latent_step=8),
 }
 
 
-def noise_like(image: Tensor, row: Row, factor: int, generator: torch.Generator | None = None) -> Tensor:
-    """Where an energy row's sampling starts: `(B, 3, H, W)`, unit variance."""
-    step = factor if row.latent else 1
-    shape = (*image.shape[:2], image.shape[2] // step, image.shape[3] // step)
-    noise = torch.randn(shape, generator=generator, device=generator.device if generator else image.device)
-    return noise.to(image.device).repeat_interleave(step, 2).repeat_interleave(step, 3)
-
-
-def distance(a: Tensor, b: Tensor, maps: Callable[[Tensor], list[Tensor]], weight: float) -> Tensor:
-    """Unsquared, of patches (root mean square) and feature maps (norm), averaged over places, sizes and the batch."""
-    error = a - b
-    parts = [F.avg_pool2d(error.square().mean(1, keepdim=True), p).add(1e-8).sqrt().mean() for p in PATCHES]
-    of_maps = [(p - q).square().sum(1).add(1e-8).sqrt().mean() for p, q in zip(maps(a), maps(b), strict=True)]
-    return torch.stack(parts).mean() + weight * torch.stack(of_maps).mean()
-
-
-def losses_of(row: Row, weight: float) -> Any:
+def losses_of(row: Row) -> Any:
     """`UnionObjective._decoder_losses`, one step at full resolution, with a row's lever."""
+    if row.energy:
+        return energy_losses(row.latent_step)
     pooled = PooledDistance().to(device()) if row.pooled else None
 
     def of_decoder(self: UnionObjective, batch: Batch, z: Tensor) -> Losses:
         x, decoder, ones = batch.images.float(), self.tokenizer.decoder, batch.draws.t
-        if row.energy:
-            assert self.perceptual is not None
-            starts = [noise_like(x, row, self.tokenizer.factor) for _ in range(2)]
-            first, second = decoder(torch.cat(starts), ones.repeat(2), z.repeat(2, 1, 1, 1)).float().chunk(2)
-            maps = self.perceptual.features
-            to_image = (distance(first, x, maps, weight) + distance(second, x, maps, weight)) / 2
-            apart = distance(first, second, maps, weight)
-            total = to_image - apart / 2
-            return Losses(total=total, parts={"to_image": to_image, "apart": apart}, clean=first.detach(), target=x)
         clean = decoder(batch.draws.noise, ones, z).float()
         flow = (clean - x).square().mean()
         losses = Losses(total=flow, parts={"flow": flow}, clean=clean, target=x, real=x)
@@ -130,11 +104,12 @@ def losses_of(row: Row, weight: float) -> Any:
 def recipe_for(name: str, args: argparse.Namespace, seed: int) -> DecoderRecipe:
     """The training of a row."""
     base, folder = load_recipe("progressive"), f"{name}-{args.crops}-seed{seed}"
+    perceptual = args.energy_features if ROWS[name].energy else args.perceptual
     scale = [args.size, 5 * args.size // 2]
     return DecoderRecipe(
         name=folder, run=str(args.out / folder), init=args.start, model=Tokenizer.from_pretrained(args.start).config,
         data=DataConfig(source=args.data, size=args.size, scale=scale, cache=True, workers=0), times=base.times,
-        scales=base.scales, loss=LossConfig(perceptual=args.perceptual, grid=0.1),
+        scales=base.scales, loss=LossConfig(perceptual=perceptual, grid=0.1),
         optimizer=OptimizerConfig(lr=args.lr, warmup=20),
         training=dataclasses.replace(
             base.training, steps=args.crops // args.batch, batch_size=args.batch, precision=args.precision, seed=seed,
@@ -155,7 +130,9 @@ class Noisy(TokenizerSystem):
         """Latents → float images `(B, 3, H, W)` in [-1, 1]; a picture's noise is its seed's."""
         z, f = code.payload, self.tokenizer.factor
         empty = torch.empty(1, 3, z.shape[2] * f, z.shape[3] * f)
-        noise = torch.cat([noise_like(empty, self.row, f, torch.Generator().manual_seed(seed)) for seed in seeds])
+        noise = torch.cat(
+            [noise_like(empty, self.row.latent_step, torch.Generator().manual_seed(seed)) for seed in seeds]
+        )
         decoder = self.tokenizer.decoder
         pictures = decoder(self.scale * noise.to(z.device), torch.ones(len(z), device=z.device), z)
         return pictures[:, :, : code.size[0], : code.size[1]].float().clamp(-1, 1)
@@ -166,7 +143,7 @@ def run_training(args: argparse.Namespace) -> None:
         raise UserError("train needs --data: folders or shards of photos")
     for seed in args.seeds:
         for name in args.rows:
-            changed = losses_of(ROWS[name], args.energy_features)
+            changed = losses_of(ROWS[name])
             with mock.patch.object(UnionObjective, "_decoder_losses", changed):
                 trained(recipe_for(name, args, seed), row=name, seed=seed)
 

@@ -34,7 +34,7 @@ def bench(benchmark, monkeypatch):
 def test_all_of_it(bench, photos, tmp_path, monkeypatch, capsys):
     out = ["--out", str(tmp_path / "out"), "--limit", "4"]
     students = [*bench.STUDENTS, bench.FAVOURED]
-    rows = ["encoder", "teacher", "best-of-teacher", *students, "kl-gan", "multi", "multi-student"]
+    rows = ["encoder", "teacher", "best-of-teacher", *students, "energy", "kl-gan", "multi", "multi-student"]
     train = ["train", *out, "--data", str(photos), "--budget-scale", "0.00004", "--batch", "2", "--precision", "fp32"]
     train += ["--seeds", "0", "1", "--rows", *rows]
     score = ["score", *out, "--held-out", str(photos)]

@@ -108,18 +108,19 @@ def test_texture(tmp_path, photos, benchmark, capsys):
     assert bench.main(["score", *out, "--score-size", "32", "--limit", "4"]) == 0
     capsys.readouterr()
     assert bench.main(["show", *out]) == 0
-    energy = [["energy-latent", scale] for scale in ("0", "0.5", "1")]
-    assert [row[:2] for row in table(capsys.readouterr().out)] == [["pooled-0.2", "0"], *energy]
+    noisy = [["energy-latent", scale] for scale in ("0", "0.5", "1")]
+    assert [row[:2] for row in table(capsys.readouterr().out)] == [["pooled-0.2", "0"], *noisy]
 
-    noise = bench.noise_like(torch.zeros(2, 3, 16, 24), bench.ROWS["energy-latent"], 8)
+    energy = benchmark("energy")
+    noise = energy.noise_like(torch.zeros(2, 3, 16, 24), bench.ROWS["energy-latent"].latent_step)
     assert torch.equal(noise, noise[:, :, ::8, ::8].repeat_interleave(8, 2).repeat_interleave(8, 3))
     # Proper: of flat pictures of random colours, samples of the right spread score better than their mean or twice it.
     colours = torch.randn(3, 400, 3, 1, 1, generator=torch.Generator().manual_seed(0))
     truth, first, second = colours.expand(3, 400, 3, 16, 16)
 
     def score(spread: float) -> torch.Tensor:
-        d = [bench.distance(a, b, lambda x: [x], 0.0) for a, b in ((spread * first, truth), (spread * second, truth))]
-        return sum(d) / 2 - bench.distance(spread * first, spread * second, lambda x: [x], 0.0) / 2
+        d = [energy.distance(a, b, lambda x: [x], 0.0) for a, b in ((spread * first, truth), (spread * second, truth))]
+        return sum(d) / 2 - energy.distance(spread * first, spread * second, lambda x: [x], 0.0) / 2
 
     assert score(1) < min(score(0), score(2))
 
