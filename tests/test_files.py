@@ -31,6 +31,10 @@ def full_disk_in_rust(_: Path) -> None:
     raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
+def full_disk_in_torch(_: Path) -> None:
+    raise RuntimeError("basic_ios::clear: iostream error")
+
+
 def test_text_and_parents(tmp_path):
     path = tmp_path / "a" / "b" / "note.txt"
     write_text(path, "grün")
@@ -51,8 +55,11 @@ def test_the_temporary_name_keeps_the_suffix(tmp_path):
     assert seen == [(".png", False)]
 
 
-@pytest.mark.parametrize("failure", [full_disk, full_disk_in_rust])
-def test_a_full_disk_keeps_the_old_file(tmp_path, failure):
+@pytest.mark.parametrize(
+    ("failure", "words"),
+    [(full_disk, "No space left"), (full_disk_in_rust, "No space left"), (full_disk_in_torch, "iostream error")],
+)
+def test_a_full_disk_keeps_the_old_file(tmp_path, failure, words):
     path = tmp_path / "note.txt"
     write_text(path, "old")
 
@@ -60,7 +67,7 @@ def test_a_full_disk_keeps_the_old_file(tmp_path, failure):
         partial.write_text("ne", encoding="utf-8")
         failure(partial)
 
-    with pytest.raises(UserError, match="No space left") as error:
+    with pytest.raises(UserError, match=rf"{words}.*free some space") as error:
         write_file(path, write)
     assert str(path) in str(error.value)
     assert path.read_text(encoding="utf-8") == "old"

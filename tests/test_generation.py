@@ -179,6 +179,7 @@ def test_samples_that_cannot_be(options, words):
         ({"latent_mean": [0.0]}, "one number for each of the 4 latent channels"),
         ({"latent_std": [1.0, 1.0, 0.0, 1.0]}, "must be above 0"),
         ({"size": [2]}, r"size is \[2\]"),
+        ({"size": [4, 2**32]}, r"size is \[4, 4294967296\].* at most 65536 patches"),
     ],
 )
 def test_configurations_that_cannot_be(changes, words):

@@ -134,6 +134,6 @@ def _flush(path: Path) -> None:
 def _explain(error: BaseException, path: Path) -> None:
     # safetensors and torch.save report a full disk with error classes of their own; the text tells.
     text = str(error)
-    signs = ("os error", "no space left", "pytorchstreamwriter", "inline_container")
+    signs = ("os error", "no space left", "pytorchstreamwriter", "inline_container", "iostream error")
     if isinstance(error, OSError) or any(sign in text.lower() for sign in signs):
         raise UserError(f"could not write {path} ({text}): free some space or choose another folder") from error

@@ -28,6 +28,8 @@ from ..sampling import draw_noise, euler, seeds_for
 from .guidance import guided
 
 FORMAT = "monobath-generator-1"
+MOST_TOKENS = 2**16
+"""Of one sample: latents of 512² at patch 2. A file that claims more is damaged."""
 
 
 @dataclass(kw_only=True)
@@ -53,6 +55,15 @@ def check_interval(interval: Sequence[float], name: str = "sampler.interval") ->
     """Raise `UserError` unless it is two times, 0 ≤ low ≤ high ≤ 1."""
     if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
         raise UserError(f"{name} is {list(interval)}: give two times, 0 ≤ low ≤ high ≤ 1")
+
+
+def check_size(size: Sequence[int], patch: int) -> None:
+    """Raise `UserError` unless latents of height and width `size` are whole patches, and not too many of them."""
+    if any(side < 1 or side % patch for side in size) or size[0] * size[1] > MOST_TOKENS * patch**2:
+        raise UserError(
+            f"size is {list(size)}: sides of latents must be above 0, divisible by dit.patch={patch}, and at most "
+            f"{MOST_TOKENS} patches in all"
+        )
 
 
 @dataclass(kw_only=True)
@@ -85,8 +96,9 @@ class GeneratorConfig:
             raise UserError(f"latent_std is {self.latent_std}: every channel's must be above 0")
         if len(set(self.labels)) != len(self.labels) or len(self.labels) != self.dit.classes:
             raise UserError(f"labels are {self.labels}: give {self.dit.classes} different ones, for dit.classes")
-        if len(self.size) != 2 or any(side < 1 or side % self.dit.patch for side in self.size):
-            raise UserError(f"size is {self.size}: height and width must be divisible by dit.patch={self.dit.patch}")
+        if len(self.size) != 2:
+            raise UserError(f"size is {self.size}: give height and width of the latents")
+        check_size(self.size, self.dit.patch)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> GeneratorConfig:
@@ -181,8 +193,7 @@ class Generator(nn.Module):
         size = size or (self.config.size[0], self.config.size[1])
         if not labels:
             raise UserError("no samples: give at least one label, or None for a sample of no class")
-        if any(side < 1 or side % dit.patch for side in size):
-            raise UserError(f"size={tuple(size)}: sides of latents must be divisible by {dit.patch}, and above 0")
+        check_size(size, dit.patch)
         numbers = self.class_numbers(labels)
         if numbers is None and guidance != 1:
             raise UserError(f"guidance={guidance}: this generator was trained without classes, so leave it at 1")
