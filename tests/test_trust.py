@@ -167,12 +167,19 @@ def test_an_optimizer_of_other_weights_is_refused(tmp_path, photos):
     work = training(photos)
     work.run(tmp_path)
     newest = checkpoints.latest(tmp_path / "run")
-    trainer = torch.load(newest / "trainer.pt", weights_only=True)
-    state = trainer["optimizer"]["state"][0]
-    state["exp_avg"] = state["exp_avg"][:1]
-    torch.save(trainer, newest / "trainer.pt")
-    with pytest.raises(UserError, match="does not fit this recipe"):
-        work.run(tmp_path)
+    whole = (newest / "trainer.pt").read_bytes()
+    for change in (
+        lambda state: state.update(exp_avg=state["exp_avg"][:1]),
+        lambda state: state.pop("exp_avg"),
+        lambda state: state.update(step="5"),
+        lambda state: state.update(other=torch.zeros(7)),
+    ):
+        (newest / "trainer.pt").write_bytes(whole)
+        trainer = torch.load(newest / "trainer.pt", weights_only=True)
+        change(trainer["optimizer"]["state"][0])
+        torch.save(trainer, newest / "trainer.pt")
+        with pytest.raises(UserError, match="does not fit this recipe"):
+            work.run(tmp_path)
     assert load_file(newest / "model.safetensors")
     save_file({}, newest / "model.safetensors")
     with pytest.raises(UserError, match="does not fit the model"):

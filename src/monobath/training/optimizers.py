@@ -100,20 +100,27 @@ def restore_training_weights(optimizer: Any, kept: list[Tensor]) -> None:
     torch._foreach_copy_(parameters, [k.to(p.device) for k, p in zip(kept, parameters, strict=True)])
 
 
-def check_moments(optimizer: torch.optim.Optimizer, fresh: list[dict[str, Any]]) -> None:
-    """Raise `ValueError` unless what was loaded into an optimizer fits its parameters and is of the usual types.
+def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """`optimizer.load_state_dict`, of a file that may hold anything.
 
-    Args:
-        fresh: its `param_groups` before.
+    Raises:
+        ValueError: it does not fit the parameters, lacks a moment, or has values of unusual types (PyTorch: others).
     """
+    fresh = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
     for group, usual in zip(optimizer.param_groups, fresh, strict=True):
         strange = [name for name, value in usual.items() if type(group.get(name)) is not type(value)]
         if strange:
             raise ValueError(f"its optimizer's {strange[0]} is {group.get(strange[0])!r}")
+    needed = ("z", "exp_avg_sq") if is_schedule_free(optimizer) else ("step", "exp_avg", "exp_avg_sq")
     for parameter in _parameters(optimizer):
-        for name, value in optimizer.state[parameter].items():
-            if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
-                raise ValueError(f"its {name} of a weight {tuple(parameter.shape)} is {tuple(value.shape)}")
+        if not (moments := optimizer.state[parameter]):
+            continue  # it had no gradient so far
+        for name in dict.fromkeys((*needed, *moments)):
+            value, shape = moments.get(name), () if name == "step" else parameter.shape
+            if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
+                found = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                raise ValueError(f"its {name} of a weight {tuple(parameter.shape)} is {found}")
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

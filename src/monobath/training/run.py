@@ -340,9 +340,7 @@ class Run:
             if trainer["optimizer"] is None:  # it did not fit where the checkpoint came from
                 self.anew = state["step"]
             else:
-                fresh = [dict(group) for group in self.optimizer.param_groups]
-                self.optimizer.load_state_dict(trainer["optimizer"])
-                optimizers.check_moments(self.optimizer, fresh)
+                optimizers.load_state(self.optimizer, trainer["optimizer"])
             if self.schedule_free and trainer["optimizer"] is not None:
                 optimizers.restore_training_weights(self.optimizer, trainer["training_weights"])
             self._scaler_state = trainer["scaler"]

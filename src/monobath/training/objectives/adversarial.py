@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...losses.adversarial import PatchDiscriminator, adaptive_weight, hinge_discriminator_loss, hinge_generator_loss
 from ..config import LossConfig
+from ..optimizers import load_state
 from .base import Judge, Losses
 
 
@@ -81,4 +82,4 @@ class Adversary:
     def load(self, state: dict[str, Any]) -> None:
         """From a checkpoint."""
         self.network.load_state_dict(state["network"])
-        self.optimizer.optimizer.load_state_dict(state["optimizer"])
+        load_state(self.optimizer.optimizer, state["optimizer"])
