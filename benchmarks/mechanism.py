@@ -6,10 +6,10 @@
     python benchmarks/mechanism.py pack --out runs/mechanism --to FOLDER [--models teacher student-best]
 
 `train` cuts the crops once, prints what the rows below will cost, and trains them in order of importance, each as soon
-as what it starts from is there; `--jobs` rows at a time, each a process, on one GPU or several cores. `--rows` and
-`--seeds` choose, `--minutes` starts nothing later than that. `score` decodes and measures the held-out pictures, `show`
-prints the table and the criteria of docs/mechanism.md, `pack` gathers what is worth keeping. What is done is not done
-again, so the same command goes on.
+as what it starts from is there; `--jobs` rows at a time, each a process of one thread, on one GPU or several cores.
+`--rows` and `--seeds` choose, `--minutes` starts nothing later than that. `score` decodes and measures the held-out
+pictures, `show` prints the table and the criteria of docs/mechanism.md, `pack` gathers what is worth keeping. What is
+done is not done again, so the same command goes on.
 """
 
 from __future__ import annotations
@@ -156,8 +156,13 @@ def choose(name: str, args: argparse.Namespace) -> None:
 
 
 def fork(work: Callable[..., None], *arguments: Any) -> Any:
-    """A process that shares what is in memory, started. This one must not have looked for a GPU."""
-    process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
+    """A process of one thread that shares what is in memory, started. This one must not have looked for a GPU."""
+
+    def alone() -> None:
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: whoever waits for them waits forever
+        work(*arguments)
+
+    process = multiprocessing.get_context("fork").Process(target=alone)
     process.start()
     return process
 
