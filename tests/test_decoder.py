@@ -336,6 +336,7 @@ def test_mixing_with_the_noisy_image_is_the_best_linear_estimate():
         variance = 1 / (1 / 0.01 + ((1 - time) / time) ** 2)
         assert abs(best / variance - 1) < 0.03
     assert torch.equal(mixed(output, noise, torch.ones(1), 0.1), output)
+    assert torch.equal(mixed(output, noise, torch.ones(1), 2**62), output)
     assert torch.allclose(mixed(output, x, torch.zeros(1), 0.1), x, atol=1e-6)
 
 

@@ -330,6 +330,7 @@ def mixed(output: Tensor, x_t: Tensor, t: Tensor, residual: float, stage: Stage 
         total = t.square() + (residual * share).square()
         return t.square() / total, residual**2 * share / total
 
+    residual = float(residual)  # a file may hold a whole number, whose square no tensor takes
     t = t.to(output.dtype)[:, None, None, None]
     said, seen = weights(1 - t)
     if stage is None or stage.start == 1:
