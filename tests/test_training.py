@@ -336,6 +336,11 @@ def test_another_model_in_the_run_folder_is_refused(tmp_path, photos):
     other.model = tiny_model(16, 4)
     with pytest.raises(UserError, match="another model"):
         train(other)
+    config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    for damaged in ("x", [1], None, 3):
+        (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(config | {"model": damaged}))
+        with pytest.raises(UserError, match="another model"):
+            train(tiny_recipe(tmp_path / "run", photos, steps=2))
 
 
 def test_a_corrupt_checkpoint_is_named(tmp_path, photos):

@@ -143,8 +143,8 @@ class TokenizerConfig:
         Args:
             stages: `sampler.stages`, whatever the values say; 0: what they say.
         """
-        values = dict(values)
         with explained_as("not a tokenizer configuration of this version"):
+            values = dict(values)
             if stages:
                 values["sampler"] = values["sampler"] | {"stages": stages}
             values = with_kinds(values)
