@@ -18,7 +18,7 @@ from .errors import UserError, check_choice
 from .flow import Prediction, euler_step
 
 Noise = Literal["gaussian", "zero"]
-MOST_STEPS = 100_000
+MOST_STEPS = 10_000
 
 
 def time_grid(steps: int, power: float = 2.0) -> Tensor:
