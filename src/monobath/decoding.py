@@ -126,7 +126,10 @@ class Decoding:
                 )
             made["stages"] = 1
         if made["guidance"] != 1 and not config.null_latent:
-            raise UserError(f"guidance={made['guidance']}: trained without a null latent (decoder.null_latent)")
+            raise UserError(
+                f"guidance={made['guidance']}: this tokenizer was trained without a null latent "
+                "(decoder.null_latent), so leave it out"
+            )
         if made["guidance"] != 1 and made["stages"] == 1:
             raise UserError(f"guidance={made['guidance']}: this decodes at full resolution at once, without guidance")
         time_grid(made["steps"], made["power"])

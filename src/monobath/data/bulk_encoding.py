@@ -107,8 +107,6 @@ class EncodingWork:
 
     suffix = "webp"
 
-    suffix = "webp"
-
     def __init__(
         self,
         tokenizer: Tokenizer | ForeignEncoder,
