@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from monobath import flow
+from monobath import UserError, flow
 from monobath.training.objectives.base import AutoencoderObjective, Batch, Losses
 
 PATCHES = (4, 8, 16)
@@ -42,14 +42,16 @@ def energy_losses(step: int = 1) -> Callable[[AutoencoderObjective, Batch, Tenso
     """
 
     def of_decoder(self: AutoencoderObjective, batch: Batch, z: Tensor) -> Losses:
-        assert self.perceptual is not None
+        if self.perceptual is None:
+            raise UserError("an energy score needs a weight of its feature maps above 0")
         x, decoder, weight = batch.images.float(), self.tokenizer.decoder, self.loss.perceptual
         noise, ones = torch.cat([noise_like(x, step) for _ in range(2)]), torch.ones(2 * len(x), device=x.device)
         prediction = decoder(noise, ones, z.repeat(2, 1, 1, 1)).float()
         first, second = flow.to_clean(prediction, noise, ones, decoder.prediction).chunk(2)
         maps = self.perceptual.features
-        to_image = (distance(first, x, maps, weight) + distance(second, x, maps, weight)) / 2
-        apart = distance(first, second, maps, weight)
+        with torch.autocast(x.device.type, enabled=False):  # distances of near pictures need float32
+            to_image = (distance(first, x, maps, weight) + distance(second, x, maps, weight)) / 2
+            apart = distance(first, second, maps, weight)
         parts = {"to_image": to_image, "apart": apart}
         return Losses(total=to_image - apart / 2, parts=parts, clean=first.detach(), target=x)
 

@@ -48,7 +48,7 @@ class Row:
     """Of the teacher, `init`; 0: its best number; None: no distillation."""
     stages: int = 1
     energy: bool = False
-    """One step by an energy score (`energy.py`), whose feature maps weigh `perceptual`."""
+    """One step by an energy score (`energy.py`), whose feature maps have the weight `perceptual`."""
     kl: bool = False
     adversarial: float = 0.0
     encoder: bool = False

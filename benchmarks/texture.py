@@ -10,9 +10,9 @@ each seed, one step at full resolution.
 - plain: squared error, perceptual distance, grid; from zero noise.
 - pooled-S: the same, and the distance of pooled features, its weight set at each step so that its gradient at the last
   layer has S times the norm of the others' (as VQGAN weighs its discriminator, equation 7).
-- energy, energy-latent: the energy score of `energy.py`, feature maps weighing --energy-features. energy-latent's noise
-  is the same in blocks of 8×8 pixels. Both are scored with all of their noise, half of it, and none: one checkpoint
-  from texture to fidelity.
+- energy, energy-latent: the energy score of `energy.py`; its feature maps have the weight --energy-features. The noise
+  of energy-latent is the same in blocks of 8×8 pixels. Both are scored with all of their noise, half of it, and none:
+  one checkpoint from texture to fidelity.
 
 What would count as success, stated before it is run: FD-EffLite below plain's in every seed, PSNR at most 0.3 dB below
 it for pooled, 1.5 dB for an energy score.
