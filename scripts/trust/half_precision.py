@@ -96,11 +96,10 @@ class Halves:
         self.models = {k: Tokenizer.from_pretrained(name, dtype=dtypes[k]) for k in kinds if k in dtypes}
         if "openvino-bf16" in kinds:
             self.models["openvino-bf16"] = with_engine(self.whole, "openvino-bf16")
-
-        self.last: tuple[Tensor, Tensor] | None = None
+        self.last: tuple[Tensor, Tensor] | None = None  # pictures, and float32's reconstructions of them
 
     def pictures(self, kind: str, images: Tensor) -> list[float]:
-        """PSNR of each reconstruction to float32's, which the next precision of the same pictures is given again."""
+        """PSNR of each reconstruction to float32's, which is kept for the next precision of the same pictures."""
         if self.last is None or not torch.equal(self.last[0], images):
             self.last = (images, self.whole.decode(self.whole.encode(images).mode()))
         return self._judged(kind, self.models[kind].encode(images).mode(), self.last[1])

@@ -19,6 +19,7 @@ from .flow import Prediction, euler_step
 
 Noise = Literal["gaussian", "zero"]
 MOST_STEPS = 10_000
+"""A file that asks for more could keep a processor busy for minutes."""
 
 
 def time_grid(steps: int, power: float = 2.0) -> Tensor:

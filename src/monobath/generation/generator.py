@@ -58,10 +58,11 @@ def check_interval(interval: Sequence[float], name: str = "sampler.interval") ->
 
 
 def check_size(size: Sequence[int], patch: int) -> None:
-    """Raise `UserError` unless latents of height and width `size` are whole patches, and not too many of them."""
-    if any(side < 1 or side % patch for side in size) or size[0] * size[1] > MOST_TOKENS * patch**2:
+    """Raise `UserError` unless `size`, height and width of latents, is a number of whole patches, and not too many."""
+    whole = len(size) == 2 and all(side > 0 and side % patch == 0 for side in size)
+    if not whole or size[0] * size[1] > MOST_TOKENS * patch**2:
         raise UserError(
-            f"size is {list(size)}: sides of latents must be above 0, divisible by dit.patch={patch}, and at most "
+            f"size is {list(size)}: give a height and a width, above 0 and divisible by dit.patch={patch}, of at most "
             f"{MOST_TOKENS} patches in all"
         )
 
@@ -96,8 +97,6 @@ class GeneratorConfig:
             raise UserError(f"latent_std is {self.latent_std}: every channel's must be above 0")
         if len(set(self.labels)) != len(self.labels) or len(self.labels) != self.dit.classes:
             raise UserError(f"labels are {self.labels}: give {self.dit.classes} different ones, for dit.classes")
-        if len(self.size) != 2:
-            raise UserError(f"size is {self.size}: give height and width of the latents")
         check_size(self.size, self.dit.patch)
 
     @classmethod
