@@ -151,6 +151,8 @@ def test_what_cannot_be_loaded_says_what_to_do(tmp_path, monkeypatch):
         alignment_features("dinov2", str(tmp_path))
     with pytest.raises(UserError, match=r"'clip' is unknown: choose efflite or dinov2"):
         alignment_features("clip")
+    with pytest.raises(UserError, match=r"loss.repa_features is 'clip': choose \"efflite\" or \"dinov2\""):
+        LossConfig(repa_features="clip")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match=r"pip install 'monobath\[repa\]'"):
         alignment_features("dinov2")

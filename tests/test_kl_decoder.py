@@ -19,7 +19,7 @@ from monobath.decoders import UViTConfig
 from monobath.decoders.kl import KLConfig, KLDecoder
 from monobath.models.blocks import Conv2d
 from monobath.tokenizer import SamplerConfig, TokenizerConfig
-from monobath.training import Interrupted, Run, load_recipe, train
+from monobath.training import Interrupted, Run, checkpoints, load_recipe, train
 from monobath.training.config import LossConfig
 from monobath.training.objectives.base import AutoencoderObjective
 
@@ -107,6 +107,14 @@ def test_with_a_discriminator_it_resumes_bit_for_bit(tmp_path, photos, monkeypat
         patch.setattr(Run, "told_to_stop", lambda run: run.done == 4)
         with pytest.raises(Interrupted):
             train(kl_recipe(tmp_path / "part", photos, adversarial=0.5))
+    trainer = checkpoints.latest(tmp_path / "part") / "trainer.pt"
+    kept = trainer.read_bytes()
+    damaged = torch.load(trainer, weights_only=True)
+    del damaged["adversary"]["optimizer"]["state"][0]["exp_avg"]
+    torch.save(damaged, trainer)
+    with pytest.raises(UserError, match=r"does not fit this recipe .*its exp_avg of a weight"):
+        train(kl_recipe(tmp_path / "part", photos, adversarial=0.5))
+    trainer.write_bytes(kept)
     part = train(kl_recipe(tmp_path / "part", photos, adversarial=0.5))
     assert same(weights(part), weights(whole))
     without = train(kl_recipe(tmp_path / "without", photos))

@@ -25,6 +25,7 @@ from monobath.losses.perceptual import (
     load_efficientnet_lite,
     perceptual_distance,
 )
+from monobath.training.config import LossConfig
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +161,8 @@ def test_distance_by_name(lite0):
     assert torch.equal(perceptual_distance("efflite")(a, b), lite0(a, b))
     with pytest.raises(UserError, match="vgg-ish"):
         perceptual_distance("vgg-ish")
+    with pytest.raises(UserError, match="vgg-ish"):
+        LossConfig(perceptual_backbone="vgg-ish")
 
 
 class TinyLpips(torch.nn.Module):

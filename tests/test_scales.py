@@ -419,6 +419,7 @@ def test_save_and_load(tmp_path):
         ({"tile": 16, "overlap": 16}, "overlap=16 with tile=16"),
         ({"overlap": 16}, "overlap=16 without tile"),
         ({"steps": 0}, "steps=0"),
+        ({"steps": 2**15}, "at most 10,000"),
         ({"seed": [1, 2]}, "2 entries for a batch of 1"),
         ({"noise": "pink"}, "pink"),
         ({"output": "jpeg"}, "jpeg"),
