@@ -85,11 +85,10 @@ BEST, FAVOURED = "best-of-", "favoured"
 PLAN = [
     ("encoder", 0), ("teacher", 0), ("ones", 0), ("ones", 1), ("ones", 2), (f"{BEST}teacher", 0),
     *((name, 0) for name in STUDENTS), (FAVOURED, 0), (FAVOURED, 1), (FAVOURED, 2),
-    ("kl-gan", 0), ("kl", 0), ("ones-p", 0), ("continued", 0), ("energy", 0), ("multi", 0),
-    ("multi-student", 0),
+    ("multi", 0), ("multi-student", 0), ("multi-student", 1), ("multi-student", 2),
+    ("continued", 0), ("kl-gan", 0), ("kl", 0), ("energy", 0), ("ones-p", 0),
     ("teacher-p", 0), (f"{BEST}teacher-p", 0), ("student-of-p", 0),
     ("continued", 1), ("continued", 2), ("ones-p", 1), ("ones-p", 2), ("energy", 1), ("energy", 2),
-    ("multi-student", 1), ("multi-student", 2),
     ("student-of-p", 1), ("student-of-p", 2), ("kl-gan", 1), ("kl-gan", 2), ("kl", 1), ("kl", 2),
     ("f16-encoder", 0), ("f16-teacher", 0), ("f16-ones", 0), (f"{BEST}f16-teacher", 0), ("f16-student-best-p", 0),
 ]  # fmt: skip
