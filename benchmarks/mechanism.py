@@ -61,8 +61,9 @@ from monobath.training.objectives.base import AutoencoderObjective
 
 STEPS = (1, 2, 4, 8, 12)
 """Of decoders that take several, per stage."""
-CPU, GPU = 0.1, 20.0
-"""TFLOP/s that the estimates count with: one core in bf16, and a GPU on so small a network."""
+CPU, GPU = 0.1, 12.0
+"""TFLOP/s that the estimates count with: one core in bf16, and an H200 that nine rows share (in turns, and waiting for
+Python: it can do fifty times that)."""
 
 
 # ---- crops --------------------------------------------------------------------------------------------------
