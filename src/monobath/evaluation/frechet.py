@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..data.transforms import mix_seed
 from ..images import to_float
-from ..losses.perceptual import SIDES, load_efficientnet_lite, pooled_features
+from ..losses.perceptual import SIDES, folded_efficientnet_lite, pooled_features
 from .processes import sum_over_processes
 
 HALVES = 20
@@ -177,7 +177,7 @@ class CropFeatures:
     dim = 1280
 
     def __init__(self, device: torch.device, seed: int = 0) -> None:
-        self.network = load_efficientnet_lite("lite2").to(device, memory_format=torch.channels_last)
+        self.network = folded_efficientnet_lite("lite2").to(device, memory_format=torch.channels_last)
         for module in self.network.modules():
             if isinstance(module, torch.nn.ReLU6):
                 module.inplace = True  # the same numbers, less memory

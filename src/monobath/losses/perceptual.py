@@ -57,7 +57,7 @@ class EffLiteDistance(Frozen):
     def __init__(self, network: Network = "lite0") -> None:
         super().__init__()
         self.network = network
-        model = _fused(load_efficientnet_lite(network))
+        model = folded_efficientnet_lite(network)
         self.stem = nn.Sequential(model._conv_stem, model._swish)
         self.stages = nn.ModuleList()  # blocks up to the last one at strides 4, 8, 16
         stage: list[nn.Module] = []
@@ -102,7 +102,7 @@ class PooledDistance(Frozen):
 
     def __init__(self) -> None:
         super().__init__()
-        self.network = _fused(load_efficientnet_lite("lite0"))
+        self.network = folded_efficientnet_lite("lite0")
         self.freeze()
 
     def features(self, images: Tensor) -> Tensor:
@@ -181,19 +181,24 @@ def load_efficientnet_lite(network: Network) -> Any:
     return model.eval()
 
 
-def _lean(features: Callable[[Tensor], Any], images: Tensor) -> Any:
-    """`features(images)`, without a graph where the images need none."""
-    with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
-        return features(images)
-
-
-def _fused(model: Any) -> Any:
-    """An EfficientNet-Lite, its frozen BatchNorms folded into its convolutions: the same function, fewer passes over
-    memory."""
+def folded_efficientnet_lite(network: Network) -> Any:
+    """`load_efficientnet_lite` with fewer passes over memory: its frozen BatchNorms are folded into the
+    convolutions before them, and these pad by themselves where they pad both sides alike."""
+    model = load_efficientnet_lite(network)
     ends, inside = ("_conv_stem", "_conv_head"), ("_expand_conv", "_depthwise_conv", "_project_conv")
     for module, convolutions in [(model, ends), *((block, inside) for block in model._blocks)]:
         for number, name in enumerate(convolutions):
             if hasattr(module, name):
-                setattr(module, name, fuse_conv_bn_eval(getattr(module, name), getattr(module, f"_bn{number}")))
+                folded = fuse_conv_bn_eval(getattr(module, name), getattr(module, f"_bn{number}"))
+                left, right, top, bottom = getattr(folded.static_padding, "padding", (0, 0, 0, 0))
+                if (left, top) == (right, bottom):  # at stride 2 there is more to the right
+                    folded.padding, folded.static_padding = (top, left), nn.Identity()
+                setattr(module, name, folded)
                 setattr(module, f"_bn{number}", nn.Identity())
     return model
+
+
+def _lean(features: Callable[[Tensor], Any], images: Tensor) -> Any:
+    """`features(images)`, without a graph where the images need none."""
+    with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
+        return features(images)
