@@ -8,11 +8,10 @@
 newest of OUT/run and --state, for so many minutes, evaluates the averaged weights and leaves in OUT/back what is to be
 kept: figures.json, metrics.jsonl and the state in parts (`scripts/travel.py`). A foreign encoder is named by
 --encoder KIND=WHERE; with --encode-size 256 its latents of crops of 256² are cached in OUT/latents before, and the
-recipe's crops are windows of these. --fill times the first steps and plans as many
-as fit into --minutes, so that the learning rate ends with them. `export` makes a model folder
-of such a state, in bfloat16. `luggage` gathers what a machine without a network needs beside the repository: photos,
-states, and as wheels the packages that a machine with PyTorch and accelerate may lack; it refuses to exceed the limit,
-or, with --fit, leaves photos out.
+recipe's crops are windows of these. With --fill the schedule follows the clock: the learning rate ends with --minutes,
+however fast the steps are. `export` makes a model folder of such a state, in bfloat16. `luggage` gathers what a machine
+without a network needs beside the repository: photos, states, and as wheels the packages that a machine with PyTorch
+and accelerate may lack; it refuses to exceed the limit, or, with --fit, leaves photos out.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +49,6 @@ PACKAGES = [
     "importlib-resources", "typing-extensions", "packaging",
 ]  # fmt: skip
 """What train and evaluate import beside PyTorch, torchvision, accelerate, safetensors and what these bring."""
-TIMED = 50
-"""Steps that --fill times."""
 FIGURES = ["psnr", "ssim", "efflite", "fd_efflite"]
 """Those whose networks are not installed are left out."""
 
@@ -66,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one.add_argument("--out", type=Path, required=True)
     one.add_argument("--state", type=Path, help="what an earlier sitting left in OUT/back")
     one.add_argument("--minutes", type=float, default=9.0, help="of training; 0: to the end")
-    one.add_argument("--fill", action="store_true", help="plan as many steps as fit into --minutes")
+    one.add_argument("--fill", action="store_true", help="as many steps as --minutes allow")
     one.add_argument("--limit", type=int, default=64, help="evaluate on at most so many photos, at 256²")
     one.add_argument("--total", type=int, default=travel.TOTAL, help="bytes that the state may take")
     one.add_argument("--encoder", help="KIND=WHERE, as for monobath train")
@@ -89,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def sitting(args: argparse.Namespace) -> None:
     """Check, train for a while, evaluate, pack."""
     if args.fill and not args.minutes:
-        raise UserError("--fill plans the steps that fit into --minutes, which is 0: give a time")
+        raise UserError("--fill takes as many steps as --minutes allow, which is 0: give a time")
     settings = [f"run={args.out / 'run'}", f"data.source={json.dumps(args.data)}", *args.set]
     if args.encoder:
         family, source = split_spec(args.encoder)
@@ -100,15 +97,13 @@ def sitting(args: argparse.Namespace) -> None:
     begin = time.perf_counter()
     check(recipe, args)
     say(f"checked in {time.perf_counter() - begin:.0f} s: a step, a checkpoint and an evaluation")
-    if args.fill:
-        recipe.training.steps = steps_that_fit(recipe, args.minutes)
     run = Path(recipe.run)
     if args.state is not None:
         say(f"at step {travel.unpack(args.state, run)}, from {args.state}")
-    recipe.training.minutes = args.minutes
+    recipe.training.minutes = 0.0 if args.fill else args.minutes
     began, before = time.perf_counter(), step_of(run)
     try:
-        train(recipe)
+        Timed(recipe, 60 * args.minutes).train() if args.fill else train(recipe)
     except Interrupted as stopped:
         say(str(stopped))
     seconds, after = time.perf_counter() - began, step_of(run)
@@ -159,26 +154,26 @@ def check(recipe: Recipe, args: argparse.Namespace) -> None:
         raise UserError(f"the check gave a PSNR of {values['psnr']}: see the recipe's losses and precision")
 
 
-def steps_that_fit(recipe: Recipe, minutes: float) -> int:
-    """Steps that 95 % of the time allows, as the very recipe takes them elsewhere, once it is under way."""
-    with tempfile.TemporaryDirectory() as folder:
-        training = dataclasses.replace(recipe.training, steps=2 * TIMED)
-        begin = time.perf_counter()
-        run = Run(dataclasses.replace(recipe, run=folder, training=training))
-        run.step()
-        run.bad.sum().item()  # waits for the device
-        start = time.perf_counter() - begin
-        for _ in range(TIMED - 1):  # the workers have batches in stock
-            run.step()
-        run.bad.sum().item()
-        begin = time.perf_counter()
-        for _ in range(TIMED):
-            run.step()
-        run.bad.sum().item()
-        each = (time.perf_counter() - begin) / TIMED
-    steps = max(1, int((0.95 * 60 * minutes - start) / each))
-    say(f"{start:.0f} s to start, {each * 1000:.0f} ms a step: {steps} steps of {recipe.training.batch_size} images")
-    return steps
+class Timed(Run):
+    """A run of as many steps as the time allows at the pace of those so far: what its learning rate ends with.
+
+    Args:
+        seconds: from now, the networks' making included.
+        clock: tells seconds.
+    """
+
+    def __init__(self, recipe: Recipe, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock, self.end = clock, clock() + seconds
+        super().__init__(recipe)
+        self.begin, self.first = clock(), self.done
+
+    def step(self) -> None:
+        super().step()
+        if self.done % 10 == 0:
+            self.bad.sum().item()  # waits for the device: only what is done counts
+        now = self.clock()
+        left = (self.done - self.first) * (self.end - now) / (now - self.begin)
+        self.recipe.training.steps = self.done + max(0, round(left))
 
 
 def measured(run: Path, args: argparse.Namespace, limit: int | None = None) -> dict[str, Any]:

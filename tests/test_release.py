@@ -6,6 +6,7 @@ import dataclasses
 import io
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -111,17 +112,35 @@ def test_as_many_steps_as_fit(photos, tmp_path):
     given = ["train", "flux2", "--data", photos, "--encoder", f"taef2={tmp_path}", "--fill", "--limit", "4"]
     found = release(*given, "--minutes", "0.02", "--out", tmp_path / "out", "--set", *small)
     assert found.returncode == 0, found.stderr
-    planned = int(found.stdout.partition("ms a step: ")[2].partition(" ")[0])
     figures = json.loads((tmp_path / "out/back/figures.json").read_text(encoding="utf-8"))
-    assert figures["of"] == planned
-    assert 1 <= figures["step"] <= planned
+    assert 1 <= figures["step"] == figures["of"] < 16000
+
+
+@pytest.mark.parametrize(("pace", "steps"), [(1.0, 60), (4.0, 15), (100.0, 1)])
+def test_the_schedule_follows_the_clock(pace, steps, photos, tmp_path, monkeypatch):
+    """On a clock that goes so many seconds a step: the rate is that of a run of 60 s, and ends with it."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from release import Timed
+
+    settings = TINY | {"optimizer": {"warmup": 0, "lr": 1.0e-3}, "run": str(tmp_path / "run")}
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    # Read twice before the first step, and then after each.
+    ticks = itertools.chain([0.0, 0.0], itertools.count(pace, pace))
+    timed = Timed(load_recipe(str(file), [f"data.source=[{photos}]", "training.log_every=1"]), 60.0, ticks.__next__)
+    timed.train()
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    rates = [row["lr"] for row in rows if "lr" in row]
+    assert timed.done == timed.recipe.training.steps == len(rates) == steps
+    expected = [0.5e-3 * (1 + math.cos(math.pi * i / steps)) for i in range(steps)]
+    assert rates[1:] == pytest.approx(expected[1:], abs=1e-9)  # the first is that of the recipe's own steps
 
 
 def test_mistakes_are_one_line(recipe, photos, tmp_path):
     for arguments, words in (
         (["train", "no-such-recipe", "--data", photos, "--out", tmp_path / "out"], "is neither packaged nor"),
         (["train", recipe, "--data", tmp_path / "nothing", "--out", tmp_path / "out"], "nothing"),
-        (["train", recipe, "--data", photos, "--out", tmp_path / "out", "--fill", "--minutes", "0"], "--fill plans"),
+        (["train", recipe, "--data", photos, "--out", tmp_path / "out", "--fill", "--minutes", "0"], "--fill takes"),
         (["export", tmp_path, "--out", tmp_path / "model"], "holds no state.00"),
         (["luggage", "--out", tmp_path / "bag", "--files", tmp_path / "nothing", "--no-wheels"], "does not exist"),
     ):
