@@ -155,11 +155,12 @@ def check(recipe: Recipe, args: argparse.Namespace) -> None:
 
 
 class Timed(Run):
-    """A run of as many steps as the time allows at the pace of those so far: what its learning rate ends with.
+    """A run that ends with its time, and its learning rate with it: after each step it plans as many more as the time
+    that is left allows at the pace so far.
 
     Args:
-        seconds: from now, the networks' making included.
-        clock: tells seconds.
+        seconds: from now; making the networks counts.
+        clock: gives the time in seconds.
     """
 
     def __init__(self, recipe: Recipe, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -173,7 +174,7 @@ class Timed(Run):
             self.bad.sum().item()  # waits for the device: only what is done counts
         now = self.clock()
         left = (self.done - self.first) * (self.end - now) / (now - self.begin)
-        self.recipe.training.steps = self.done + max(0, round(left))
+        self.recipe.training.steps = self.done + max(int(now < self.end), round(left))  # a slow first step ends nothing
 
 
 def measured(run: Path, args: argparse.Namespace, limit: int | None = None) -> dict[str, Any]:
