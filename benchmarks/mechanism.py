@@ -62,8 +62,7 @@ from monobath.training.objectives.base import AutoencoderObjective
 STEPS = (1, 2, 4, 8, 12)
 """Of decoders that take several, per stage."""
 CPU, GPU = 0.1, 12.0
-"""TFLOP/s that the estimates count with: one core in bf16, and an H200 that nine rows share (in turns, and waiting for
-Python: it can do fifty times that)."""
+"""TFLOP/s that the estimates count with: one core in bf16, and an H200 that nine rows share, as far as it was seen."""
 
 
 # ---- crops --------------------------------------------------------------------------------------------------
@@ -159,9 +158,13 @@ def choose(name: str, args: argparse.Namespace) -> None:
 def fork(work: Callable[..., None], *arguments: Any) -> Any:
     """A process of one thread that shares what is in memory, started. This one must not have looked for a GPU."""
 
+    def done() -> int:
+        work(*arguments)
+        return 0
+
     def alone() -> None:
         torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: whoever waits for them waits forever
-        work(*arguments)
+        sys.exit(exit_code(done))  # a mistake is one line here, too
 
     process = multiprocessing.get_context("fork").Process(target=alone)
     process.start()
@@ -185,7 +188,10 @@ def run_training(args: argparse.Namespace) -> None:
     items = [item for item in items if not is_done(args.out, item)]
     args.out.mkdir(parents=True, exist_ok=True)
     if args.jobs > 1:
-        fork(announce, items, args).join()  # what it imports looks for a GPU, after which a fork could not use it
+        teller = fork(announce, items, args)  # what it imports looks for a GPU, after which a fork could not use it
+        teller.join()
+        if teller.exitcode:
+            raise UserError("nothing is trained: see above; --rows leaves out what this machine lacks packages for")
     else:
         announce(items, args)
     cut_crops(args)
