@@ -118,7 +118,7 @@ def test_as_many_steps_as_fit(photos, tmp_path):
 
 @pytest.mark.parametrize(("first", "pace", "steps"), [(1, 1, 60), (4, 4, 15), (100, 100, 1), (51, 1, 10)])
 def test_the_schedule_follows_the_clock(first, pace, steps, photos, tmp_path, monkeypatch):
-    """After 60 s it ends, however long its first step takes; at an even pace the rate is that of a run of as many steps."""
+    """After 60 s it ends, however long its first step takes; at an even pace, the rate is that of as many steps."""
     monkeypatch.syspath_prepend(ROOT / "scripts")
     from release import Timed
 
